@@ -1,0 +1,31 @@
+# Every target works on a fresh clone, alone: it makes .venv and installs the pinned versions first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test compare bench check-kernels lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m bench.demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not full" -n 2 --dist worksteal
+
+compare: $(INSTALLED)
+	$(BIN)/python -m bench.compare
+
+bench: $(INSTALLED)
+	$(BIN)/python -m bench.step_time
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

