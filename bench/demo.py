@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -15,7 +16,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging as hf_logging
 
@@ -24,13 +24,16 @@ from ept import EPTModel, MeanPoolingForSequenceClassification
 from ept.plots import plot_gates, plot_loss
 
 from .fit import encode, fit, predict, score, token_counts
-from .methods import METHODS, build
+from .machine import describe
+from .methods import build
 from .real_text import load_task, minilm
 from .step_time import interleaved_seconds, ratio
 
 METHODS_SHOWN = {"EPT": 1.0, "prompt tuning 100": 0.005, "head only": 0.02}  # with the learning rate of each
 BASELINE = "prompt tuning 100"
 MAX_LENGTH = 64
+TRAINING_SECONDS = 240  # all methods together; with the rest it stays under 6 minutes on two cores
+FEWEST_STEPS, MOST_STEPS = 20, 150
 SENTENCES = [
     "A warm, funny film that earns every one of its tears.",
     "Two hours of my life that I will never get back.",
@@ -41,13 +44,14 @@ SENTENCES = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100, help="training steps of each method (default: 100)")
+    parser.add_argument("--steps", type=int, help="training steps of each method (default: what fits into 4 minutes)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument(
         "--predict", action="store_true", help="only load the adapter of output_dir and label sentences"
     )
     options = parser.parse_args()
     hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT's, not the user's
     if options.predict:
         label_sentences(options.output_dir)
@@ -84,37 +88,43 @@ def run(directory: Path, settings: dict) -> None:
     counts = token_counts(rows["train"], len(tokenizer))
     print(
         f"movie-review sentiment, {len(rows['train']):,} rows to train on, {len(rows['test']):,} held out; "
-        f"MiniLM-L6 frozen; {settings['steps']} steps of 32 rows; {torch.get_num_threads()} threads"
+        f"MiniLM-L6, frozen; {torch.get_num_threads()} threads"
     )
-    models, curves, results = {}, {}, {}
+    models = {}
     for name, rate in METHODS_SHOWN.items():
-        print(f"\n{name}: {METHODS[name][0]}", flush=True)
         set_seed(settings["seed"])
-        model, groups = build(
+        models[name] = build(
             name, encoder, task.num_labels, task.problem_type,
             budget=settings["budget"], rate=rate, tokenizer=tokenizer, token_counts=counts,
         )  # fmt: skip
+    seconds = interleaved_seconds(models, rows["train"], tokenizer, rounds=6, description="step times, in turn")
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    steps = settings["steps"] or int(min(MOST_STEPS, max(FEWEST_STEPS, TRAINING_SECONDS / sum(median.values()))))
+    print(f"{steps} steps of 32 rows for each method")
+
+    curves, results = {}, {}
+    for name, (model, groups) in models.items():
         before = model.gate_weights() if isinstance(model, EPTModel) else None
-        trace = fit(model, groups, rows["train"], tokenizer, steps=settings["steps"], seed=settings["seed"])
+        set_seed(settings["seed"])
+        trace = fit(
+            model, groups, rows["train"], tokenizer, steps=steps, seed=settings["seed"], description=f"train {name}"
+        )
         curves[name] = (trace.steps, trace.losses)
+        logits = predict(model, rows["test"], tokenizer, description=f"test {name}")
         results[name] = {
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "score": score(task, predict(model, rows["test"], tokenizer), "test"),
+            "score": score(task, logits, "test"),
+            "step_ms": 1000 * median[name],
+            "step_ratio": ratio(seconds[name], seconds[BASELINE]),
         }
-        models[name] = (model, groups)
         if isinstance(model, EPTModel):
             gates = (before, model.gate_weights())
             model.config.id2label = dict(enumerate(task.label_names))
-    print("\nstep times, the methods in turn on the same batches", flush=True)
-    seconds = interleaved_seconds(models, rows["train"], tokenizer, rounds=8)
-    for name, result in results.items():
-        result["step_ms"] = 1000 * sorted(seconds[name])[len(seconds[name]) // 2]
-        result["step_ratio"] = ratio(seconds[name], seconds[BASELINE])
-    save(directory, settings, results, curves, gates, models["EPT"][0], tokenizer)
+    save(directory, settings, steps, results, curves, gates, models["EPT"][0], tokenizer)
     print_table(results)
 
 
-def save(directory: Path, settings, results, curves, gates, model, tokenizer) -> None:
+def save(directory: Path, settings, steps, results, curves, gates, model, tokenizer) -> None:
     """Everything into a fresh directory first, so that the old run stays until the new one is whole."""
     fresh = directory.with_name(directory.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -123,8 +133,7 @@ def save(directory: Path, settings, results, curves, gates, model, tokenizer) ->
     tokenizer.save_pretrained(fresh)
     plot_loss(curves, fresh / "loss.png")
     plot_gates(gates[1], gates[0], fresh / "gates.png")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "ept": ept.__version__}
-    record = {"methods": results, "settings": settings, "versions": versions, "threads": torch.get_num_threads()}
+    record = {"methods": results, "settings": settings, "steps": steps, "machine": describe()}
     (fresh / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(fresh, directory)

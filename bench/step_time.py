@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
 from transformers.utils import logging as hf_logging
 
@@ -40,10 +41,12 @@ RESULTS = Path(__file__).parent / "results" / "step_time.jsonl"
 PROMPT_TOKENS = 100
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, description: str | None = None
+) -> dict[str, list[float]]:
     """Seconds of each of several functions, called in turn; the first `warmup` rounds are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(warmup + rounds):
+    for number in tqdm(range(warmup + rounds), desc=description, unit="round", disable=description is None):
         for name, step in steps.items():
             started = time.perf_counter()
             step()
@@ -79,7 +82,12 @@ def training_step(model: nn.Module, groups: list[dict[str, Any]], batches: list[
 
 
 def interleaved_seconds(
-    models: dict[str, tuple[nn.Module, list[dict[str, Any]]]], rows: list[dict[str, Any]], tokenizer, *, rounds: int
+    models: dict[str, tuple[nn.Module, list[dict[str, Any]]]],
+    rows: list[dict[str, Any]],
+    tokenizer,
+    *,
+    rounds: int,
+    description: str | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of whole training steps of models with their optimiser groups, on batches of 32 of the rows."""
     parts = [rows[i : i + 32] for i in range(0, 32 * (rounds + 1), 32)]
@@ -87,7 +95,7 @@ def interleaved_seconds(
         name: training_step(model, groups, [collator(model, tokenizer)(part) for part in parts])
         for name, (model, groups) in models.items()
     }
-    return interleaved(steps, rounds, warmup=1)
+    return interleaved(steps, rounds, warmup=1, description=description)
 
 
 def floor_step(model: nn.Module, width: int, columns: int, batch: dict) -> Callable[[], None]:
