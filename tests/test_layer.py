@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tiny_models import all_parts
 
 from ept import EPTConfig, EPTLayer, decompose
+from tiny_models import all_parts
 
 
 def layer(d=48, **settings):

@@ -6,6 +6,9 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from ept import EPTConfig, EPTModel, MeanPoolingForSequenceClassification, get_ept_model
 from tiny_models import (
     CAUSAL,
     ENCODERS,
@@ -20,9 +23,6 @@ from tiny_models import (
     shake,
     wrapped,
 )
-from torch.nn import functional as F
-
-from ept import EPTConfig, EPTModel, MeanPoolingForSequenceClassification, get_ept_model
 
 SEQ = hf.AutoModelForSequenceClassification
 # Rounding of fp32 through two small layers; a wrong position or a seen pad moves the logits by 1e-2 and more.
