@@ -252,7 +252,7 @@ def _fill_default(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any
         base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, parameters // (5 * d))))
     if "token_rank" not in fixed and base.token_update:
         rest = parameters - dataclasses.replace(base, token_rank=0).num_parameters(d)
-        base = dataclasses.replace(base, token_rank=max(0, min(rest // (2 * d), d)))
+        base = dataclasses.replace(base, token_rank=max(0, rest // (2 * d)))
     left = parameters - base.num_parameters(d)
     if "prompt_length" not in fixed and left >= d:
         base = dataclasses.replace(base, prompt_length=base.prompt_length + left // d)

@@ -29,6 +29,7 @@ from .saving import backbone_fingerprint, check_fingerprint, read_adapter, write
 __all__ = ["EPTModel", "get_ept_model"]
 
 IGNORE_INDEX = -100  # what transformers' losses skip
+POSITIONS_FROM_MASK = ("bloom",)  # causal models without position_ids that count positions by the mask themselves
 
 
 def get_ept_model(
@@ -371,6 +372,8 @@ class EPTModel(nn.Module):
         """The wrapped model's arguments, and the order in which the columns were rearranged (None: as they were)."""
         self._refuse_packed(position_ids, attention_mask)
         token_labels = labels is not None and self._labels_are_per_token(labels)
+        if attention_mask is None and self._kind == "causal-pooled" and input_ids is not None:
+            attention_mask = self._mask_by_last_token(input_ids)
         order = None
         if attention_mask is not None and self._kind != "causal":
             # Encoders count positions by columns, so their text must start at the first; a pooled causal model reads
@@ -399,7 +402,7 @@ class EPTModel(nn.Module):
         elif full_mask is not None and self._kind.startswith("causal"):
             if "position_ids" in self._accepts:
                 prepared["position_ids"] = text_positions(full_mask).clamp(min=0)
-            else:
+            elif self.config.model_type not in POSITIONS_FROM_MASK:
                 self._refuse_left_padding(attention_mask)
         if token_labels:
             if self._kind == "causal":
@@ -456,8 +459,15 @@ class EPTModel(nn.Module):
         if ((attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] == 0)).any():
             raise ValueError(
                 f"{type(self.base_model).__name__} takes no position_ids, so text after padding would get the wrong "
-                "positions: pad on the right"
+                "positions: " + ("pad on the right" if self._kind == "causal" else "batch rows of one length")
             )
+
+    def _mask_by_last_token(self, input_ids: Tensor) -> Tensor | None:
+        """Without a mask, transformers' pooled causal models find the last token by the padding's id; so here."""
+        pad = self.config.get_text_config().pad_token_id
+        if pad is None:
+            return None
+        return (input_ids != pad).flip(1).cumsum(1).flip(1) > 0
 
     def _check_length(self, length: int, attention_mask: Tensor | None) -> None:
         s, limit = self.ept_config.prompt_length, self._max_length
