@@ -233,6 +233,11 @@ class EPTModel(nn.Module):
 
     # ------------------------------------------------------------------ looking at it
 
+    @property
+    def max_input_length(self) -> int | None:
+        """The most text tokens that fit beside the prompt; None where the backbone does not limit its positions."""
+        return None if self._max_length is None else self._max_length - self.ept_config.prompt_length
+
     def trainable_parameters(self) -> dict[str, int]:
         """Trained parameters by part, the head last."""
         parts = self.ept_config.parameters_by_part(self.ept.embed_dim)
