@@ -16,7 +16,7 @@ import pyarrow
 from datasets import ClassLabel, Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Columns", "Labels", "choose_columns", "read_file", "read_hub", "tokenize"]
+__all__ = ["Columns", "Labels", "choose_columns", "read_file", "read_hub", "tokenize", "tokenize_targets"]
 
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 
@@ -282,6 +282,14 @@ def tokenize(
     number_cut = sum(data["cut"])
     data = data.remove_columns("cut")
     return (data if labels is None else data.add_column("labels", labels)), number_cut
+
+
+def tokenize_targets(
+    table: Dataset, source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[int]]:
+    """The token ids of the texts to be generated, for `tokenize`'s `labels`."""
+    texts = _texts(table, source, column)
+    return tokenizer(text_target=texts, truncation=True, max_length=max_length)["input_ids"]
 
 
 def _texts(table: Dataset, source: str, column: str) -> list[str]:

@@ -26,7 +26,7 @@ from .heads import MeanPoolingForSequenceClassification
 from .layer import EPTLayer
 from .saving import backbone_fingerprint, check_fingerprint, read_adapter, write_adapter
 
-__all__ = ["EPTModel", "get_ept_model"]
+__all__ = ["EPTModel", "get_ept_model", "max_text_tokens"]
 
 IGNORE_INDEX = -100  # what transformers' losses skip
 POSITIONS_FROM_MASK = ("bloom",)  # causal models without position_ids that count positions by the mask themselves
@@ -232,11 +232,6 @@ class EPTModel(nn.Module):
         self.train(self.training)
 
     # ------------------------------------------------------------------ looking at it
-
-    @property
-    def max_input_length(self) -> int | None:
-        """The most text tokens that fit beside the prompt; None where the backbone does not limit its positions."""
-        return None if self._max_length is None else self._max_length - self.ept_config.prompt_length
 
     def trainable_parameters(self) -> dict[str, int]:
         """Trained parameters by part, the head last."""
@@ -632,6 +627,12 @@ def _head_names(model: PreTrainedModel) -> list[str]:
         name for name, child in model.named_children()
         if child is not model.base_model and any(True for _ in child.parameters())
     ]  # fmt: skip
+
+
+def max_text_tokens(model: PreTrainedModel, prompt_length: int) -> int | None:
+    """The most text tokens that the backbone `model` has positions for beside the prompt; None: it sets no limit."""
+    positions = _max_positions(model)
+    return None if positions is None else positions - prompt_length
 
 
 def _max_positions(model: PreTrainedModel) -> int | None:
