@@ -61,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -159,6 +162,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     if "metric_for_best_model" not in chosen and args.load_best_model_at_end:
         args.metric_for_best_model, args.greater_is_better = best_metric(task)
     args.restore_callback_states_from_checkpoint = resume is not None  # early stopping counts on
+    args.dataloader_pin_memory &= torch.cuda.is_available()
     args.predict_with_generate = task == "text2text"
     if args.generation_max_length is None:
         args.generation_max_length = columns.max_target_length

@@ -220,16 +220,28 @@ class EPTModel(nn.Module):
                     module.training = True
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **settings: Any
+    ) -> None:
         """The wrapped model's; dropout that its layers apply themselves is set to zero with it if dropout is off."""
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        if hasattr(self.base_model, "activation_checkpointing_enable"):
+            self.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs, **settings)
+        else:  # transformers before the name
+            self.base_model.gradient_checkpointing_enable(activation_checkpointing_kwargs, **settings)
+        # The prompt brings gradients into the first layer; the hook that would make frozen embeddings bring some
+        # costs a gradient of all text, and hides the table from the fused path.
+        self.base_model.disable_input_require_grads()
         if not self.ept_config.backbone_dropout:
             for module in self.base_model.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     for name, value in vars(module).items():
-                        if name.endswith("dropout") and isinstance(value, float):
+                        if "drop" in name and isinstance(value, float):  # dropout, attention_dropout, layerdrop, …
                             setattr(module, name, 0.0)
         self.train(self.training)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **settings: Any) -> None:
+        """transformers' older name for `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **settings)
 
     # ------------------------------------------------------------------ looking at it
 

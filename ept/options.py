@@ -1,6 +1,7 @@
 """The command line's options as dataclasses, and a parser whose help a person can read."""
 
 import dataclasses
+import re
 import shutil
 import sys
 import textwrap
@@ -153,7 +154,7 @@ class PredictArguments:
 # The training arguments that the help explains; the others are listed by name.
 EXPLAINED = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate", "prompt_learning_rate", "down_learning_rate",
+    "gradient_accumulation_steps", "activation_checkpointing", "learning_rate", "prompt_learning_rate", "down_learning_rate",
     "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "train_sampling_strategy", "eval_strategy",
     "eval_steps", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model",
     "resume_from_checkpoint", "logging_steps", "report_to", "bf16", "fp16", "seed", "disable_tqdm",
@@ -164,7 +165,7 @@ HELP = {
     "lr_scheduler_type": "Schedule of the learning rates: linear, cosine, constant_with_warmup, …",
     "metric_for_best_model": "Which checkpoint is best; by default accuracy, pearson or (text2text) loss.",
     "gradient_accumulation_steps": "Batches per update.",
-    "gradient_checkpointing": "Compute activations again in the backward pass, to save memory.",
+    "activation_checkpointing": "Compute activations again in the backward pass, to save memory.",
     "bf16": "Mixed precision with bfloat16.",
     "fp16": "Mixed precision with float16.",
     "num_train_epochs": "Passes over the training rows.",
@@ -188,6 +189,7 @@ class OptionParser(HfArgumentParser):
         return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # every option has a second spelling, with hyphens
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def format_help(self) -> str:
@@ -197,7 +199,7 @@ class OptionParser(HfArgumentParser):
             fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
             if kind is EPTSeq2SeqTrainingArguments:
                 parts += ["\ntraining (all of transformers' TrainingArguments):\n"]
-                parts += [_entry(fields[name], width) for name in EXPLAINED]
+                parts += [_entry(fields[name], width) for name in EXPLAINED if name in fields]
                 rest = ", ".join(f"--{name}" for name in fields if name not in EXPLAINED)
                 parts += ["\nalso, as in transformers:\n", textwrap.fill(
                     rest, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False), "\n"]  # fmt: skip

@@ -68,6 +68,8 @@ def load_backbone(
             else f"{name_or_path} is no encoder-decoder: text2text needs one (T5, BART); "
             "a causal language model trains from Python with ept.training.EPTTrainer"
         )
+    if Path(name_or_path).is_dir():
+        name_or_path = str(Path(name_or_path).resolve())  # the adapter names it, and may be used from elsewhere
     # A fresh head is what is wanted; transformers reports it as missing weights.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

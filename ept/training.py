@@ -109,7 +109,9 @@ class _EPTTrainerMixin:
         """The optimiser that `args.optim` names, over `parameter_groups`."""
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            rates = {name: getattr(self.args, name) for name in EPTArguments.__dataclass_fields__ if "rate" in name}
+            rates = {
+                name: getattr(self.args, name) for name in EPTArguments.__dataclass_fields__ if name.endswith("rate")
+            }
             groups = parameter_groups(self.model, **rates, weight_decay=self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
