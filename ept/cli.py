@@ -105,9 +105,10 @@ def train(argv: list[str]) -> None:
     trainer.save_model(output_dir)
     trainer.save_state()
     record |= {"metrics": metrics, "steps": trainer.state.global_step}
-    _write_record(output_dir, record)
-    _say(f"saved the adapter in {output_dir}")
-    print(json.dumps(metrics))
+    if trainer.is_world_process_zero():
+        _write_record(output_dir, record)
+        _say(f"saved the adapter in {output_dir}")
+        print(json.dumps(metrics))
 
 
 def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, Any]]:
@@ -115,9 +116,9 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     from .options import train_parser
     from .tasks import best_metric, input_limit, is_text_to_text, load_backbone, load_tokenizer
 
-    chosen = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
-    model_args, files, columns, sizes, run, args = train_parser().parse(_with_strategies(argv, chosen))
-    if args.output_dir is None:
+    chosen = _given(argv)
+    model_args, files, columns, sizes, run, args = train_parser().parse(argv + _strategies(chosen))
+    if "output_dir" not in chosen:
         raise ValueError("say where the adapter goes with --output_dir")
     resume = _checkpoint(args.output_dir, args.resume_from_checkpoint)
     if resume is None and not run.overwrite_output_dir:
@@ -155,7 +156,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts)
     if resume is not None:
         _check_same_run(resume, model)
-    elif run.overwrite_output_dir:
+    elif run.overwrite_output_dir and args.should_save:
         for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
@@ -163,7 +164,8 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
         args.metric_for_best_model, args.greater_is_better = best_metric(task)
     args.restore_callback_states_from_checkpoint = resume is not None  # early stopping counts on
     args.dataloader_pin_memory &= torch.cuda.is_available()
-    args.predict_with_generate = task == "text2text"
+    if "predict_with_generate" not in chosen:
+        args.predict_with_generate = task == "text2text"
     if args.generation_max_length is None:
         args.generation_max_length = columns.max_target_length
     trainer = _trainer(model, args, data, tokenizer, task, run.early_stopping_patience)
@@ -187,15 +189,25 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     return trainer, resume, data.get("test"), record
 
 
-def _with_strategies(argv: list[str], chosen: set[str]) -> list[str]:
+def _given(argv: list[str]) -> dict[str, str]:
+    """The options that the user gave, by name, with the word after each."""
+    given = {}
+    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        if word.startswith("--"):
+            name, is_joined, value = word.removeprefix("--").partition("=")
+            given[name.replace("-", "_")] = value if is_joined else after
+    return given
+
+
+def _strategies(chosen: dict[str, str]) -> list[str]:
     """With rows to validate on, evaluation each epoch unless said; the best model needs checkpoints where it is judged."""
+    evaluate = chosen.get("eval_strategy") or ("steps" if "eval_steps" in chosen else "epoch")
     extra = []
     if "eval_strategy" not in chosen and "validation_file" in chosen:
-        extra += ["--eval_strategy", "steps" if "eval_steps" in chosen else "epoch"]
+        extra += ["--eval_strategy", evaluate]
     if "save_strategy" not in chosen and "load_best_model_at_end" in chosen:
-        given = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word.replace("-", "_") == "__eval_strategy"]
-        extra += ["--save_strategy", (given or extra[1:] or ["epoch"])[0]]
-    return argv + extra
+        extra += ["--save_strategy", evaluate]
+    return extra
 
 
 def _checkpoint(output_dir: str, wanted: str | None) -> str | None:
@@ -327,6 +339,8 @@ def _compute_metrics(task: str, tokenizer: Any) -> Callable[[Any], dict[str, flo
         if isinstance(predictions, tuple):
             predictions = predictions[0]
         if task == "text2text":
+            if predictions.ndim == 3:  # --predict_with_generate false: logits of the given text
+                predictions = predictions.argmax(-1)
             predictions, labels = texts(predictions), texts(labels)
         return metrics_of(task, predictions, labels)
 

@@ -172,7 +172,8 @@ class EPTConfig:
                 f"give at least {embed_dim}"
             )
         fill = _fill_paper if preset == "paper" else _fill_default
-        base = cls.paper(**settings) if preset == "paper" else cls(**settings)
+        # The rank is chosen below; the preset's own may not fit a short max_text_length.
+        base = cls.paper(**{"rank": 0} | settings) if preset == "paper" else cls(**settings)
         config = fill(base, parameters, embed_dim, settings)
         if config.num_parameters(embed_dim) > parameters:
             raise ValueError(
