@@ -117,6 +117,8 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     from .tasks import best_metric, input_limit, is_text_to_text, load_backbone, load_tokenizer
 
     chosen = _given(argv)
+    if "load_best_model_at_end" in chosen and not chosen.keys() & {"validation_file", "dataset_name"}:
+        raise ValueError("--load_best_model_at_end needs a --validation_file to judge by")
     model_args, files, columns, sizes, run, args = train_parser().parse(argv + _strategies(chosen))
     if "output_dir" not in chosen:
         raise ValueError("say where the adapter goes with --output_dir")
@@ -203,7 +205,7 @@ def _strategies(chosen: dict[str, str]) -> list[str]:
     """With rows to validate on, evaluation each epoch unless said; the best model needs checkpoints where it is judged."""
     evaluate = chosen.get("eval_strategy") or ("steps" if "eval_steps" in chosen else "epoch")
     extra = []
-    if "eval_strategy" not in chosen and "validation_file" in chosen:
+    if "eval_strategy" not in chosen and chosen.keys() & {"validation_file", "load_best_model_at_end"}:
         extra += ["--eval_strategy", evaluate]
     if "save_strategy" not in chosen and "load_best_model_at_end" in chosen:
         extra += ["--save_strategy", evaluate]

@@ -347,6 +347,7 @@ def test_the_program_says_its_version_and_commands(capsys):
         ({"--impl": "cuda"}, "impl='cuda'"),
         ({"--eval_strategy": "epoch"}, "needs a --validation_file"),
         ({"--early_stopping_patience": "2"}, "--load_best_model_at_end"),
+        ({"--load_best_model_at_end": "true"}, "needs a --validation_file"),
         ({"--resume_from_checkpoint": "true"}, "no whole checkpoint"),
         ({"--resume_from_checkpoint": "absent"}, "absent is not a whole checkpoint"),
         ({"--lr_scheduler_type": "stairs"}, "stairs"),
