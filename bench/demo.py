@@ -72,13 +72,16 @@ def claim_output_dir(directory: Path, settings: dict) -> None:
     metrics = directory / "metrics.json"
     if not directory.exists() or not any(directory.iterdir()):
         return
-    before = json.loads(metrics.read_text())["settings"] if metrics.is_file() else None
+    try:
+        before = json.loads(metrics.read_text()).get("settings")
+    except (OSError, ValueError):
+        before = None  # cut short, or not the demo's
     if before != settings:
         number = 1
         while (aside := directory.with_name(f"{directory.name}-{number}")).exists():
             number += 1
         os.replace(directory, aside)
-        print(f"{directory}/ held another run ({before or 'no metrics.json'}): it is now {aside}/")
+        print(f"{directory}/ held another run ({before or 'no whole metrics.json'}): it is now {aside}/")
 
 
 def run(directory: Path, settings: dict) -> None:

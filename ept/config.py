@@ -98,6 +98,8 @@ class EPTConfig:
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("init", self.init, INITS)
         _check_choice("impl", self.impl, IMPLEMENTATIONS)
+        if self.init_text is not None and not isinstance(self.init_text, str):
+            raise TypeError(f"init_text={self.init_text!r} must be a string")
         if (self.init == "text") != (self.init_text is not None):
             raise ValueError('init="text" and init_text="some words" go together: give both or neither')
 
@@ -223,8 +225,10 @@ def _fill_paper(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
         rank = 0
         if wants_lowrank:
             rest = (room - length * d) // per_rank
-            rank = base.rank if "rank" in fixed else max(0, min(rest, base.max_text_length))
+            rank = base.rank if "rank" in fixed else max(0, min(rest, base.max_text_length, d))
         left = room - length * d - rank * per_rank
+        if "prompt_length" not in fixed and left >= d:  # the rank is at its limit
+            length, left = length + left // d, left % d
         return left, abs(length - 0.4 * parameters / d), length, rank
 
     _, _, length, rank = min(candidate(s) for s in lengths)

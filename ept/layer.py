@@ -88,6 +88,8 @@ class EPTLayer(nn.Module):
                 f"a soft prompt of {len(soft_prompt)} rows does not fit: prompt_length={s} rows stay and at most "
                 f"max_text_length={covered} more go into the low-rank pair"
             )
+        if not soft_prompt.isfinite().all():
+            raise ValueError("soft_prompt holds NaN or infinity")
         rows = soft_prompt.double() / self.config.embed_scale
         self.prompt.copy_(rows[:s])
         a, b, self.decomposition_error = decompose(rows[s:], self.config.rank)

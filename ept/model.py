@@ -6,6 +6,7 @@ made independent of it here: encoders get their rows right-padded, causal models
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Iterator
@@ -24,12 +25,12 @@ from ept_kernels.reference import text_positions
 from .config import EPTConfig
 from .heads import MeanPoolingForSequenceClassification
 from .layer import EPTLayer
-from .saving import backbone_fingerprint, check_fingerprint, read_adapter, write_adapter
+from .saving import backbone_fingerprint, check_fingerprint, check_weights, read_adapter, write_adapter
 
 __all__ = ["EPTModel", "get_ept_model", "max_text_tokens"]
 
 IGNORE_INDEX = -100  # what transformers' losses skip
-POSITIONS_FROM_MASK = ("bloom",)  # causal models without position_ids that count positions by the mask themselves
+RELATIVE_POSITIONS = ("bloom", "mpt", "falcon")  # causal models without position_ids to whom only distances matter
 
 
 def get_ept_model(
@@ -54,6 +55,8 @@ def get_ept_model(
         ValueError, TypeError: the model or the settings cannot work together, with the reason.
     """
     config = EPTConfig() if config is None else config
+    if not isinstance(config, EPTConfig):
+        raise TypeError(f"config must be an EPTConfig, not {type(config).__name__}: EPTConfig.from_dict makes one")
     wrapped = EPTModel(model, config)
     _init_prompt(wrapped, tokenizer, token_counts, soft_prompt)
     return wrapped
@@ -65,7 +68,11 @@ class EPTModel(nn.Module):
     `forward` takes what the wrapped model's forward takes. Its outputs have the wrapped model's shapes: token-level
     `logits` and `last_hidden_state` [batch, L, …] come without the prompt's rows, in the caller's column order, and
     `labels` line up with them. `hidden_states`, `attentions`, `past_key_values` and `encoder_last_hidden_state` are
-    the backbone's own and include the prompt's s rows.
+    the backbone's own and include the prompt's s rows. The loss is the wrapped model's, on these logits and labels: a
+    causal LM's first column is predicted by nothing the caller sees and does not count, as in the wrapped model.
+
+    In a causal model the prompt stands directly before a row's first text token, after any padding on the left, so that
+    distances and attention windows are those of the row alone. What stands in padding columns of an output is undefined.
 
     Attributes: `base_model` (the wrapped model), `ept` (the EPTLayer), `ept_config`; `config` is the wrapped model's.
     """
@@ -77,9 +84,14 @@ class EPTModel(nn.Module):
         self.config = model.config
         self._kind = _kind_of(model)
         parameters = inspect.signature(model.forward).parameters
-        inner = inspect.signature(model.base_model.forward).parameters if "kwargs" in parameters else {}
-        self._accepts = {name for name in ("position_ids", "token_type_ids") if name in parameters or name in inner}
+        # Whether a head passes on what it takes as **kwargs is known of our own alone.
+        inner = model.encoder if isinstance(model, MeanPoolingForSequenceClassification) else model
+        taken = inspect.signature(inner.forward).parameters
+        self._accepts = {name for name in ("position_ids", "token_type_ids") if name in taken}
+        if getattr(model.config, "alibi", False):
+            self._accepts.discard("position_ids")  # taken and ignored
         embedding = model.get_input_embeddings()
+        _check_inputs_embeds(model, self._kind)
         if config.embed_scale is None:
             config = dataclasses.replace(config, embed_scale=_embedding_rms(embedding))
         prompt_start = config.prompt_start
@@ -90,14 +102,13 @@ class EPTModel(nn.Module):
                 f"prompt_start={prompt_start}: a causal model's prompt stands before the text, where every token sees it; "
                 "leave prompt_start at None"
             )
-        self._max_length = _max_positions(model)
+        self._max_length, self._first_position = _positions(model)
         if self._max_length is not None and config.prompt_length >= self._max_length:
             raise ValueError(
                 f"prompt_length={config.prompt_length} leaves no room for text in the backbone's {self._max_length} positions"
             )
         self.ept_config = config
         weight = embedding.weight
-        _check_inputs_embeds(model, self._kind)
         self.ept = EPTLayer(config, _embedding_width(embedding), prompt_start)
         if not weight.is_meta:
             self.ept.to(weight.device)
@@ -107,9 +118,10 @@ class EPTModel(nn.Module):
             head.requires_grad_(True)
             if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
                 head.float()
-                head.register_forward_pre_hook(_inputs_to_fp32)
+                head.register_forward_pre_hook(_inputs_to_the_heads_dtype)
         # Whether the loss divides by the Trainer's num_items_in_batch: only the causal LM losses do.
-        self.accepts_loss_kwargs = self._kind == "causal" and any(
+        self._shifts_labels = self._kind == "causal" and model.get_output_embeddings() is not None
+        self.accepts_loss_kwargs = self._shifts_labels and any(
             p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
         )
         self._adapter_enabled = True
@@ -136,7 +148,7 @@ class EPTModel(nn.Module):
         )  # fmt: skip
         if not self._adapter_enabled:
             return self.base_model(**{k: v for k, v in given.items() if v is not None}, **kwargs)
-        self._check_inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, kwargs)
+        self._check_inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, kwargs)
         if self._kind == "seq2seq":
             prepared, order = self._prepare_encoder_of_seq2seq(input_ids, inputs_embeds, attention_mask, kwargs)
             prepared |= dict(labels=labels, past_key_values=past_key_values)
@@ -175,23 +187,26 @@ class EPTModel(nn.Module):
             raise ValueError("assisted generation is not supported with EPT: leave out the assistant")
         if kwargs.get("past_key_values") is not None:
             raise ValueError("generate with a given past_key_values is not supported with EPT: pass the whole text")
-        self._check_inputs(
-            input_ids if inputs_embeds is None else None, inputs_embeds, attention_mask, None, None, kwargs
-        )
+        if kwargs.get("prefill_chunk_size") is not None:
+            raise ValueError("prefill_chunk_size is not supported with EPT: leave it out")
+        read_ids = input_ids if inputs_embeds is None else None
+        self._check_inputs(read_ids, inputs_embeds, attention_mask, None, None, None, kwargs)
         if self._kind == "seq2seq":
-            prepared, _ = self._prepare_encoder_of_seq2seq(
-                input_ids if inputs_embeds is None else None, inputs_embeds, attention_mask, {}
-            )
+            prepared, _ = self._prepare_encoder_of_seq2seq(read_ids, inputs_embeds, attention_mask, {})
             return self.base_model.generate(**{k: v for k, v in prepared.items() if v is not None}, **kwargs)
-        if self._kind != "causal":
-            raise TypeError(f"{type(self.base_model).__name__} does not generate text")
+        if not self._shifts_labels or "past_key_values" not in inspect.signature(self.base_model.forward).parameters:
+            raise TypeError(f"{type(self.base_model).__name__} does not generate text with a key-value cache")
         text = input_ids if inputs_embeds is None else inputs_embeds
         if attention_mask is None:
-            attention_mask = torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
-        embeds = self._embed(input_ids, inputs_embeds, attention_mask)
-        mask = self._insert(attention_mask, 1)
+            attention_mask = self._mask_of(text, kwargs)
+        if attention_mask.shape[1] == 0 or (attention_mask.diff(dim=1) < 0).any() or not attention_mask[:, -1].all():
+            raise ValueError("text to go on with must end each row: pad on the left (tokenizer.padding_side = 'left')")
+        leading = _leading_padding(attention_mask)
+        embeds = self._place(self._embed(input_ids, inputs_embeds, attention_mask), leading)
+        mask = self._place(self._insert(attention_mask, 1), leading)
         self._lengths_without_prompt(kwargs, text.shape[1])
-        handle = self.base_model.register_forward_pre_hook(self._update_decoding_step, with_kwargs=True)
+        hook = functools.partial(self._update_decoding_step, leading=leading)
+        handle = self.base_model.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             ids = {} if input_ids is None else {"input_ids": input_ids}
             return self.base_model.generate(**ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
@@ -271,8 +286,16 @@ class EPTModel(nn.Module):
 
     # ------------------------------------------------------------------ files
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **_) -> None:
-        """Writes adapter_config.json and adapter_model.safetensors: the adapter and the head, never the backbone."""
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes adapter_config.json and adapter_model.safetensors: the adapter and the head, never the backbone.
+
+        Raises FloatingPointError, and writes nothing, if a tensor holds NaN or infinity.
+        """
+        for name, tensor in self.adapter_tensors().items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} holds NaN or infinity: the training diverged, lower the learning rate"
+                )
         settings = self.ept_config.to_dict() | {
             "method": "EPT",
             "base_model_name_or_path": getattr(self.config, "_name_or_path", "") or None,
@@ -302,6 +325,7 @@ class EPTModel(nn.Module):
             check_fingerprint(facts["backbone"], backbone_fingerprint(model.config, model.get_input_embeddings()))
         wrapped = cls(model, config)
         wrapped.load_adapter_tensors(tensors, source=str(path))
+        check_weights(path)
         return wrapped
 
     def adapter_tensors(self) -> dict[str, Tensor]:
@@ -340,11 +364,19 @@ class EPTModel(nn.Module):
 
     # ------------------------------------------------------------------ inside
 
+    def _get_name(self) -> str:
+        """The wrapped model's class: transformers' Trainer knows by it whether labels are shifted."""
+        return type(self.base_model).__name__
+
     def _heads(self) -> list[nn.Module]:
         return [self.base_model.get_submodule(name) for name in self.head_names]
 
-    def _check_inputs(self, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, kwargs) -> None:
-        if (input_ids is None) == (inputs_embeds is None) and kwargs.get("encoder_outputs") is None:
+    def _check_inputs(
+        self, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, kwargs
+    ) -> None:
+        name = type(self.base_model).__name__
+        encoded = kwargs.get("encoder_outputs") is not None
+        if (input_ids is None) == (inputs_embeds is None) and not encoded:
             raise ValueError("pass either input_ids or inputs_embeds")
         if input_ids is not None and input_ids.dim() != 2:
             raise ValueError(f"input_ids must be [batch, length], not {tuple(input_ids.shape)}")
@@ -354,13 +386,31 @@ class EPTModel(nn.Module):
                 f"attention_mask must be [batch, length], 1 on text, not {shape}: "
                 "the prompt's columns cannot be added to masks of other forms"
             )
-        for name in ("start_positions", "end_positions"):
-            if kwargs.get(name) is not None:
-                raise ValueError("question answering is not supported: its positions would have to be moved")
+        if kwargs.get("start_positions") is not None or kwargs.get("end_positions") is not None:
+            raise ValueError("question answering is not supported: its positions would have to be moved")
         if position_ids is not None and "position_ids" not in self._accepts:
-            raise ValueError(f"{type(self.base_model).__name__} takes no position_ids: leave them out")
+            raise ValueError(f"{name} takes no position_ids: leave them out")
         if token_type_ids is not None and "token_type_ids" not in self._accepts and token_type_ids.any():
-            raise ValueError(f"{type(self.base_model).__name__} has no token types: leave token_type_ids out")
+            raise ValueError(f"{name} has no token types: leave token_type_ids out")
+        if encoded:
+            return
+        batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        continued = self._kind == "causal" and attention_mask is not None and attention_mask.shape[1] > length
+        given = {"attention_mask": None if continued else attention_mask, "token_type_ids": token_type_ids}
+        given |= {"position_ids": position_ids}
+        if labels is not None and self._labels_are_per_token(labels):
+            given["labels"] = labels
+        for what, tensor in given.items():
+            if tensor is None:
+                continue
+            if tensor.is_floating_point():
+                raise TypeError(f"{what} must hold integers, not {tensor.dtype}")
+            rows = (batch, 1) if what in ("token_type_ids", "position_ids") else (batch,)
+            if tensor.dim() != 2 or tensor.shape[0] not in rows or tensor.shape[1] != length:
+                raise ValueError(
+                    f"{what} is {tuple(tensor.shape)}, but the text is {(batch, length)}: give one entry per text token, "
+                    "none for the prompt"
+                )
 
     def _embed(self, input_ids, inputs_embeds, attention_mask) -> Tensor:
         """The backbone's input [batch, s + L, d]."""
@@ -377,6 +427,17 @@ class EPTModel(nn.Module):
             value = columns.new_full((len(columns), self.ept_config.prompt_length), value)
         start = self.ept.prompt_start
         return torch.cat([columns[:, :start], value, columns[:, start:]], dim=1)
+
+    def _place(self, columns: Tensor, leading: Tensor) -> Tensor:
+        """Columns [batch, s + L, …] with the prompt's moved behind a row's padding on the left, `leading` [batch] wide."""
+        if not leading.any():
+            return columns
+        s, column, lead = self.ept_config.prompt_length, torch.arange(columns.shape[1], device=columns.device), leading
+        lead = lead.unsqueeze(1)
+        source = torch.where(column < lead, column + s, torch.where(column < lead + s, column - lead, column))
+        if columns.dim() == 3:
+            source = source.unsqueeze(-1).expand(-1, -1, columns.shape[2])
+        return columns.gather(1, source)
 
     def _prepare(
         self, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels
@@ -405,19 +466,26 @@ class EPTModel(nn.Module):
         self._check_length(length, attention_mask)
         prepared = {"inputs_embeds": self._embed(input_ids, inputs_embeds, attention_mask)}
         batch = len(prepared["inputs_embeds"])
-        full_mask = None if attention_mask is None else self._insert(attention_mask, 1)
-        prepared["attention_mask"] = full_mask
+        prepared["attention_mask"] = None if attention_mask is None else self._insert(attention_mask, 1)
         if token_type_ids is not None and "token_type_ids" in self._accepts:
             prepared["token_type_ids"] = self._insert(token_type_ids.expand(batch, -1), 0)
         if position_ids is not None:
+            self._check_positions(position_ids)
             prepared["position_ids"] = self._insert_positions(position_ids.expand(batch, -1), attention_mask)
-        elif full_mask is not None and self._kind.startswith("causal"):
-            if "position_ids" in self._accepts:
-                prepared["position_ids"] = text_positions(full_mask).clamp(min=0)
-            elif self.config.model_type not in POSITIONS_FROM_MASK:
-                self._refuse_left_padding(attention_mask)
+        if attention_mask is not None and self._kind.startswith("causal"):
+            leading = _leading_padding(attention_mask)
+            prepared = {key: None if t is None else self._place(t, leading) for key, t in prepared.items()}
+            if "position_ids" in self._accepts and position_ids is None:
+                positions = text_positions(prepared["attention_mask"]).clamp(min=0)
+                prepared["position_ids"] = positions + self._first_position
+            elif position_ids is None and leading.any() and self.config.model_type not in RELATIVE_POSITIONS:
+                raise ValueError(
+                    f"{type(self.base_model).__name__} takes no position_ids, so text after padding would get the wrong "
+                    "positions: " + ("pad on the right" if self._kind == "causal" else "batch rows of one length")
+                )
         if token_labels:
-            if self._kind == "causal":
+            # A column's label stands s columns on, where _trim finds its logits.
+            if self._shifts_labels:
                 labels = labels.clone()
                 labels[:, :1] = IGNORE_INDEX  # the first token is predicted by the prompt, whose logits nobody sees
             labels = self._insert(labels, IGNORE_INDEX)
@@ -451,6 +519,16 @@ class EPTModel(nn.Module):
             moved = moved.where(attention_mask != 0, 0)
         return self._insert(moved, prompt)
 
+    def _check_positions(self, position_ids: Tensor) -> None:
+        limit = self._max_length
+        if limit is None or position_ids.numel() == 0:
+            return
+        highest = int(position_ids.max()) + self.ept_config.prompt_length - self._first_position
+        if highest >= limit:
+            raise ValueError(
+                f"position_ids with the prompt reach {highest}, but the backbone has positions 0 … {limit - 1}"
+            )
+
     def _labels_are_per_token(self, labels: Tensor) -> bool:
         pooled = "SequenceClassification" in type(self.base_model).__name__
         return self._kind != "seq2seq" and not pooled and labels.dim() == 2
@@ -465,13 +543,6 @@ class EPTModel(nn.Module):
             raise ValueError(
                 "position_ids go backwards inside a row: packed sequences are not supported, "
                 "each example would need its own prompt; give one example per row"
-            )
-
-    def _refuse_left_padding(self, attention_mask: Tensor) -> None:
-        if ((attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] == 0)).any():
-            raise ValueError(
-                f"{type(self.base_model).__name__} takes no position_ids, so text after padding would get the wrong "
-                "positions: " + ("pad on the right" if self._kind == "causal" else "batch rows of one length")
             )
 
     def _mask_by_last_token(self, input_ids: Tensor) -> Tensor | None:
@@ -518,43 +589,59 @@ class EPTModel(nn.Module):
         prepared = {k: v for k, v in given.items() if k not in ("token_type_ids", "labels")}
         prepared |= dict(
             inputs_embeds=self.ept.continue_text(x, p),
-            attention_mask=self._insert(attention_mask, 1),
+            attention_mask=self._place(self._insert(attention_mask, 1), _leading_padding(attention_mask)),
             past_key_values=past_key_values,
             labels=given["labels"],
         )
         if "position_ids" in self._accepts:
-            prepared["position_ids"] = (p if position_ids is None else position_ids).clamp(min=0) + s
+            positions = p + self._first_position if position_ids is None else position_ids
+            prepared["position_ids"] = positions.clamp(min=0) + s
         return prepared
 
-    def _update_decoding_step(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """A hook on the wrapped model while it generates: embeds new tokens with their update."""
-        input_ids, position_ids = kwargs.get("input_ids"), kwargs.get("position_ids")
+    def _update_decoding_step(
+        self, module: nn.Module, args: tuple, kwargs: dict, leading: Tensor
+    ) -> tuple[tuple, dict] | None:
+        """A hook on the wrapped model while it generates: embeds new tokens with their update.
+
+        `leading` [batch] is each row's padding before its text; beams and returned sequences repeat the rows.
+        """
+        input_ids, cache, s = kwargs.get("input_ids"), kwargs.get("past_key_values"), self.ept_config.prompt_length
+        kwargs = dict(kwargs)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + self._first_position
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             return args, kwargs
-        s, mask, cache = self.ept_config.prompt_length, kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        kwargs = dict(kwargs, input_ids=None)
+        kwargs["input_ids"] = None
+        leading = leading.repeat_interleave(len(input_ids) // len(leading))
+        column = torch.arange(input_ids.shape[1], device=input_ids.device)
         if cache is not None and cache.get_seq_length() > 0:
-            if position_ids is None:
-                position_ids = text_positions(mask)[:, -input_ids.shape[1] :]
             embeddings = self.base_model.get_input_embeddings()(input_ids)
-            p = (position_ids - s).expand(len(input_ids), -1)
+            p = cache.get_seq_length() - s - leading.unsqueeze(1) + column
             kwargs["inputs_embeds"] = self.ept.continue_text(embeddings, p)
         else:  # generation without a cache repeats the whole text
-            kwargs["inputs_embeds"] = self._embed(input_ids, None, mask[:, s:])
-            if position_ids is not None:
-                kwargs["position_ids"] = text_positions(mask).clamp(min=0)
+            text = (column >= leading.unsqueeze(1)).to(torch.int64)
+            kwargs["inputs_embeds"] = self._place(self._embed(input_ids, None, text), leading)
+            if kwargs.get("position_ids") is not None:
+                positions = text_positions(self._place(self._insert(text, 1), leading)).clamp(min=0)
+                kwargs["position_ids"] = positions + self._first_position
         return args, kwargs
+
+    def _mask_of(self, text: Tensor, kwargs: dict) -> Tensor:
+        """The mask that transformers' generate infers: padding by its id, unless that also ends texts."""
+        config = kwargs.get("generation_config") or self.base_model.generation_config
+        pad, end = (kwargs.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        ends = end if isinstance(end, (list, tuple)) else [end]
+        if text.dim() == 3 or pad is None or pad in ends:
+            return torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
+        return (text != pad).to(torch.int64)
 
     def _lengths_without_prompt(self, kwargs: dict, length: int) -> None:
         """`max_length` and `min_length` count the text: as numbers of new tokens they are free of the prompt."""
-        config = kwargs.get("generation_config")
+        config = kwargs.get("generation_config") or self.base_model.generation_config
         for word in ("max", "min"):
-            given = kwargs.pop(f"{word}_length", None)
-            new = kwargs.get(f"{word}_new_tokens")
-            if config is not None:
-                given = getattr(config, f"{word}_length", None) if given is None else given
-                new = getattr(config, f"{word}_new_tokens", None) if new is None else new
-            if given is not None and new is None:
+            given = kwargs.pop(f"{word}_length", getattr(config, f"{word}_length", None))
+            new = kwargs.get(f"{word}_new_tokens", getattr(config, f"{word}_new_tokens", None))
+            if given and new is None:
                 if word == "max" and given <= length:
                     raise ValueError(f"max_length={given} leaves nothing to generate after {length} tokens of text")
                 kwargs[f"{word}_new_tokens"] = max(0, given - length)
@@ -606,8 +693,11 @@ def _refuse_unsupported(model: Any) -> None:
         raise TypeError(
             f"{name} finds its sentence by input_ids' end tokens: use the encoder or the text-to-text model"
         )
-    if "ForMultipleChoice" in name or "ForQuestionAnswering" in name:
-        raise TypeError(f"{name} is not supported: its inputs or labels are not one row of text with one label")
+    if any(
+        kind in name
+        for kind in ("ForMultipleChoice", "ForQuestionAnswering", "ForNextSentencePrediction", "DoubleHeads")
+    ):
+        raise TypeError(f"{name} is not supported: its inputs or labels are not one row of text with its label")
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
         raise TypeError(f"{name} looks up embeddings for every layer by input_ids, which a soft prompt does not have")
 
@@ -626,9 +716,15 @@ def _kind_of(model: PreTrainedModel) -> str:
 
 
 def _reads_first_token(model: PreTrainedModel) -> bool:
-    """Whether an encoder's classification head reads the first token (all of transformers' do, but for the mean)."""
-    mean = isinstance(model, MeanPoolingForSequenceClassification)
-    return "ForSequenceClassification" in type(model).__name__ and not mean
+    """Whether an encoder's head or pooler reads the first token (all of transformers' do, but for the mean)."""
+    if isinstance(model, MeanPoolingForSequenceClassification):
+        return False
+    return "ForSequenceClassification" in type(model).__name__ or getattr(model, "pooler", None) is not None
+
+
+def _leading_padding(attention_mask: Tensor) -> Tensor:
+    """[batch] columns before each row's first text token."""
+    return ((attention_mask != 0).cumsum(1) == 0).sum(1)
 
 
 def _head_names(model: PreTrainedModel) -> list[str]:
@@ -643,20 +739,21 @@ def _head_names(model: PreTrainedModel) -> list[str]:
 
 def max_text_tokens(model: PreTrainedModel, prompt_length: int) -> int | None:
     """The most text tokens that the backbone `model` has positions for beside the prompt; None: it sets no limit."""
-    positions = _max_positions(model)
+    positions, _ = _positions(model)
     return None if positions is None else positions - prompt_length
 
 
-def _max_positions(model: PreTrainedModel) -> int | None:
-    """How many columns the backbone has positions for; None where it does not limit them."""
+def _positions(model: PreTrainedModel) -> tuple[int | None, int]:
+    """How many columns the backbone has positions for (None: no limit), and the number of the first."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa and its kin start counting after the padding index.
-            used = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - used
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first, first
     if model.config.is_encoder_decoder and not hasattr(model.config, "max_position_embeddings"):
-        return None
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return None, 0
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return (limit if limit is not None and limit > 0 else None), 0
 
 
 def _is_plain(embedding: nn.Module) -> bool:
@@ -689,8 +786,8 @@ def _embedding_rms(embedding: nn.Module) -> float:
 
 @torch.no_grad()
 def _check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
-    """Runs four tokens through the model by ids and by embeddings: EPT is right only where both agree."""
-    embedding = model.get_input_embeddings()
+    """Runs four tokens through the model by ids, by embeddings and beside padding: EPT is right only where all agree."""
+    embedding, name = model.get_input_embeddings(), type(model).__name__
     if any(p.is_meta for p in model.parameters()):
         return
     probed = model.get_encoder() if kind == "seq2seq" else model
@@ -699,24 +796,40 @@ def _check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
     mask = torch.ones_like(ids)
     try:
         model.eval()
+        embeds = embedding(ids)
         by_ids = probed(input_ids=ids, attention_mask=mask, return_dict=True)
-        by_embeds = probed(inputs_embeds=embedding(ids), attention_mask=mask, return_dict=True)
+        by_embeds = probed(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
+        beside_padding = by_embeds
+        if not kind.startswith("causal"):
+            beside_padding = probed(
+                inputs_embeds=torch.cat([embeds, embeds], 1),
+                attention_mask=torch.cat([mask, 0 * mask], 1),
+                return_dict=True,
+            )
+        key = "logits" if "logits" in by_ids else "last_hidden_state"
+        want, got, padded = (out[key].float() for out in (by_ids, by_embeds, beside_padding))
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise TypeError(f"{name} cannot run on inputs_embeds, which EPT needs: {error}") from error
     finally:
         for module, mode in training.items():
             module.training = mode
-    key = "logits" if "logits" in by_ids else "last_hidden_state"
-    a, b = by_ids[key].float(), by_embeds[key].float()
-    # The two passes do the same arithmetic; what differs is a factor or a term that one of them lacks.
-    if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * a.abs().max().item(), equal_nan=True):
+    # The passes do the same arithmetic; what differs is a factor or a term that one of them lacks.
+    close = functools.partial(torch.allclose, rtol=1e-2, atol=1e-2 * want.abs().max().item(), equal_nan=True)
+    if not close(want, got):
         raise TypeError(
-            f"{type(model).__name__} gives other results for inputs_embeds than for input_ids "
+            f"{name} gives other results for inputs_embeds than for input_ids "
             "(it needs the ids for more than the look-up): EPT would be wrong on it"
+        )
+    if not close(want, padded if want.dim() == 2 else padded[:, : want.shape[1]]):
+        raise TypeError(
+            f"{name} lets padding change the text's results (it ignores attention_mask): EPT cannot mend that"
         )
 
 
-def _inputs_to_fp32(module: nn.Module, args: tuple) -> tuple:
+def _inputs_to_the_heads_dtype(module: nn.Module, args: tuple) -> tuple:
     """A hook on a trained head beside a half-precision backbone."""
-    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    dtype = next(module.parameters()).dtype
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 def _label_names(config: Any) -> list[str] | None:

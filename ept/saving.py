@@ -17,7 +17,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "backbone_fingerprint", "check_fingerprint", "read_adapter", "write_adapter"]
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "backbone_fingerprint",
+    "check_fingerprint",
+    "check_weights",
+    "read_adapter",
+    "write_adapter",
+]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -62,6 +70,20 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{directory / WEIGHTS_NAME}: tensor {name} holds NaN or infinity: the training diverged")
     return settings, tensors
+
+
+def check_weights(directory: str | os.PathLike) -> None:
+    """ValueError if the weights of an adapter directory are not those that its config names.
+
+    Apart from `read_adapter`, so that what is wrong with the tensors themselves is said first.
+    """
+    directory = Path(directory)
+    sha256 = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")).get("weights_sha256")
+    if sha256 is not None and hashlib.sha256(_weights(directory, sha256)).hexdigest() != sha256:
+        raise ValueError(
+            f"{directory / WEIGHTS_NAME} is not the file that {CONFIG_NAME} names: copy both again, or delete "
+            '"weights_sha256" from it if you changed the weights on purpose'
+        )
 
 
 def _weights(directory: Path, sha256: str | None) -> bytes:

@@ -104,6 +104,16 @@ class _EPTTrainerMixin:
             raise TypeError(
                 f"{type(self).__name__} trains an EPTModel, not {type(self.model).__name__}: see get_ept_model"
             )
+        if not isinstance(self.args, EPTArguments):
+            raise TypeError(
+                f"{type(self).__name__} needs EPT's learning rates: give it EPTTrainingArguments (or the Seq2Seq form), "
+                f"not {type(self.args).__name__}"
+            )
+        if self.args.bf16_full_eval or self.args.fp16_full_eval:
+            raise ValueError(
+                "bf16_full_eval and fp16_full_eval would round the trained tensors: load the backbone in half precision "
+                "instead, what is trained stays fp32"
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser that `args.optim` names, over `parameter_groups`."""

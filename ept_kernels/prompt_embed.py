@@ -4,6 +4,7 @@ Shapes and symbols as in docs/method.md. All of them take every trained tensor i
 """
 
 import logging
+import math
 
 import torch
 import torch.nn.functional as F
@@ -268,8 +269,10 @@ def _is_traced(tensor: Tensor) -> bool:
 def _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, activation, embed_scale) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown: choose one of {', '.join(map(repr, ACTIVATIONS))}")
-    if not embed_scale > 0:
-        raise ValueError(f"embed_scale={embed_scale} must be positive: it is the RMS of the embeddings' entries")
+    if not 0 < embed_scale < math.inf:
+        raise ValueError(
+            f"embed_scale={embed_scale} must be positive and finite: it is the RMS of the embeddings' entries"
+        )
     if prompt.dim() != 2 or len(prompt) == 0:
         raise ValueError(f"prompt must be [s, d] with s >= 1, not {tuple(prompt.shape)}")
     d = prompt.shape[1]

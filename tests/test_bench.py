@@ -43,6 +43,10 @@ def test_the_demo_moves_another_run_aside_and_says_so(tmp_path, capsys):
     assert directory.exists() and not capsys.readouterr().out
     demo.claim_output_dir(directory, {"steps": 6})
     assert "it is now" in capsys.readouterr().out
+    directory.mkdir()
+    (directory / "metrics.json").write_text("{")
+    demo.claim_output_dir(directory, settings)
+    assert not directory.exists()
     assert json.loads((tmp_path / "demo-1" / "metrics.json").read_text()) == {"settings": settings}
 
 

@@ -23,6 +23,12 @@ def test_a_budget_is_filled_exactly_or_just_below(rows, embed_dim, preset):
         assert 0 <= left < 2 * embed_dim
 
 
+@pytest.mark.parametrize(("parameters", "d", "positions"), [(76_800, 768, 8), (38_400, 384, 16), (10**6, 768, 256)])
+def test_a_budget_is_filled_where_the_rank_is_at_its_limit(parameters, d, positions):
+    config = EPTConfig.for_budget(parameters, d, max_text_length=positions)
+    assert 0 <= parameters - config.num_parameters(d) < d and config.rank <= min(d, positions)
+
+
 def test_sizes_given_with_a_budget_are_kept():
     config = EPTConfig.for_budget(38_400, 384, prompt_length=20)
     assert config.prompt_length == 20 and 37_000 < config.num_parameters(384) <= 38_400

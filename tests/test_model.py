@@ -34,7 +34,7 @@ def classifiers():
     for name in ENCODERS:
         yield f"{name} first token", lambda name=name: backbone(name, SEQ, num_labels=3)
     yield "bert mean", mean_pooling
-    for name in (*CAUSAL, "bloom"):
+    for name in (*CAUSAL, "bloom", "mpt"):
         yield f"{name} last token", lambda name=name: backbone(name, SEQ, num_labels=3, pad_token_id=0)
 
 
@@ -67,7 +67,7 @@ def test_last_hidden_states_come_in_the_callers_columns_however_rows_are_padded(
             torch.testing.assert_close(hidden[i][mask[i] == 1], model(row).last_hidden_state[0], **CLOSE)
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, "bloom"])
+@pytest.mark.parametrize("name", [*CAUSAL, "bloom", "mpt"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_causal_logits_line_up_and_the_loss_is_the_hand_computed_one(name, side):
     model = wrapped(backbone(name, hf.AutoModelForCausalLM))
@@ -180,9 +180,61 @@ def test_positions_that_cannot_be_honoured_are_refused():
         )
     batch, mask = padded([ids(1, 6), ids(1, 3)], "left")
     with pytest.raises(ValueError, match="pad on the right"):
-        wrapped(backbone("mpt", hf.AutoModelForCausalLM))(batch, mask)
-    with pytest.raises(ValueError, match="one length"):
-        wrapped(backbone("mpt", SEQ, pad_token_id=0))(batch, mask)
+        without = wrapped(backbone("gpt2", hf.AutoModelForCausalLM))
+        without._accepts.discard("position_ids")  # as a model with learned positions that takes none
+        without(batch, mask)
+    with pytest.raises(ValueError, match="positions 0 … 63"):
+        wrapped(backbone("gpt2"))(ids(1, 3), position_ids=torch.tensor([[0, 1, 60]]))
+
+
+_WINDOWED = dict(
+    vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    intermediate_size=64, max_position_embeddings=POSITIONS, sliding_window=8, pad_token_id=0,
+)  # fmt: skip
+WINDOWED = {
+    "mistral": lambda: hf.MistralConfig(**_WINDOWED),
+    "gemma3": lambda: hf.Gemma3TextConfig(**_WINDOWED),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_push_the_prompt_out_of_an_attention_window(name, side):
+    rows = [ids(1, 20, seed=1), ids(1, 4, seed=2), ids(1, 1, seed=3)]
+    batch, mask = padded(rows, side)
+    for auto in (hf.AutoModelForCausalLM, SEQ):
+        torch.manual_seed(0)
+        model = wrapped(auto.from_config(WINDOWED[name]()).eval())
+        with torch.no_grad():
+            together = model(batch, mask).logits
+            for i, row in enumerate(rows):
+                want, got = model(row).logits[0], together[i]
+                torch.testing.assert_close(got if auto is SEQ else got[mask[i] == 1], want, **CLOSE)
+
+
+def test_a_causal_token_classifier_keeps_the_label_of_its_first_token():
+    model = wrapped(backbone("llama", hf.AutoModelForTokenClassification, num_labels=4))
+    row, labels = ids(2, 6), torch.randint(4, (2, 6), generator=torch.Generator().manual_seed(0))
+    out = model(row, labels=labels)
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("bert", dict(attention_mask=torch.ones(2, 4, dtype=torch.int64)), "attention_mask is"),
+        ("bert", dict(attention_mask=torch.ones(1, 6, dtype=torch.int64)), "attention_mask is"),
+        ("llama", dict(attention_mask=torch.ones(2, 4, dtype=torch.int64)), "attention_mask is"),
+        ("bert", dict(token_type_ids=torch.zeros(2, 5, dtype=torch.int64)), "token_type_ids is"),
+        ("bert", dict(position_ids=torch.zeros(2, 5, dtype=torch.int64)), "position_ids is"),
+        ("bert", dict(position_ids=torch.zeros(2, 6)), "position_ids must hold integers"),
+        ("bert", dict(labels=torch.zeros(2, 7, dtype=torch.int64)), "labels is"),
+    ],
+)
+def test_inputs_of_another_length_are_refused_instead_of_cut(name, changes, words):
+    auto = hf.AutoModelForTokenClassification if "labels" in changes else hf.AutoModel
+    with pytest.raises((ValueError, TypeError), match=words):
+        wrapped(backbone(name, auto))(ids(2, 6), **changes)
 
 
 def test_without_a_mask_a_pooled_causal_model_finds_the_last_token_by_the_paddings_id():
@@ -296,6 +348,19 @@ def test_print_trainable_parameters_counts_what_trains(capsys):
     assert sum(model.trainable_parameters().values()) == trained
 
 
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_models_that_take_no_positions_generate_the_teacher_forced_argmax_too(name):
+    model = wrapped(backbone(name, hf.AutoModelForCausalLM), all_parts(max_text_length=9))
+    model.base_model.generation_config.eos_token_id = None
+    row, other = ids(1, 6, seed=1), ids(1, 3, seed=2)
+    want = model.generate(row, max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        assert torch.equal(model(want).logits.argmax(-1)[:, 5:-1], want[:, 6:])
+    assert torch.equal(model.generate(row, max_new_tokens=8, do_sample=False, use_cache=False), want)
+    batch, mask = padded([other, row], "left")
+    assert torch.equal(model.generate(batch, mask, max_new_tokens=8, do_sample=False)[1], want[0])
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_greedy_generation_is_the_teacher_forced_argmax_with_and_without_cache(name):
     model = wrapped(backbone(name, hf.AutoModelForCausalLM), all_parts(max_text_length=9))
@@ -317,6 +382,9 @@ def test_greedy_generation_is_the_teacher_forced_argmax_with_and_without_cache(n
     assert torch.equal(together[0, 6:], model.generate(other, **settings)[0, 3:])
     assert model.generate(row, max_length=10, do_sample=False).shape == (1, 10)
     assert model.generate(row, num_beams=3, **settings).shape == (1, 14)
+    batch, mask = padded([other, row], "right")
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(batch, mask, **settings)
 
 
 def test_a_cache_filled_by_forward_continues_the_text():
@@ -403,6 +471,12 @@ REFUSED = {
     "plain module": (lambda: torch.nn.Linear(3, 3), "PreTrainedModel"),
     "T5 sequence classification": (lambda: backbone("t5", SEQ), "end tokens"),
     "multiple choice": (lambda: backbone("bert", hf.AutoModelForMultipleChoice), "not supported"),
+    "a model without attention masks": (
+        lambda: hf.FNetModel(
+            hf.FNetConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, intermediate_size=64)
+        ),
+        "FNetModel",
+    ),
     "question answering": (lambda: backbone("bert", hf.AutoModelForQuestionAnswering), "not supported"),
     "vision": (
         lambda: hf.ViTModel(
@@ -524,6 +598,28 @@ def test_a_damaged_adapter_is_refused_in_one_or_two_lines(name, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
         EPTModel.from_pretrained(mean_pooling(), tmp_path)
     assert len(str(caught.value)) < 450
+
+
+def test_weights_of_another_save_are_refused(tmp_path):
+    wrapped(mean_pooling()).save_pretrained(tmp_path / "a")
+    other = wrapped(mean_pooling())
+    shake(other, seed=5)
+    other.save_pretrained(tmp_path / "b")
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(
+        (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    )
+    with pytest.raises(ValueError, match="copy both again"):
+        EPTModel.from_pretrained(mean_pooling(), tmp_path / "a")
+
+
+def test_an_adapter_with_nan_is_not_saved_over_a_good_one(tmp_path):
+    model = wrapped(mean_pooling())
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.ept.prompt[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="prompt holds NaN"):
+        model.save_pretrained(tmp_path)
+    EPTModel.from_pretrained(mean_pooling(), tmp_path)
 
 
 def test_a_head_that_does_not_fit_is_refused(tmp_path):
