@@ -116,10 +116,10 @@ def finish_stores(AMD: tl.constexpr):
 
 
 @triton.jit
-def arrive(counter, EXPECTED: tl.constexpr, AMD: tl.constexpr):
-    """Whether this program is the last of EXPECTED to arrive; the counter is then back at zero."""
+def arrive(counter, expected, AMD: tl.constexpr):
+    """Whether this program is the last of `expected` to arrive; the counter is then back at zero."""
     finish_stores(AMD)
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == EXPECTED - 1
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == expected - 1
     if last:
         tl.store(counter, 0)
     return last

@@ -30,6 +30,7 @@ from .triton_common import (
     NUM_WARPS,
     PROMPT_TILE,
     SCORE_TILE,
+    SMALLEST_DOT,
     TEXT_TILE,
     activate,
     arrive,
@@ -58,7 +59,8 @@ TICKET, DONE, ORDERED, ARRIVED = (tl.constexpr(i) for i in range(4))  # counters
 ORDER_CHUNK = 1024  # tokens of a row ordered at a time
 BATCH_TILE = 2  # batch rows of a text tile: two gathers in flight per thread
 BATCH_SPAN = 8  # batch rows per program: enough programs to fill a GPU, and A·B shared by as many
-PROJECT_SLICES = 2  # slices of d per project program
+PROJECT_STEP = 4096  # numbers of [B; U; G] per step of a project program: more of them would spill
+PROJECT_PART = 128  # columns of d per project program
 
 
 @triton.jit
@@ -83,15 +85,14 @@ def order_row(row, mask, slots, lengths, counter, length, CHUNK: tl.constexpr, A
 
 @triton.jit
 def project_prompt(
-    block, part, prompt, lowrank_a, lowrank_b, space_down, gate_weight, partial, down, mix, lse, gate, arrived, flag,
+    block, part, parts, prompt, lowrank_a, lowrank_b, space_down, gate_weight, partial, down, mix, lse, gate, arrived, flag,
     num_rows, num_positions, scale,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr,
-    PART: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, POSITIONS: tl.constexpr,
+    PART: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, POSITIONS: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of P·[B; U; G]ᵀ over PART columns of d; the last part to arrive finishes the row block."""
-    PARTS: tl.constexpr = (D + PART - 1) // PART
     PARTIAL: tl.constexpr = R_TILE + KH_TILE + K_TILE
     rows = block * ROWS + tl.arange(0, ROWS)
     valid = rows < num_rows
@@ -99,36 +100,36 @@ def project_prompt(
     y = tl.zeros([ROWS, R_TILE], COMPUTE)
     u = tl.zeros([ROWS, KH_TILE], COMPUTE)
     g = tl.zeros([ROWS, K_TILE], COMPUTE)
-    for offset in range(0, PART, BLOCK_D):
-        columns = part * PART + offset + tl.arange(0, BLOCK_D)
+    for offset in range(0, PART, STEP):
+        columns = part * PART + offset + tl.arange(0, STEP)
         p = load_rows(prompt, rows, valid, columns, D, COMPUTE)
         if R > 0:
             y = multiply(p, load_rows(lowrank_b, ranks, ranks < R, columns, D, COMPUTE).T, y, PRECISION)
         if K > 0:
             u = multiply(p, load_rows(space_down, inners, inners < K * H, columns, D, COMPUTE).T, u, PRECISION)
             g = multiply(p, load_rows(gate_weight, spaces, spaces < K, columns, D, COMPUTE).T, g, PRECISION)
-    base = partial + (block * PARTS + part) * ROWS * PARTIAL
+    base = partial + (block * parts + part) * ROWS * PARTIAL
     local = tl.arange(0, ROWS)
     if R > 0:
         store_block(base, local, local < ROWS, ranks, R_TILE, PARTIAL, y)
     if K > 0:
         store_block(base + R_TILE, local, local < ROWS, inners, KH_TILE, PARTIAL, u)
         store_block(base + R_TILE + KH_TILE, local, local < ROWS, spaces, K_TILE, PARTIAL, g)
-    if arrive(arrived, PARTS, AMD):
+    if arrive(arrived, parts, AMD):
         finish_projection(
-            block, lowrank_a, partial + block * PARTS * ROWS * PARTIAL, down, mix, lse, gate,
+            block, parts, lowrank_a, partial + block * parts * ROWS * PARTIAL, down, mix, lse, gate,
             num_rows, num_positions, scale,
-            D, R, K, H, R_TILE, K_TILE, KH_TILE, PARTS, ROWS, POSITIONS, ACTIVATION, COMPUTE, PRECISION,
+            D, R, K, H, R_TILE, K_TILE, KH_TILE, ROWS, POSITIONS, ACTIVATION, COMPUTE, PRECISION,
         )  # fmt: skip
         release(flag, AMD)
 
 
 @triton.jit
 def finish_projection(
-    block, lowrank_a, partial, down, mix, lse, gate, num_rows, num_positions, scale,
+    block, parts, lowrank_a, partial, down, mix, lse, gate, num_rows, num_positions, scale,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """down = P·[B; U; G]ᵀ and mix = [T, w ∘ σ(P·Uᵀ)], what [c·B; V] is multiplied by; lse for the backward."""
@@ -141,7 +142,7 @@ def finish_projection(
     if R > 0:
         ranks = tl.arange(0, R_TILE)
         y = tl.zeros([ROWS, R_TILE], COMPUTE)
-        for part in range(PARTS):
+        for part in range(parts):
             y += load_written(partial + part * ROWS * PARTIAL, local, local < ROWS, ranks, R_TILE, PARTIAL)
         store_block(down, rows, valid, ranks, R, DOWN, y)
         score_scale = scale / D**0.5
@@ -165,7 +166,7 @@ def finish_projection(
         inners, spaces = tl.arange(0, KH_TILE), tl.arange(0, K_TILE)
         u = tl.zeros([ROWS, KH_TILE], COMPUTE)
         g = tl.zeros([ROWS, K_TILE], COMPUTE)
-        for part in range(PARTS):
+        for part in range(parts):
             base = partial + part * ROWS * PARTIAL + R_TILE
             u += load_written(base, local, local < ROWS, inners, KH_TILE, PARTIAL)
             g += load_written(base + KH_TILE, local, local < ROWS, spaces, K_TILE, PARTIAL)
@@ -174,7 +175,7 @@ def finish_projection(
         weight = softmax_spaces(g, K, K_TILE)
         store_block(gate, rows, valid, spaces, K, K, weight)
         spread = space_of_column(K_TILE, H, KH_TILE, COMPUTE)
-        weight_of_column = multiply(weight, spread, tl.zeros([ROWS, KH_TILE], COMPUTE), "ieee")
+        weight_of_column = multiply(weight, spread, tl.zeros([ROWS, KH_TILE], COMPUTE), PRECISION)
         store_block(mix + R, rows, valid, inners, K * H, MIX, weight_of_column * activate(u, ACTIVATION))
 
 
@@ -299,18 +300,18 @@ def forward_kernel(
     text_tiles, order_items, project_items, text_items, prompt_items,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Q: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr, Q_TILE: tl.constexpr, BLOCK_D: tl.constexpr,
-    PART: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, POSITIONS: tl.constexpr, CHUNK: tl.constexpr,
-    BATCH: tl.constexpr, SPAN: tl.constexpr, PROMPT_SPAN: tl.constexpr,
+    PART: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, POSITIONS: tl.constexpr,
+    CHUNK: tl.constexpr, BATCH: tl.constexpr, SPAN: tl.constexpr, PROMPT_SPAN: tl.constexpr,
     GATHER: tl.constexpr, MASK: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr, SAVE: tl.constexpr,
     ROLE: tl.constexpr, ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     SLICES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    PARTS: tl.constexpr = (D + PART - 1) // PART
     FUSION_R: tl.constexpr = R if FUSION else 0
     MIXES: tl.constexpr = FUSION_R + K > 0  # whether P* is more than e·P
     scale = tl.full((), scale, COMPUTE)
     unit = tl.full((), embed_scale, COMPUTE)
     blocks = (num_rows + ROWS - 1) // ROWS
+    parts = project_items // blocks
     flags = counter + ARRIVED + blocks
     item = tl.atomic_add(counter + TICKET, 1, sem="relaxed") if ROLE == "all" else tl.program_id(0)
 
@@ -320,12 +321,12 @@ def forward_kernel(
         item -= order_items
     if ROLE == "all" or ROLE == "project":
         if MIXES and item >= 0 and item < project_items:
-            block = item // PARTS
+            block = item // parts
             project_prompt(
-                block, item % PARTS, prompt, lowrank_a, lowrank_b, space_down, gate_weight,
+                block, item % parts, parts, prompt, lowrank_a, lowrank_b, space_down, gate_weight,
                 partial, down, mix, lse, gate, counter + ARRIVED + block, flags + block,
                 num_rows, num_positions, scale,
-                D, FUSION_R, K, H, R_TILE, K_TILE, KH_TILE, PART, ROWS, BLOCK_D, POSITIONS,
+                D, FUSION_R, K, H, R_TILE, K_TILE, KH_TILE, PART, ROWS, STEP, POSITIONS,
                 ACTIVATION, COMPUTE, PRECISION, AMD,
             )  # fmt: skip
         item -= project_items
@@ -413,7 +414,7 @@ def forward(
     dtype = down.dtype
     block_d = column_tile(d, source.element_size())
     slices, blocks = triton.cdiv(d, block_d), triton.cdiv(s, PROMPT_TILE)
-    part = min(PROJECT_SLICES, slices) * block_d
+    part = min(PROJECT_PART, tile_of(d))
     mixes = down.numel() > 0
     span = BATCH_TILE if q else BATCH_SPAN
     text_tiles = triton.cdiv(length, TEXT_TILE)
@@ -425,6 +426,7 @@ def forward(
     }
     tiles = dict(R_TILE=tile_of(r), K_TILE=tile_of(k), KH_TILE=tile_of(k * h), Q_TILE=tile_of(q), BLOCK_D=block_d)
     partial_width = tiles["R_TILE"] + tiles["KH_TILE"] + tiles["K_TILE"]
+    step = min(part, max(SMALLEST_DOT, PROJECT_STEP // triton.next_power_of_2(partial_width)))
     partial = down.new_empty(items[PROJECT] * PROMPT_TILE * partial_width)
     with on_device(prompt), counters.take(3 + 2 * blocks, prompt.device) as counter:
         def launch(role, programs):
@@ -434,7 +436,7 @@ def forward(
                 out, slots, lengths, inner, down, mix, lse, gate, partial, counter,
                 batch, length, s, 0 if lowrank_a is None else len(lowrank_a), prompt_start,
                 source.stride(-2), scale, embed_scale, text_tiles, *items.values(),
-                D=d, R=r, K=k, H=h, Q=q, **tiles, PART=part, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE,
+                D=d, R=r, K=k, H=h, Q=q, **tiles, PART=part, STEP=step, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE,
                 POSITIONS=SCORE_TILE, CHUNK=ORDER_CHUNK, BATCH=BATCH_TILE, SPAN=span, PROMPT_SPAN=BATCH_SPAN,
                 GATHER=ids is not None, MASK=mask is not None, UPDATE=lowrank_update and r > 0,
                 FUSION=fusion and r > 0, SAVE=save, ROLE=role, ACTIVATION=activation,
