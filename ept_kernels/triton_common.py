@@ -175,7 +175,7 @@ def on_device(tensor: Tensor):
 
 
 def launch_mode() -> str:
-    """EPT_LAUNCH: "single" (one launch, work by ticket) or "sequence" (the same roles one after another, no waiting)."""
+    """EPT_LAUNCH: "single" (one launch, work by ticket) or "sequence" (a launch per role, no waiting inside any)."""
     mode = os.environ.get("EPT_LAUNCH", "single")
     if mode not in LAUNCH_MODES:
         raise ValueError(f"EPT_LAUNCH={mode!r} is unknown: choose one of {', '.join(map(repr, LAUNCH_MODES))}")

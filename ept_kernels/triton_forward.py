@@ -85,8 +85,8 @@ def order_row(row, mask, slots, lengths, counter, length, CHUNK: tl.constexpr, A
 
 @triton.jit
 def project_prompt(
-    block, part, parts, prompt, lowrank_a, lowrank_b, space_down, gate_weight, partial, down, mix, lse, gate, arrived, flag,
-    num_rows, num_positions, scale,
+    block, part, parts, prompt, lowrank_a, lowrank_b, space_down, gate_weight, partial, down, mix, lse, gate,
+    arrived, flag, num_rows, num_positions, scale,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr,
     PART: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, POSITIONS: tl.constexpr,
@@ -243,7 +243,7 @@ def locate(
     first_row, last_row, slot, ids, slots, lengths, length, source_stride,
     BATCH: tl.constexpr, SLOTS: tl.constexpr, GATHER: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """For BATCH × SLOTS: batch rows, tokens, offsets of their rows in the source, whether text, whether there at all."""
+    """For BATCH × SLOTS: batch rows, tokens, their rows' offsets in the source, whether text, whether there at all."""
     row = first_row + tl.arange(0, BATCH)
     exists = (row < last_row)[:, None] & (slot < length)[None, :]
     index = row.to(tl.int64)[:, None] * length + slot[None, :]
@@ -315,12 +315,12 @@ def forward_kernel(
     flags = counter + ARRIVED + blocks
     item = tl.atomic_add(counter + TICKET, 1, sem="relaxed") if ROLE == "all" else tl.program_id(0)
 
-    if ROLE == "all" or ROLE == "order":
+    if MASK and (ROLE == "all" or ROLE == "order"):
         if item < order_items:
             order_row(item, mask, slots, lengths, counter + ORDERED, length, CHUNK, AMD)
         item -= order_items
-    if ROLE == "all" or ROLE == "project":
-        if MIXES and item >= 0 and item < project_items:
+    if MIXES and (ROLE == "all" or ROLE == "project"):
+        if item >= 0 and item < project_items:
             block = item // parts
             project_prompt(
                 block, item % parts, parts, prompt, lowrank_a, lowrank_b, space_down, gate_weight,
@@ -351,7 +351,7 @@ def forward_kernel(
                 ACTIVATION, COMPUTE, PRECISION,
             )  # fmt: skip
         item -= text_items
-    if ROLE == "all" or ROLE == "prompt":
+    if ROLE == "all" or ROLE == "prompt":  # noqa: SIM102  the first is known to the compiler, the second is not
         if item >= 0 and item < prompt_items:
             block = item % blocks
             rest = item // blocks
@@ -429,6 +429,7 @@ def forward(
     step = min(part, max(SMALLEST_DOT, PROJECT_STEP // triton.next_power_of_2(partial_width)))
     partial = down.new_empty(items[PROJECT] * PROMPT_TILE * partial_width)
     with on_device(prompt), counters.take(3 + 2 * blocks, prompt.device) as counter:
+
         def launch(role, programs):
             forward_kernel[(programs,)](
                 ids, source, mask if mask is None or mask.dtype != torch.bool else mask.view(torch.uint8),
@@ -474,4 +475,3 @@ def empty_results(
         torch.empty(s, r + k * h, **kept),
         torch.empty(s if r else 0, **kept),
     )
-
