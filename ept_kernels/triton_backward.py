@@ -37,6 +37,7 @@ from .triton_common import (
     NUM_WARPS,
     PROMPT_TILE,
     SCORE_TILE,
+    SMALLEST_DOT,
     TEXT_TILE,
     activate,
     activation_slope,
@@ -56,6 +57,8 @@ from .triton_common import (
 )
 from .triton_forward import locate
 
+WEIGHTS_TILE = 4096  # numbers of dB, dU, dV and dG that a program of the second launch adds up in registers
+WEIGHTS_STAGES = 1  # its loops are short and full of dots: loading ahead would only spill
 UNROLL = 8  # batch rows in flight while dX is summed: 8 × 16 bytes per thread
 TOKEN_BATCH = 2  # batch rows per program that needs all of d at once
 SLOT_SHARES = 4  # programs that share the slots of a slice of dB (and dW, dD)
@@ -270,10 +273,11 @@ def weights_of_text(
     batch, length, text_slots, covered_slots, num_rows, prompt_start, source_stride, scale, unit,
     D: tl.constexpr, R: tl.constexpr, B_R: tl.constexpr, Q: tl.constexpr,
     R_TILE: tl.constexpr, Q_TILE: tl.constexpr,
-    SLOTS: tl.constexpr, BLOCK_D: tl.constexpr, GATHER: tl.constexpr, MASK: tl.constexpr,
+    SLOTS: tl.constexpr, BATCH: tl.constexpr, BLOCK_D: tl.constexpr, GATHER: tl.constexpr, MASK: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial dB, dW and dD of BLOCK_D columns over every `shares`-th tile of slots."""
+    TOKENS: tl.constexpr = BATCH * SLOTS
     columns = part * BLOCK_D + tl.arange(0, BLOCK_D)
     ranks, token_ranks = tl.arange(0, R_TILE), tl.arange(0, Q_TILE)
     db = tl.zeros([R_TILE, BLOCK_D], COMPUTE)
@@ -283,23 +287,24 @@ def weights_of_text(
         slot = first + tl.arange(0, SLOTS)
         if Q > 0:
             total = tl.zeros([SLOTS, BLOCK_D], COMPUTE)
-            for start in range(batch):
-                grad, _, text, _ = load_grad(
-                    start, start + 1, slot, columns, grad_out, slots, lengths, length, num_rows, prompt_start,
-                    D, 1, SLOTS, MASK, COMPUTE,
+            for start in range(0, batch, BATCH):
+                grad, _, text, exists = load_grad(
+                    start, batch, slot, columns, grad_out, slots, lengths, length, num_rows, prompt_start,
+                    D, BATCH, SLOTS, MASK, COMPUTE,
                 )  # fmt: skip
-                grad = tl.sum(tl.where(text[:, :, None], grad, 0.0), 0)
-                total += grad
-                _, _, source_row, _, exists = locate(
-                    start, start + 1, slot, ids, slots, lengths, length, source_stride, 1, SLOTS, GATHER, MASK
+                grad = tl.where(text[:, :, None], grad, 0.0)
+                total += tl.sum(grad, 0)
+                row, _, source_row, _, _ = locate(
+                    start, batch, slot, ids, slots, lengths, length, source_stride, BATCH, SLOTS, GATHER, MASK
                 )
                 inside = exists[:, :, None] & (columns < D)[None, None, :]
                 x = tl.load(source + source_row[:, :, None] + columns[None, None, :], inside, other=0.0).to(COMPUTE)
-                saved_row = tl.full((), 1, tl.int64) * start * length + slot
-                z = load_rows(inner, saved_row, slot < length, token_ranks, Q, COMPUTE)
-                g = load_rows(inner_grad, saved_row, slot < length, token_ranks, Q, COMPUTE)
-                dw = multiply(activate(z, ACTIVATION).T, grad, dw, PRECISION)
-                dd = multiply(g.T, tl.sum(x, 0), dd, PRECISION)
+                saved_row = tl.reshape(row.to(tl.int64)[:, None] * length + slot[None, :], [TOKENS])
+                saved = tl.reshape(exists, [TOKENS])
+                z = load_rows(inner, saved_row, saved, token_ranks, Q, COMPUTE)
+                g = load_rows(inner_grad, saved_row, saved, token_ranks, Q, COMPUTE)
+                dw = multiply(activate(z, ACTIVATION).T, tl.reshape(grad, [TOKENS, BLOCK_D]), dw, PRECISION)
+                dd = multiply(g.T, tl.reshape(x, [TOKENS, BLOCK_D]), dd, PRECISION)
         else:
             total = load_rows(dc, slot, slot < covered_slots, columns, D, COMPUTE)
         if R > 0:
@@ -470,7 +475,7 @@ def weights_kernel(
     scale: tl.float64, embed_scale: tl.float64, shares, da_parts, prompt_items, text_items,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Q: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr, Q_TILE: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, POSITIONS: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, POSITIONS: tl.constexpr, BATCH: tl.constexpr,
     GATHER: tl.constexpr, MASK: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
@@ -499,7 +504,8 @@ def weights_kernel(
                 part, item // SLICES - prompt_items // SLICES, shares,
                 ids, source, grad_out, slots, lengths, lowrank_a, inner, inner_grad, dc, partial,
                 batch, length, text_slots, covered_slots, num_rows, prompt_start, source_stride, scale, unit,
-                D, UPDATE_R, B_R, Q, R_TILE, Q_TILE, SLOTS, BLOCK_D, GATHER, MASK, ACTIVATION, COMPUTE, PRECISION,
+                D, UPDATE_R, B_R, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, GATHER, MASK,
+                ACTIVATION, COMPUTE, PRECISION,
             )  # fmt: skip
         if FUSION or item >= prompt_items:  # noqa: SIM102  Triton evaluates both sides of `and`
             if arrive(counter + part, arrivals, AMD):
@@ -563,7 +569,10 @@ def backward(
     dtype = down.dtype
     block_d = column_tile(d, grad_out.element_size())
     slices, blocks = triton.cdiv(d, block_d), triton.cdiv(s, PROMPT_TILE)
-    tiles = dict(R_TILE=tile_of(r), K_TILE=tile_of(k), KH_TILE=tile_of(k * h), Q_TILE=tile_of(q), BLOCK_D=block_d)
+    tiles = dict(R_TILE=tile_of(r), K_TILE=tile_of(k), KH_TILE=tile_of(k * h), Q_TILE=tile_of(q))
+    accumulated = tiles["R_TILE"] + 2 * tiles["KH_TILE"] + tiles["K_TILE"]
+    weights_d = min(block_d, max(SMALLEST_DOT, WEIGHTS_TILE // triton.next_power_of_2(accumulated)))
+    weights_slices = triton.cdiv(d, weights_d)
     covered = min(n, length) if update else 0
     text_slots = length if q else covered
     text_tiles = triton.cdiv(length if q or input_grad else covered, TEXT_TILE)
@@ -572,7 +581,7 @@ def backward(
     b_rank = r if update or fusion else 0
     common = dict(
         D=d, R=r, K=k, H=h, Q=q, **tiles, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE, POSITIONS=SCORE_TILE,
-        MASK=masked, UPDATE=update, FUSION=fusion, ACTIVATION=activation, COMPUTE=triton_dtype(dtype),
+        BATCH=TOKEN_BATCH, MASK=masked, UPDATE=update, FUSION=fusion, ACTIVATION=activation, COMPUTE=triton_dtype(dtype),
         num_warps=NUM_WARPS,
     )  # fmt: skip
 
@@ -582,22 +591,23 @@ def backward(
     dc = down.new_empty(0 if q else covered, d)
     da_partial = down.new_empty(da_parts, covered, r)
     inner_grad = torch.empty_like(inner)
-    with on_device(prompt), counters.take(max(blocks, slices), prompt.device) as counter:
+    with on_device(prompt), counters.take(max(blocks, weights_slices), prompt.device) as counter:
         flags = backend_flags(dtype)
         reduce_kernel[(blocks * slices + text_tiles * da_parts,)](
             grad_out, grad_gate, slots, lengths, lowrank_a, lowrank_b, space_up, token_down, token_up,
             inner, down, mix, lse, y_sum, partial, small, dc, da_partial, inner_grad, dx, counter,
             batch, length, s, n, covered, prompt_start, scale, embed_scale, blocks * slices, text_tiles,
-            BATCH=TOKEN_BATCH, UNROLL_BY=UNROLL, GATE_GRAD=grad_gate is not None and k > 0, INPUT_GRAD=input_grad,
+            BLOCK_D=block_d, UNROLL_BY=UNROLL, GATE_GRAD=grad_gate is not None and k > 0, INPUT_GRAD=input_grad,
             **common, **flags,
         )  # fmt: skip
         partial = down.new_empty(shares + fusion, b_rank + 2 * q, d)
         position_items = triton.cdiv(n, SCORE_TILE) if b_rank else 0
-        weights_kernel[(slices * (1 + shares) + position_items,)](
+        weights_kernel[(weights_slices * (1 + shares) + position_items,)](
             ids, source, grad_out, slots, lengths, prompt, lowrank_a, lowrank_b, space_down, gate_weight,
             inner, inner_grad, down, mix, lse, y_sum, small, dc, da_partial, partial, counter, *weight_grads,
             batch, length, s, n, covered, text_slots, prompt_start, source.stride(-2), scale, embed_scale,
-            shares, da_parts, slices, slices * shares, GATHER=ids is not None, **common, **flags,
+            shares, da_parts, weights_slices, weights_slices * shares, GATHER=ids is not None, BLOCK_D=weights_d,
+            num_stages=WEIGHTS_STAGES, **common, **flags,
         )  # fmt: skip
     return grads
 

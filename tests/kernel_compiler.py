@@ -36,7 +36,8 @@ SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942":
 class _Utils:
     @staticmethod
     def get_device_properties(device):
-        return {"max_shared_mem": 64 << 10, "warpSize": 32, "multiprocessor_count": 132, "max_num_regs": 65536}
+        limit = SHARED[device.removeprefix("compiling-")]
+        return {"max_shared_mem": limit, "warpSize": 32, "multiprocessor_count": 132, "max_num_regs": 65536}
 
     @staticmethod
     def load_binary(name, binary, shared, device):
