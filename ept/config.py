@@ -1,0 +1,259 @@
+"""EPTConfig: every setting of an EPT adapter, validated on creation; presets and the choice of sizes for a budget."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ept_kernels import ACTIVATIONS, IMPLEMENTATIONS
+
+__all__ = ["EPTConfig"]
+
+INITS = ("vocab", "text", "normal", "decompose")
+
+# Sizes beyond these are typing errors, not models: no backbone has as many positions or columns.
+LIMITS = {
+    "prompt_length": 10_000,
+    "max_text_length": 10_000_000,
+    "rank": 100_000,
+    "num_spaces": 10_000,
+    "space_dim": 100_000,
+    "token_rank": 100_000,
+    "prompt_start": 10_000,
+}
+
+
+@dataclass
+class EPTConfig:
+    """Settings of an EPT adapter. Symbols as in docs/method.md.
+
+    Args:
+        prompt_length: s, rows of the short prompt.
+        max_text_length: N, text positions that the low-rank update covers.
+        rank: r of the low-rank pair; 0 turns update and fusion off.
+        num_spaces, space_dim: K and h of the spaces; K = 0 turns them off.
+        token_rank: q of the token-conditioned update; 0 turns it off.
+        alpha: the low-rank pair is scaled by c = alpha / √rank.
+        activation: σ of spaces and token-conditioned update.
+        lowrank_update, fusion, spaces, token_update: switches of the parts, for ablations.
+        prompt_start: text column at which the prompt stands; None means 1 for encoder classifiers whose head reads
+            the first token, 0 for everything else.
+        embed_scale: e, the RMS of the backbone's embeddings; None measures it, 1.0 turns the units off.
+        init: start of P: "vocab" (rows of sampled frequent tokens), "text" (rows of `init_text`'s words), "normal",
+            or "decompose" (from a trained soft prompt, given to `get_ept_model`).
+        init_text: the words for init="text".
+        backbone_dropout: True keeps the frozen backbone's dropout on in training; it is off by default.
+        impl: implementation of `ept_kernels.prompt_embed`.
+
+    Raises:
+        ValueError, TypeError: a setting that cannot work, with the reason.
+    """
+
+    prompt_length: int = 8
+    max_text_length: int = 256
+    rank: int = 0
+    num_spaces: int = 0
+    space_dim: int = 2
+    token_rank: int = 24
+    alpha: float = 8.0
+    activation: str = "silu"
+    lowrank_update: bool = True
+    fusion: bool = True
+    spaces: bool = True
+    token_update: bool = True
+    prompt_start: int | None = None
+    embed_scale: float | None = None
+    init: str = "vocab"
+    init_text: str | None = None
+    backbone_dropout: bool = False
+    impl: str = "auto"
+
+    def __post_init__(self):
+        for name in ("prompt_length", "max_text_length", "space_dim"):
+            self._check_size(name, minimum=1)
+        for name in ("rank", "num_spaces", "token_rank"):
+            self._check_size(name, minimum=0)
+        if self.prompt_start is not None:
+            self._check_size("prompt_start", minimum=0)
+        for name in ("lowrank_update", "fusion", "spaces", "token_update", "backbone_dropout"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
+        for name in ("alpha", "embed_scale"):
+            value = getattr(self, name)
+            if name == "embed_scale" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r} must be a number")
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value} must be positive and finite")
+            setattr(self, name, float(value))
+        if self.rank > self.max_text_length:
+            raise ValueError(
+                f"rank={self.rank} is larger than max_text_length={self.max_text_length}: the low-rank pair cannot "
+                "have a higher rank than it has rows; lower rank"
+            )
+        _check_choice("activation", self.activation, ACTIVATIONS)
+        _check_choice("init", self.init, INITS)
+        _check_choice("impl", self.impl, IMPLEMENTATIONS)
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError('init="text" and init_text="some words" go together: give both or neither')
+
+    def _check_size(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} must be a whole number")
+        if not minimum <= value <= LIMITS[name]:
+            raise ValueError(f"{name}={value} must be in {minimum} … {LIMITS[name]}")
+
+    @property
+    def scale(self) -> float:
+        """c = alpha / √rank."""
+        return self.alpha / math.sqrt(self.rank) if self.rank else 0.0
+
+    @property
+    def has_lowrank(self) -> bool:
+        """Whether A and B exist: one of the parts that read them is on."""
+        return self.rank > 0 and (self.lowrank_update or self.fusion)
+
+    @property
+    def has_spaces(self) -> bool:
+        return self.num_spaces > 0 and self.spaces
+
+    @property
+    def has_token_update(self) -> bool:
+        return self.token_rank > 0 and self.token_update
+
+    def parameters_by_part(self, embed_dim: int) -> dict[str, int]:
+        """Trained parameters of each part that is on, for embeddings of width `embed_dim`."""
+        parts = {"prompt": self.prompt_length * embed_dim}
+        if self.has_lowrank:
+            parts["lowrank"] = (self.max_text_length + embed_dim) * self.rank
+        if self.has_spaces:
+            parts["spaces"] = self.num_spaces * (2 * self.space_dim + 1) * embed_dim
+        if self.has_token_update:
+            parts["token"] = 2 * self.token_rank * embed_dim
+        return parts
+
+    def num_parameters(self, embed_dim: int) -> int:
+        """Trained parameters without a task head: s·d + N·r + r·d + 2·K·d·h + d·K + 2·q·d over the parts that are on."""
+        return sum(self.parameters_by_part(embed_dim).values())
+
+    @classmethod
+    def paper(cls, **settings: Any) -> "EPTConfig":
+        """The paper's form: all parts but the token-conditioned update. T5-base's 76,800 parameters by default."""
+        preset = dict(prompt_length=40, rank=30, num_spaces=4, space_dim=2, token_rank=0, token_update=False)
+        return cls(**preset | settings)
+
+    @classmethod
+    def for_budget(cls, parameters: int, embed_dim: int, *, preset: str = "paper", **settings: Any) -> "EPTConfig":
+        """The sizes that fill a budget of trained parameters exactly or just below.
+
+        Args:
+            parameters: the budget, without a task head.
+            embed_dim: d, width of the backbone's word embeddings.
+            preset: "paper" divides the budget as the paper's T5-base setting does (40 % prompt, 40 % low-rank pair,
+                20 % spaces: [reading]); "default" gives the prompt `prompt_length` rows and the rest to the
+                token-conditioned update [ours].
+            settings: any field of EPTConfig; a size given here is kept and the others fill the rest.
+
+        Raises:
+            ValueError: the budget is too small, or the given sizes already exceed it.
+        """
+        _check_choice("preset", preset, ("paper", "default"))
+        for name, value in (("parameters", parameters), ("embed_dim", embed_dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive whole number")
+        if parameters < embed_dim:
+            raise ValueError(
+                f"a budget of {parameters} parameters does not hold one prompt row of width {embed_dim}: "
+                f"give at least {embed_dim}"
+            )
+        fill = _fill_paper if preset == "paper" else _fill_default
+        base = cls.paper(**settings) if preset == "paper" else cls(**settings)
+        config = fill(base, parameters, embed_dim, settings)
+        if config.num_parameters(embed_dim) > parameters:
+            raise ValueError(
+                f"the given sizes take {config.num_parameters(embed_dim)} parameters, more than the budget of "
+                f"{parameters}: raise the budget or lower one of {', '.join(settings)}"
+            )
+        return config
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "EPTConfig":
+        """The config of a plain dictionary. Raises ValueError on an unknown key."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ValueError(f"unknown setting(s) {', '.join(unknown)}: EPTConfig has {', '.join(sorted(known))}")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+
+
+def _fill_paper(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
+    """Prompt 40 %, spaces up to 20 %, low-rank pair the rest; then the prompt moves a little to close the gap."""
+    base = _fit_spaces(base, parameters, d, fixed)
+    spaces = base.parameters_by_part(d).get("spaces", 0)
+    token = base.parameters_by_part(d).get("token", 0)
+    room = parameters - spaces - token
+    per_rank = base.max_text_length + d
+    wants_lowrank = base.lowrank_update or base.fusion
+
+    if "prompt_length" in fixed:
+        lengths = [base.prompt_length]
+    elif "rank" in fixed or not wants_lowrank:
+        rest = room - (base.rank * per_rank if wants_lowrank else 0)
+        lengths = [max(1, rest // d)]
+    else:
+        target = 0.4 * parameters / d
+        low, high = max(1, math.floor(0.75 * target)), max(1, math.ceil(1.25 * target))
+        lengths = [s for s in range(low, high + 1) if s * d <= room] or [max(1, room // d)]
+
+    def candidate(length: int) -> tuple[int, float, int, int]:
+        rank = 0
+        if wants_lowrank:
+            rest = (room - length * d) // per_rank
+            rank = base.rank if "rank" in fixed else max(0, min(rest, base.max_text_length))
+        left = room - length * d - rank * per_rank
+        return left, abs(length - 0.4 * parameters / d), length, rank
+
+    _, _, length, rank = min(candidate(s) for s in lengths)
+    return dataclasses.replace(base, prompt_length=length, rank=rank)
+
+
+def _fit_spaces(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
+    """The most spaces (at most 4), then the widest, that a fifth of the budget holds."""
+    if not base.spaces or ("num_spaces" in fixed and "space_dim" in fixed) or fixed.get("num_spaces") == 0:
+        return base
+    share = parameters // (5 * d)
+    numbers = [base.num_spaces] if "num_spaces" in fixed else [4, 3, 2]
+    for number in numbers:
+        width = base.space_dim if "space_dim" in fixed else (share // number - 1) // 2
+        if width >= 1 and number * (2 * width + 1) <= share:
+            return dataclasses.replace(base, num_spaces=number, space_dim=width)
+    if "num_spaces" in fixed:
+        return dataclasses.replace(base, space_dim=1)
+    return dataclasses.replace(base, num_spaces=0)
+
+
+def _fill_default(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
+    """The prompt keeps its rows (at most a fifth of the budget), the token-conditioned update takes the rest."""
+    if "prompt_length" not in fixed:
+        base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, parameters // (5 * d))))
+    if "token_rank" in fixed or not base.token_update:
+        others = base.num_parameters(d) - base.prompt_length * d
+        if "prompt_length" not in fixed:
+            base = dataclasses.replace(base, prompt_length=max(1, (parameters - others) // d))
+        return base
+    rest = parameters - dataclasses.replace(base, token_rank=0).num_parameters(d)
+    base = dataclasses.replace(base, token_rank=max(0, rest // (2 * d)))
+    left = parameters - base.num_parameters(d)
+    if "prompt_length" not in fixed and left >= d:
+        base = dataclasses.replace(base, prompt_length=base.prompt_length + left // d)
+    return base

@@ -1,0 +1,74 @@
+"""A classification or regression head on the mean of an encoder's text tokens.
+
+Sentence encoders (MiniLM, MPNet, E5, …) are trained with mean pooling; the first-token head that
+`AutoModelForSequenceClassification` puts on a BERT reads a token that they never trained.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+__all__ = ["MeanPoolingForSequenceClassification"]
+
+
+class MeanPoolingForSequenceClassification(PreTrainedModel):
+    """A pretrained encoder with a linear head on the mean of its text tokens' last hidden states.
+
+    Labels and loss are those of transformers' sequence classification: `config.problem_type`, or by `num_labels`
+    and the labels' dtype (1 label: mean squared error; integer labels: cross entropy; float: one sigmoid each).
+    """
+
+    config_class = PretrainedConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    # The encoder has already chosen its attention; this class must not veto it.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, encoder: PreTrainedModel, num_labels: int = 2, problem_type: str | None = None):
+        encoder.config.num_labels = num_labels
+        encoder.config.problem_type = problem_type
+        super().__init__(encoder.config)
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, num_labels)
+        nn.init.normal_(self.classifier.weight, std=getattr(encoder.config, "initializer_range", 0.02))
+        nn.init.zeros_(self.classifier.bias)
+
+    @classmethod
+    def from_encoder(cls, name_or_path: str, num_labels: int = 2, problem_type: str | None = None, **kwargs):
+        """The model for a pretrained encoder's hub name or directory; `kwargs` go to `AutoModel.from_pretrained`."""
+        return cls(AutoModel.from_pretrained(name_or_path, **kwargs), num_labels, problem_type)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        pooling_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """`pooling_mask` [batch, L] says which positions the mean covers; default: `attention_mask`."""
+        outputs = self.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        mask = attention_mask if pooling_mask is None else pooling_mask
+        if mask is None:
+            mask = torch.ones(hidden.shape[:2], device=hidden.device)
+        # Half-precision sums over many tokens lose bits; the head is fp32 anyway.
+        weight = (mask != 0).to(torch.promote_types(hidden.dtype, torch.float32)).unsqueeze(-1)
+        pooled = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+        logits = self.classifier(pooled.to(self.classifier.weight.dtype))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        output = SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return output.to_tuple() if return_dict is False else output

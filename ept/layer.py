@@ -1,0 +1,160 @@
+"""EPTLayer: the trained tensors of EPT and the drop-in layer that makes a frozen backbone's input from them."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import ept_kernels
+
+from .config import EPTConfig
+
+__all__ = ["EPTLayer", "decompose"]
+
+
+class EPTLayer(nn.Module):
+    """The EPT parameters for embeddings of width d, in fp32 and in units of `embed_scale`.
+
+    Args:
+        config: sizes and switches. `config.embed_scale` must be known here (None is measured by `get_ept_model`).
+        embed_dim: d.
+        prompt_start: text column of the prompt.
+
+    Tensors that belong to parts that are off are None. B, V and W start at zero, so that the layer starts as a plain
+    short soft prompt; A ~ N(0, 1/√r), U, D, G ~ N(0, 1/√d) (second argument: standard deviation); P ~ N(0, 1) until
+    `init_prompt` puts something better there.
+    """
+
+    def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
+        super().__init__()
+        if config.embed_scale is None:
+            raise ValueError("config.embed_scale is not set: give the embeddings' RMS, or 1.0 for plain units")
+        if config.rank > embed_dim:
+            raise ValueError(f"rank={config.rank} is larger than the embeddings' width {embed_dim}: lower rank")
+        if config.has_spaces and config.space_dim > embed_dim:
+            raise ValueError(f"space_dim={config.space_dim} is larger than the embeddings' width {embed_dim}: lower it")
+        if config.has_token_update and config.token_rank > embed_dim:
+            raise ValueError(f"token_rank={config.token_rank} is larger than the embeddings' width {embed_dim}")
+        self.config, self.embed_dim, self.prompt_start = config, embed_dim, prompt_start
+        shapes: dict[str, tuple[int, ...] | None] = {
+            "prompt": (config.prompt_length, embed_dim),
+            "lowrank_a": (config.max_text_length, config.rank) if config.has_lowrank else None,
+            "lowrank_b": (config.rank, embed_dim) if config.has_lowrank else None,
+            "space_down": (config.num_spaces, config.space_dim, embed_dim) if config.has_spaces else None,
+            "space_up": (config.num_spaces, config.space_dim, embed_dim) if config.has_spaces else None,
+            "gate_weight": (config.num_spaces, embed_dim) if config.has_spaces else None,
+            "token_down": (config.token_rank, embed_dim) if config.has_token_update else None,
+            "token_up": (config.token_rank, embed_dim) if config.has_token_update else None,
+        }
+        for name, shape in shapes.items():
+            parameter = None if shape is None else nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+            self.register_parameter(name, parameter)
+        self.decomposition_error: float | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The start values of docs/method.md, from torch's global random numbers."""
+        self.prompt.normal_()
+        if self.lowrank_a is not None:
+            self.lowrank_a.normal_(std=1 / math.sqrt(self.config.rank))
+            self.lowrank_b.zero_()
+        if self.gate_weight is not None:
+            self.space_down.normal_(std=1 / math.sqrt(self.embed_dim))
+            self.space_up.zero_()
+            self.gate_weight.normal_(std=1 / math.sqrt(self.embed_dim))
+        if self.token_down is not None:
+            self.token_down.normal_(std=1 / math.sqrt(self.embed_dim))
+            self.token_up.zero_()
+
+    @torch.no_grad()
+    def init_prompt(self, rows: Tensor) -> None:
+        """P from embeddings [n, d] in the backbone's own size: repeated or cut to s rows, put into units of e."""
+        repeats = -(-self.config.prompt_length // len(rows))
+        rows = rows.repeat(repeats, 1)[: self.config.prompt_length]
+        self.prompt.copy_(rows.to(self.prompt) / self.config.embed_scale)
+
+    @torch.no_grad()
+    def init_decompose(self, soft_prompt: Tensor) -> float:
+        """P and c·A·B from a trained soft prompt Q [m, d] in the backbone's own size; see `decompose`.
+
+        Returns and keeps as `decomposition_error` the relative reconstruction error of Q[s:].
+        """
+        if soft_prompt.dim() != 2 or soft_prompt.shape[1] != self.embed_dim:
+            raise ValueError(f"soft_prompt must be [m, {self.embed_dim}], not {tuple(soft_prompt.shape)}")
+        s, covered = self.config.prompt_length, self.config.max_text_length
+        if self.lowrank_a is None:
+            raise ValueError('init="decompose" needs the low-rank pair: give rank >= 1')
+        if not s <= len(soft_prompt) <= s + covered:
+            raise ValueError(
+                f"a soft prompt of {len(soft_prompt)} rows does not fit: prompt_length={s} rows stay and at most "
+                f"max_text_length={covered} more go into the low-rank pair"
+            )
+        rows = soft_prompt.double() / self.config.embed_scale
+        self.prompt.copy_(rows[:s])
+        a, b, self.decomposition_error = decompose(rows[s:], self.config.rank)
+        self.lowrank_a.zero_()
+        self.lowrank_a[: len(a)] = a / math.sqrt(self.config.scale)
+        self.lowrank_b.copy_(b / math.sqrt(self.config.scale))
+        return self.decomposition_error
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        embedding_weight: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The backbone's input [batch, s + L, d] from `input_ids` and E, or from `inputs_embeds` [batch, L, d]."""
+        settings = dict(prompt_start=self.prompt_start, lowrank_update=self.config.lowrank_update)
+        settings |= self._prompt_settings() | self._token_settings()
+        if inputs_embeds is not None:
+            return ept_kernels.prompt_embed_inputs(inputs_embeds, attention_mask, *self._prompt_tensors(), **settings)
+        return ept_kernels.prompt_embed(
+            input_ids, attention_mask, embedding_weight, *self._prompt_tensors(), **settings
+        )
+
+    def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor) -> Tensor:
+        """[batch, n, d] embeddings of text that follows a cached prefix, updated for their positions [batch, n]."""
+        a, b = (self.lowrank_a, self.lowrank_b) if self.config.lowrank_update else (None, None)
+        return ept_kernels.text_update(
+            inputs_embeds, text_positions, a, b,
+            scale=self.config.scale, embed_scale=self.config.embed_scale, **self._token_settings(),
+        )  # fmt: skip
+
+    def reconstruct(self) -> tuple[Tensor, Tensor]:
+        """P* [s, d] in the backbone's own size, and the gate's weights [s, K]."""
+        return ept_kernels.reconstruct_prompt(*self._prompt_tensors(), **self._prompt_settings())
+
+    def _prompt_tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.prompt, self.lowrank_a, self.lowrank_b, self.space_down, self.space_up, self.gate_weight)
+
+    def _prompt_settings(self) -> dict:
+        return dict(
+            scale=self.config.scale, embed_scale=self.config.embed_scale, activation=self.config.activation,
+            fusion=self.config.fusion, impl=self.config.impl,
+        )  # fmt: skip
+
+    def _token_settings(self) -> dict:
+        return dict(token_down=self.token_down, token_up=self.token_up, activation=self.config.activation)
+
+    def extra_repr(self) -> str:
+        parts = self.config.parameters_by_part(self.embed_dim)
+        return ", ".join(f"{part}: {count:,}" for part, count in parts.items())
+
+
+def decompose(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best rank-r approximation of a matrix [m, d] as A [m, r] times B [r, d], √Σ on both sides (truncated SVD).
+
+    Returns A, B and the relative error ‖M − A·B‖ / ‖M‖, measured on the factors; by Eckart and Young it equals
+    √(Σ of the discarded squared singular values / Σ of all).
+    """
+    left, singular, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    root = singular[:rank].sqrt()
+    a = matrix.new_zeros(len(matrix), rank, dtype=torch.float64)
+    b = matrix.new_zeros(rank, matrix.shape[1], dtype=torch.float64)
+    a[:, : len(root)] = left[:, :rank] * root
+    b[: len(root)] = root[:, None] * right[:rank]
+    norm = torch.linalg.matrix_norm(matrix.double())
+    error = torch.linalg.matrix_norm(matrix.double() - a @ b)
+    return a, b, (error / norm).item() if norm > 0 else 0.0

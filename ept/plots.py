@@ -1,0 +1,44 @@
+"""Pictures of an adapter and of its training. Needs matplotlib (the extra `train`)."""
+
+import os
+
+from torch import Tensor
+
+__all__ = ["plot_gates", "plot_loss"]
+
+
+def _figure(columns: int, size: tuple[float, float]):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'ept[train]'") from error
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def plot_gates(after: Tensor, before: Tensor | None = None, path: str | os.PathLike | None = None):
+    """Heat maps of the gate's weights [s, K], prompt rows × spaces; written to `path` if given. Returns the figure."""
+    if after.dim() != 2 or after.shape[1] == 0:
+        raise ValueError("this adapter has no spaces, so there is no gate to plot: use num_spaces >= 1")
+    maps = {"after training": after} if before is None else {"before training": before, "after training": after}
+    figure, axes = _figure(len(maps), (3.2 * len(maps), 4.2))
+    highest = max(t.max().item() for t in maps.values())
+    for axis, (title, weights) in zip(axes, maps.items(), strict=True):
+        image = axis.imshow(weights.detach().float().cpu(), aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+        axis.set(title=title, xlabel="space", ylabel="prompt row", xticks=range(weights.shape[1]))
+    figure.colorbar(image, ax=axes, label="gate weight")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_loss(curves: dict[str, tuple[list[float], list[float]]], path: str | os.PathLike | None = None):
+    """Training loss over steps, one curve (steps, losses) per method; written to `path` if given. Returns the figure."""
+    figure, (axis,) = _figure(1, (6, 4))
+    for name, (steps, losses) in curves.items():
+        axis.plot(steps, losses, label=name)
+    axis.set(xlabel="step", ylabel="training loss")
+    axis.legend()
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure

@@ -1,0 +1,139 @@
+"""Adapter directories: adapter_config.json beside adapter_model.safetensors, written atomically, read with suspicion.
+
+A save puts the new weights beside the old ones under a pending name, then replaces the config, which names the
+weights' SHA-256, then gives the weights their final name. Killed at any point, the directory holds one whole adapter:
+the reader takes the pending file when it is the one that the config names.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor, nn
+
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "backbone_fingerprint", "check_fingerprint", "read_adapter", "write_adapter"]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PENDING_NAME = "adapter_model.pending.safetensors"
+
+
+def write_adapter(directory: str | os.PathLike, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes settings and tensors into `directory` (made if absent) so that a kill leaves the old or the new adapter."""
+    directory = Path(directory)
+    if directory.is_file():
+        raise NotADirectoryError(f"{directory} is a file: give a directory to save the adapter in")
+    directory.mkdir(parents=True, exist_ok=True)
+    _promote_pending(directory)
+    blob = dump_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
+    text = json.dumps(settings | {"weights_sha256": hashlib.sha256(blob).hexdigest()}, indent=2) + "\n"
+    _write(directory / PENDING_NAME, blob)
+    _write(directory / (CONFIG_NAME + ".new"), text.encode())
+    os.replace(directory / (CONFIG_NAME + ".new"), directory / CONFIG_NAME)
+    os.replace(directory / PENDING_NAME, directory / WEIGHTS_NAME)
+
+
+def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of an adapter directory; ValueError or FileNotFoundError says what is wrong with it."""
+    directory = Path(directory)
+    config_file = directory / CONFIG_NAME
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{directory} holds no {CONFIG_NAME}: give a directory that save_pretrained wrote")
+    try:
+        settings = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not valid JSON ({error}): the file is damaged, save again") from error
+    if not isinstance(settings, dict) or settings.get("method") != "EPT":
+        raise ValueError(
+            f'{config_file} is not an EPT adapter (it lacks "method": "EPT"): was it made by another tool?'
+        )
+    blob = _weights(directory, settings.pop("weights_sha256", None))
+    try:
+        tensors = load_tensors(blob)
+    except SafetensorError as error:
+        raise ValueError(f"{directory / WEIGHTS_NAME} is truncated or damaged ({error}): copy it again") from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{directory / WEIGHTS_NAME}: tensor {name} holds NaN or infinity: the training diverged")
+    return settings, tensors
+
+
+def _weights(directory: Path, sha256: str | None) -> bytes:
+    pending, final = directory / PENDING_NAME, directory / WEIGHTS_NAME
+    if pending.is_file():
+        blob = pending.read_bytes()
+        if hashlib.sha256(blob).hexdigest() == sha256:
+            return blob
+    if not final.is_file():
+        raise FileNotFoundError(f"{directory} holds no {WEIGHTS_NAME}: the copy is incomplete")
+    return final.read_bytes()
+
+
+def _promote_pending(directory: Path) -> None:
+    """Finishes a save that was killed between its two replacements, before a new one overwrites the pending file."""
+    pending, config_file = directory / PENDING_NAME, directory / CONFIG_NAME
+    if not (pending.is_file() and config_file.is_file()):
+        return
+    try:
+        sha256 = json.loads(config_file.read_text(encoding="utf-8")).get("weights_sha256")
+    except ValueError:
+        return
+    if hashlib.sha256(pending.read_bytes()).hexdigest() == sha256:
+        os.replace(pending, directory / WEIGHTS_NAME)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# What must agree between the backbone that an adapter was trained on and the one it is put on.
+_CONFIG_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+def backbone_fingerprint(config: Any, embedding: nn.Module) -> dict[str, Any]:
+    """What identifies a backbone: facts of its config, and its word embeddings.
+
+    The embeddings' SHA-256 is compared where the dtype is the same; a sample of entries, to a bfloat16's precision,
+    where it is not, so that an adapter trained beside a bf16 backbone loads onto the fp32 one.
+    """
+    weight = embedding.weight.detach()
+    facts = {key: getattr(config, key) for key in _CONFIG_KEYS if getattr(config, key, None) is not None}
+    facts["embedding_shape"] = list(weight.shape)
+    if weight.is_meta:
+        return facts
+    flat = weight.contiguous().view(torch.uint8).flatten().cpu().numpy()
+    sample = weight.flatten()[:: max(1, weight.numel() // 64)][:64]
+    return facts | {
+        "embedding_dtype": str(weight.dtype).removeprefix("torch."),
+        "embedding_sha256": hashlib.sha256(flat).hexdigest(),
+        "embedding_sample": [float(f"{value:.6g}") for value in sample.float().tolist()],
+    }
+
+
+def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """ValueError if the two backbones differ, naming the first difference."""
+    hint = "load the backbone that the adapter was trained on, or pass ignore_backbone_mismatch=True"
+    for key in (*_CONFIG_KEYS, "embedding_shape"):
+        if saved.get(key) != current.get(key):
+            raise ValueError(
+                f"the adapter belongs to another backbone: {key} was {saved.get(key)}, here it is {current.get(key)}; {hint}"
+            )
+    if "embedding_sha256" not in saved or "embedding_sha256" not in current:
+        return
+    if saved["embedding_dtype"] == current["embedding_dtype"]:
+        same = saved["embedding_sha256"] == current["embedding_sha256"]
+    else:
+        # bfloat16 keeps 8 bits: a value moves by at most 2^-8 of itself; two roundings (fp16 and bf16) by twice that.
+        a, b = torch.tensor(saved["embedding_sample"]), torch.tensor(current["embedding_sample"])
+        same = torch.allclose(a, b, rtol=2**-7, atol=1e-6)
+    if not same:
+        raise ValueError(f"the adapter belongs to another backbone: its word embeddings differ; {hint}")

@@ -1,0 +1,186 @@
+"""Training through transformers' Trainer: the optimiser's learning rates, adapter checkpoints, the gate's health.
+
+`EPTTrainer` and `EPTSeq2SeqTrainer` are transformers' trainers with three differences: every part of EPT has its own
+learning rate, checkpoints hold the adapter instead of the backbone, and each evaluation logs the gate.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+
+from .model import EPTModel
+from .saving import read_adapter
+
+__all__ = [
+    "EPTSeq2SeqTrainer",
+    "EPTSeq2SeqTrainingArguments",
+    "EPTTrainer",
+    "EPTTrainingArguments",
+    "last_checkpoint",
+    "parameter_groups",
+]
+
+# In units of the embeddings' RMS (docs/method.md), found on MiniLM with the three tasks of bench/compare.py.
+PROMPT_LEARNING_RATE = 0.09
+LEARNING_RATE = 0.018
+DOWN_LEARNING_RATE = 0.001
+HEAD_LEARNING_RATE = 0.02
+
+
+@dataclass
+class EPTArguments:
+    """The learning rates of EPT's parts, in units of the embeddings' RMS; mixed into transformers' arguments."""
+
+    learning_rate: float = field(
+        default=LEARNING_RATE, metadata={"help": "Rate of the tensors that start at zero: B, V and W."}
+    )
+    prompt_learning_rate: float = field(default=PROMPT_LEARNING_RATE, metadata={"help": "Rate of the short prompt P."})
+    down_learning_rate: float = field(
+        default=DOWN_LEARNING_RATE, metadata={"help": "Rate of the tensors that feed them: A, U, D and the gate G."}
+    )
+    head_learning_rate: float = field(default=HEAD_LEARNING_RATE, metadata={"help": "Rate of a task head."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "The learning rates' schedule."})
+    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps; below 1 it is a share of all steps."})
+
+
+@dataclass
+class EPTTrainingArguments(EPTArguments, TrainingArguments):
+    """transformers' TrainingArguments with EPT's learning rates and their defaults."""
+
+
+@dataclass
+class EPTSeq2SeqTrainingArguments(EPTArguments, Seq2SeqTrainingArguments):
+    """transformers' Seq2SeqTrainingArguments with EPT's learning rates and their defaults."""
+
+
+UP = ("lowrank_b", "space_up", "token_up")
+DOWN = ("lowrank_a", "space_down", "gate_weight", "token_down")
+
+
+def parameter_groups(
+    model: EPTModel,
+    *,
+    learning_rate: float = LEARNING_RATE,
+    prompt_learning_rate: float = PROMPT_LEARNING_RATE,
+    down_learning_rate: float = DOWN_LEARNING_RATE,
+    head_learning_rate: float = HEAD_LEARNING_RATE,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """The optimiser's groups: the prompt, what starts at zero, what feeds it, and the head; no decay on P and biases."""
+    head = [(name, p) for name, p in model.base_model.named_parameters() if p.requires_grad]
+    named = dict(model.ept.named_parameters())
+    groups = [
+        (prompt_learning_rate, 0.0, [named["prompt"]]),
+        (learning_rate, weight_decay, [named[name] for name in UP if name in named]),
+        (down_learning_rate, weight_decay, [named[name] for name in DOWN if name in named]),
+        (head_learning_rate, weight_decay, [p for name, p in head if not name.endswith("bias")]),
+        (head_learning_rate, 0.0, [p for name, p in head if name.endswith("bias")]),
+    ]
+    return [{"params": params, "lr": lr, "weight_decay": decay} for lr, decay, params in groups if params]
+
+
+class _EPTTrainerMixin:
+    """What both trainers add to transformers' own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.model, EPTModel):
+            raise TypeError(
+                f"{type(self).__name__} trains an EPTModel, not {type(self.model).__name__}: see get_ept_model"
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser that `args.optim` names, over `parameter_groups`."""
+        if self.optimizer is None:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rates = {name: getattr(self.args, name) for name in EPTArguments.__dataclass_fields__ if "rate" in name}
+            groups = parameter_groups(self.model, **rates, weight_decay=self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """transformers' `train`; True resumes from the last whole checkpoint, passing over one that a kill cut short."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no whole checkpoint to resume from: train from the start"
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        health = gate_health(self.model.gate_weights())
+        if health:
+            self.log(health)
+        return metrics | health
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if not self.args.should_save:
+            return
+        self.model.save_pretrained(output_dir)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_adapter(self.state.best_model_checkpoint)
+
+    def _load_adapter(self, directory: str) -> None:
+        self.model.load_adapter_tensors(read_adapter(directory)[1], source=directory)
+
+
+class EPTTrainer(_EPTTrainerMixin, Trainer):
+    """transformers' Trainer for an EPTModel; use it with EPTTrainingArguments."""
+
+
+class EPTSeq2SeqTrainer(_EPTTrainerMixin, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer for an EPTModel; use it with EPTSeq2SeqTrainingArguments."""
+
+
+def gate_health(gate: Tensor) -> dict[str, float]:
+    """Mean weight of each space over the prompt rows, and the rows' mean entropy over ln K (1: uniform, 0: one space).
+
+    A space whose mean weight goes to 0 is dead. Empty for an adapter without spaces.
+    """
+    num_spaces = gate.shape[1]
+    if num_spaces == 0:
+        return {}
+    health = {f"gate_mean_{k}": mean for k, mean in enumerate(gate.mean(0).tolist())}
+    if num_spaces > 1:
+        entropy = -(gate * gate.clamp_min(1e-12).log()).sum(1).mean() / torch.tensor(float(num_spaces)).log()
+        health["gate_entropy"] = entropy.item()
+    return health
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest whole checkpoint-N in a directory, or None.
+
+    The Trainer writes trainer_state.json last, so a checkpoint that a kill cut short lacks it or breaks off in it.
+    """
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and _parses(path / TRAINER_STATE_NAME):
+            found.append((int(match[1]), str(path)))
+    return max(found)[1] if found else None
+
+
+def _parses(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

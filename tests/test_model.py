@@ -1,0 +1,535 @@
+"""EPTModel on every kind of transformers model: padding, labels, positions, files, refusals."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from tiny_models import (
+    CAUSAL,
+    ENCODERS,
+    POSITIONS,
+    VOCAB,
+    WIDTH,
+    all_parts,
+    backbone,
+    ids,
+    mean_pooling,
+    padded,
+    shake,
+    wrapped,
+)
+from torch.nn import functional as F
+
+from ept import EPTConfig, EPTModel, MeanPoolingForSequenceClassification, get_ept_model
+
+SEQ = hf.AutoModelForSequenceClassification
+# Rounding of fp32 through two small layers; a wrong position or a seen pad moves the logits by 1e-2 and more.
+CLOSE = dict(rtol=1e-4, atol=1e-5)
+
+
+def classifiers():
+    for name in ENCODERS:
+        yield f"{name} first token", lambda name=name: backbone(name, SEQ, num_labels=3)
+    yield "bert mean", mean_pooling
+    for name in (*CAUSAL, "bloom"):
+        if name == "bloom":
+            continue  # takes no position_ids: see the refusal below
+        yield f"{name} last token", lambda name=name: backbone(name, SEQ, num_labels=3, pad_token_id=0)
+
+
+CLASSIFIERS = dict(classifiers())
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_classified_row_gives_the_same_logits_however_it_is_padded(kind, side):
+    model = wrapped(CLASSIFIERS[kind]())
+    rows = [ids(1, 11, seed=1), ids(1, 4, seed=2), ids(1, 1, seed=3)]
+    batch, mask = padded(rows, side)
+    with torch.no_grad():
+        logits = model(batch, mask).logits
+        for row, got in zip(rows, logits, strict=True):
+            torch.testing.assert_close(got, model(row).logits[0], **CLOSE)
+            torch.testing.assert_close(got, model(row, torch.ones_like(row)).logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *CAUSAL])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_last_hidden_states_come_in_the_callers_columns_however_rows_are_padded(name, side):
+    model = wrapped(backbone(name))
+    rows = [ids(1, 11, seed=1), ids(1, 4, seed=2)]
+    batch, mask = padded(rows, side)
+    with torch.no_grad():
+        hidden = model(batch, mask).last_hidden_state
+        assert hidden.shape[:2] == batch.shape
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(hidden[i][mask[i] == 1], model(row).last_hidden_state[0], **CLOSE)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_causal_logits_line_up_and_the_loss_is_the_hand_computed_one(name, side):
+    model = wrapped(backbone(name, hf.AutoModelForCausalLM))
+    rows = [ids(1, 11, seed=1), ids(1, 4, seed=2)]
+    batch, mask = padded(rows, side)
+    labels = batch.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        out = model(batch, mask, labels=labels)
+        assert out.logits.shape == (2, 11, VOCAB)
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(out.logits[i][mask[i] == 1], model(row).logits[0], **CLOSE)
+    by_hand = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, by_hand)
+    assert torch.equal(labels, batch.masked_fill(mask == 0, -100))
+
+
+@pytest.mark.parametrize("keep", [1, 3, 11])
+def test_logits_to_keep_counts_columns_of_the_text(keep):
+    model = wrapped(backbone("llama", hf.AutoModelForCausalLM))
+    with torch.no_grad():
+        whole = model(ids(2, 11)).logits
+        torch.testing.assert_close(model(ids(2, 11), logits_to_keep=keep).logits, whole[:, -keep:])
+        columns = torch.tensor([0, 4])
+        torch.testing.assert_close(model(ids(2, 11), logits_to_keep=columns).logits, whole[:, columns])
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_encoder_decoder_gives_the_same_loss_and_logits_however_its_text_is_padded(name, side):
+    model = wrapped(backbone(name, hf.AutoModelForSeq2SeqLM))
+    rows, labels = [ids(1, 11, seed=1), ids(1, 4, seed=2)], ids(2, 6, seed=3)
+    batch, mask = padded(rows, side, pad=model.config.pad_token_id)
+    with torch.no_grad():
+        out = model(batch, mask, labels=labels)
+        torch.testing.assert_close(out.loss, F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(out.logits[i], model(row, labels=labels[i : i + 1]).logits[0], **CLOSE)
+        again = model(encoder_outputs=(out.encoder_last_hidden_state,), attention_mask=mask, labels=labels)
+        torch.testing.assert_close(again.logits, out.logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_token_labels_line_up_with_token_logits(name):
+    for auto in (hf.AutoModelForTokenClassification, hf.AutoModelForMaskedLM):
+        model = wrapped(backbone(name, auto, num_labels=4))
+        batch, mask = padded([ids(1, 9, seed=1), ids(1, 5, seed=2)], "left")
+        labels = torch.where(mask == 1, torch.randint(4, batch.shape), -100)
+        out = model(batch, mask, labels=labels)
+        torch.testing.assert_close(out.loss, F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
+
+
+def test_classification_and_regression_losses_are_the_hand_computed_ones():
+    batch, mask = padded([ids(1, 9, seed=1), ids(1, 5, seed=2)], "right")
+    for make in (lambda n: backbone("bert", SEQ, num_labels=n), lambda n: mean_pooling(num_labels=n)):
+        out = (model := wrapped(make(3)))(batch, mask, labels=torch.tensor([2, 0]))
+        torch.testing.assert_close(out.loss, F.cross_entropy(out.logits, torch.tensor([2, 0])))
+        assert model.config.num_labels == 3
+        out = wrapped(make(1))(batch, mask, labels=torch.tensor([0.5, -1.0]))
+        torch.testing.assert_close(out.loss, F.mse_loss(out.logits[:, 0], torch.tensor([0.5, -1.0])))
+
+
+def test_as_many_labels_as_columns_are_not_mistaken_for_token_labels():
+    model = wrapped(backbone("bert", SEQ, num_labels=9))
+    assert model(ids(2, 4)).logits.shape == (2, 9)  # 4 columns and 5 prompt rows
+    out = model(ids(2, 9), labels=torch.rand(2, 9))
+    assert out.logits.shape == (2, 9) and out.loss.isfinite()
+
+
+def test_the_mean_covers_the_text_alone():
+    base = mean_pooling()
+    model = wrapped(base)
+    row = ids(1, 6)
+    with torch.no_grad():
+        out = model(row, output_hidden_states=True)
+        text = out.hidden_states[-1][:, 5:].mean(1)
+        torch.testing.assert_close(out.logits, base.classifier(text))
+        padded_row, mask = padded([row, ids(1, 9)], "right")
+        torch.testing.assert_close(base(padded_row, mask).logits[:1], base(row).logits, **CLOSE)
+
+
+def test_an_encoder_with_a_first_token_head_keeps_its_first_token_first():
+    assert wrapped(backbone("bert", SEQ)).ept.prompt_start == 1
+    assert wrapped(mean_pooling()).ept.prompt_start == 0
+    assert wrapped(backbone("llama", SEQ, pad_token_id=0)).ept.prompt_start == 0
+    assert wrapped(backbone("bert", SEQ), all_parts(prompt_start=0)).ept.prompt_start == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_explicit_positions_are_honoured(name):
+    model = wrapped(backbone(name))
+    row = ids(1, 6)
+    with torch.no_grad():
+        plain = model(row).last_hidden_state
+        torch.testing.assert_close(model(row, position_ids=torch.arange(6)[None]).last_hidden_state, plain)
+        other = model(row, position_ids=torch.tensor([[0, 1, 2, 10, 11, 12]])).last_hidden_state
+        assert (other - plain).abs().max() > 1e-3
+        batch, mask = padded([row, ids(1, 9)], "left")
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        torch.testing.assert_close(
+            model(batch, mask, position_ids=positions).last_hidden_state[0, 3:], plain[0], **CLOSE
+        )
+
+
+def test_positions_that_cannot_be_honoured_are_refused():
+    with pytest.raises(ValueError, match="packed"):
+        wrapped(backbone("llama", hf.AutoModelForCausalLM))(ids(1, 6), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    with pytest.raises(ValueError, match="takes no position_ids"):
+        wrapped(backbone("t5", hf.AutoModelForSeq2SeqLM))(
+            ids(1, 6), position_ids=torch.arange(6)[None], labels=ids(1, 2)
+        )
+    batch, mask = padded([ids(1, 6), ids(1, 3)], "left")
+    with pytest.raises(ValueError, match="pad on the right"):
+        wrapped(backbone("bloom", hf.AutoModelForCausalLM))(batch, mask)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 1, 6, 6), {"full_attention": None}, torch.ones(6)])
+def test_masks_of_other_forms_are_refused(mask):
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        wrapped(backbone("llama"))(ids(1, 6), mask)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama"])
+def test_text_longer_than_the_positions_left_is_refused_before_the_backbone_fails(name):
+    model = wrapped(backbone(name))
+    room = POSITIONS - 5 - (2 if name == "roberta" else 0)
+    model(ids(1, room))
+    with pytest.raises(ValueError, match=f"truncate the text to {room} tokens"):
+        model(ids(1, room + 1))
+
+
+def test_inputs_embeds_equal_input_ids():
+    model = wrapped(backbone("gemma"))
+    row = ids(2, 6)
+    embeds = model.get_input_embeddings()(row)
+    torch.testing.assert_close(model(inputs_embeds=embeds).last_hidden_state, model(row).last_hidden_state)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(row, inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma3", "bart"])
+def test_scaled_embeddings_are_measured_and_used_as_the_backbone_sees_them(name):
+    auto = hf.AutoModelForSeq2SeqLM if name == "bart" else hf.AutoModelForCausalLM
+    model = wrapped(backbone(name, auto))
+    embedding = model.get_input_embeddings()
+    seen = embedding(torch.arange(VOCAB))
+    assert model.ept_config.embed_scale == pytest.approx(seen.square().mean().sqrt().item(), rel=1e-5)
+    assert model.ept_config.embed_scale > 3 * embedding.weight.square().mean().sqrt()
+
+
+def test_a_resized_vocabulary_is_used_at_once():
+    base = backbone("llama", hf.AutoModelForCausalLM)
+    model = wrapped(base)
+    base.resize_token_embeddings(VOCAB + 8)
+    assert model(torch.tensor([[VOCAB + 7]])).logits.shape[-1] == VOCAB + 8
+
+
+def test_the_backbone_is_frozen_and_comes_through_training_bit_identical():
+    for make in (mean_pooling, lambda: backbone("bert", SEQ), lambda: backbone("llama", hf.AutoModelForCausalLM)):
+        base = make()
+        before = {n: p.clone() for n, p in base.named_parameters()}
+        model = get_ept_model(base, all_parts())
+        head = {f"{h}.{n}" for h in model.head_names for n, _ in base.get_submodule(h).named_parameters()}
+        assert {n for n, p in base.named_parameters() if p.requires_grad} == head
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model.train()
+        row = ids(2, 6)
+        labels = row if model._kind == "causal" else torch.tensor([0, 1])
+        for _ in range(2):
+            model(row, labels=labels).loss.backward()
+            optimizer.step()
+        for name, p in base.named_parameters():
+            assert torch.equal(p, before[name]) != (name in head), name
+
+
+def test_the_frozen_backbones_dropout_is_off_unless_asked_for():
+    base = backbone("bert", SEQ, hidden_dropout_prob=0.5)
+    model = get_ept_model(base, all_parts()).train()
+    model.base_model.dropout.p = 0.0  # the head's own dropout is not the backbone's
+    assert torch.equal(model(ids(2, 6)).logits, model(ids(2, 6)).logits)
+    on = get_ept_model(backbone("bert", SEQ, hidden_dropout_prob=0.5), all_parts(backbone_dropout=True)).train()
+    assert not torch.equal(on(ids(2, 6)).logits, on(ids(2, 6)).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trained_tensors_are_fp32_over_a_half_precision_backbone(dtype):
+    for base in (mean_pooling().to(dtype), backbone("bert", SEQ).to(dtype), backbone("roberta", SEQ).to(dtype)):
+        model = wrapped(base)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        out = model(*padded([ids(1, 6), ids(1, 3)], "left"), labels=torch.tensor([0, 1]))
+        assert out.logits.dtype == torch.float32
+        out.loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_disable_adapter_is_the_wrapped_model():
+    base = backbone("llama", hf.AutoModelForCausalLM)
+    row = ids(1, 6)
+    want = base(row).logits
+    model = wrapped(base)
+    with model.disable_adapter():
+        assert torch.equal(model(row).logits, want)
+    assert not torch.equal(model(row).logits, want)
+
+
+def test_print_trainable_parameters_counts_what_trains(capsys):
+    model = wrapped(mean_pooling())
+    model.print_trainable_parameters()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"trainable params: {trained:,} ||" in capsys.readouterr().out
+    assert sum(model.trainable_parameters().values()) == trained
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_greedy_generation_is_the_teacher_forced_argmax_with_and_without_cache(name):
+    model = wrapped(backbone(name, hf.AutoModelForCausalLM), all_parts(max_text_length=9))
+    model.base_model.generation_config.eos_token_id = None
+    row, other = ids(1, 6, seed=1), ids(1, 3, seed=2)
+    settings = dict(max_new_tokens=8, do_sample=False)
+    want = model.generate(row, **settings)
+    with torch.no_grad():
+        assert torch.equal(model(want).logits.argmax(-1)[:, 5:-1], want[:, 6:])
+    for extra in (
+        dict(use_cache=False),
+        dict(cache_implementation="static"),
+        dict(attention_mask=torch.ones_like(row)),
+    ):
+        assert torch.equal(model.generate(row, **settings, **extra), want)
+    batch, mask = padded([other, row], "left")
+    together = model.generate(batch, mask, **settings)
+    assert torch.equal(together[1], want[0])
+    assert torch.equal(together[0, 6:], model.generate(other, **settings)[0, 3:])
+    assert model.generate(row, max_length=10, do_sample=False).shape == (1, 10)
+    assert model.generate(row, num_beams=3, **settings).shape == (1, 14)
+
+
+def test_a_cache_filled_by_forward_continues_the_text():
+    model = wrapped(backbone("llama", hf.AutoModelForCausalLM), all_parts(max_text_length=9))
+    batch, mask = padded([ids(1, 12, seed=1), ids(1, 7, seed=2)], "left")
+    with torch.no_grad():
+        whole = model(batch, mask).logits
+        first = model(batch[:, :8], mask[:, :8], use_cache=True)
+        rest = model(batch[:, 8:], mask, past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(rest, whole[:, 8:], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_generates_the_same_for_a_row_alone_and_padded(name):
+    model = wrapped(backbone(name, hf.AutoModelForSeq2SeqLM))
+    rows = [ids(1, 9, seed=1), ids(1, 4, seed=2)]
+    batch, mask = padded(rows, "left", pad=model.config.pad_token_id)
+    settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    together = model.generate(batch, mask, **settings)
+    for i, row in enumerate(rows):
+        assert torch.equal(together[i], model.generate(row, **settings)[0])
+
+
+# ---------------------------------------------------------------- start values
+
+
+class Tokenizer:
+    """As much of a tokenizer as the start of a prompt needs."""
+
+    all_special_ids = (0, 1, 2)
+
+    def __call__(self, text, **_):
+        words = torch.tensor([[10 + len(word) for word in text.split()]], dtype=torch.int64)
+        return hf.BatchEncoding({"input_ids": words})
+
+
+def test_the_prompt_starts_from_frequent_tokens_words_or_a_soft_prompt():
+    base = backbone("bert")
+    rows = base.get_input_embeddings().weight
+    counts = torch.zeros(VOCAB)
+    counts[[7, 50, 99]] = torch.tensor([5.0, 3.0, 1.0])
+    model = get_ept_model(base, all_parts(prompt_length=3), token_counts=counts)
+    start = model.ept.reconstruct()[0]
+    for token in (7, 50, 99):
+        assert (start - rows[token]).abs().sum(1).min() < 1e-5
+    model = get_ept_model(base, all_parts(init="text", init_text="a bcd"), tokenizer=Tokenizer())
+    torch.testing.assert_close(model.ept.reconstruct()[0], rows[[11, 13, 11, 13, 11]])
+    soft_prompt = torch.randn(12, WIDTH)
+    model = get_ept_model(base, all_parts(init="decompose"), soft_prompt=soft_prompt)
+    assert 0 < model.ept.decomposition_error < 1
+    model = get_ept_model(base, all_parts(init="normal", prompt_length=50))
+    spread = model.ept.reconstruct()[0].square().mean().sqrt() / rows.square().mean().sqrt()
+    assert 0.9 < spread < 1.1  # 1,600 draws
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "words"),
+    [
+        (dict(init="text", init_text="a"), dict(), "tokenizer"),
+        (dict(init="decompose"), dict(), "soft_prompt"),
+        (dict(), dict(soft_prompt=torch.zeros(9, WIDTH)), "soft_prompt"),
+        (dict(), dict(token_counts=torch.zeros(VOCAB + 1)), "token_counts"),
+        (dict(rank=16, max_text_length=99, token_rank=33), dict(), "width"),
+        (dict(prompt_length=POSITIONS), dict(), "no room for text"),
+    ],
+)
+def test_settings_that_do_not_fit_the_backbone_are_refused(config, extra, words):
+    with pytest.raises(ValueError, match=words):
+        get_ept_model(backbone("bert"), all_parts(**config), **extra)
+
+
+# ---------------------------------------------------------------- what cannot be wrapped
+
+
+def peft_model():
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(backbone("bert"), LoraConfig(target_modules=["query"]))
+
+
+REFUSED = {
+    "nested EPT": (lambda: wrapped(backbone("bert")), "already an EPTModel"),
+    "PEFT": (peft_model, "PEFT"),
+    "plain module": (lambda: torch.nn.Linear(3, 3), "PreTrainedModel"),
+    "T5 sequence classification": (lambda: backbone("t5", SEQ), "end tokens"),
+    "multiple choice": (lambda: backbone("bert", hf.AutoModelForMultipleChoice), "not supported"),
+    "question answering": (lambda: backbone("bert", hf.AutoModelForQuestionAnswering), "not supported"),
+    "vision": (
+        lambda: hf.ViTModel(
+            hf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+        ),
+        "pixel_values",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_wrapped_is_refused_with_the_reason(name):
+    make, words = REFUSED[name]
+    with pytest.raises(TypeError, match=words):
+        get_ept_model(make(), all_parts())
+
+
+def test_a_model_that_needs_ids_beyond_the_look_up_is_refused():
+    class NeedsIds(hf.BertModel):
+        def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+            embeds = self.get_input_embeddings()(input_ids) * 2 if inputs_embeds is None else inputs_embeds
+            return super().forward(inputs_embeds=embeds, **kwargs)
+
+    with pytest.raises(TypeError, match="other results for inputs_embeds"):
+        get_ept_model(NeedsIds(backbone("bert").config), all_parts())
+
+
+def test_a_causal_prompt_stands_before_the_text():
+    with pytest.raises(ValueError, match="prompt_start=1"):
+        get_ept_model(backbone("llama"), all_parts(prompt_start=1))
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "make", [mean_pooling, lambda: backbone("bert", SEQ), lambda: backbone("llama", hf.AutoModelForCausalLM)]
+)
+def test_a_saved_adapter_loads_elsewhere_and_gives_the_same_bits(make, tmp_path):
+    model = wrapped(make())
+    shake(model)
+    if model.head_names:
+        torch.nn.init.normal_(model._heads()[0].weight)
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert all(n.startswith("head.") or "." not in n for n in names)
+    loaded = EPTModel.from_pretrained(make(), tmp_path).eval()
+    assert loaded.ept_config == model.ept_config
+    assert torch.equal(loaded(ids(2, 6)).logits, model(ids(2, 6)).logits)
+    assert all(p.requires_grad for p in loaded.ept.parameters())
+
+
+def test_an_adapter_of_a_bf16_backbone_loads_onto_the_fp32_one(tmp_path):
+    wrapped(backbone("bert").bfloat16()).save_pretrained(tmp_path)
+    EPTModel.from_pretrained(backbone("bert"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda: backbone("bert", seed=9), lambda: backbone("electra"), lambda: backbone("bert", num_hidden_layers=1)],
+)
+def test_an_adapter_of_another_backbone_is_refused(other, tmp_path):
+    wrapped(backbone("bert")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another backbone"):
+        EPTModel.from_pretrained(other(), tmp_path)
+
+
+def test_one_changed_embedding_is_noticed_and_the_check_can_be_overridden(tmp_path):
+    wrapped(backbone("bert")).save_pretrained(tmp_path)
+    base = backbone("bert")
+    with torch.no_grad():
+        base.get_input_embeddings().weight[77, 3] += 1e-3
+    with pytest.raises(ValueError, match="embeddings differ"):
+        EPTModel.from_pretrained(base, tmp_path)
+    EPTModel.from_pretrained(base, tmp_path, ignore_backbone_mismatch=True)
+
+
+def edit_weights(directory, change):
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(directory, **changes):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(directory):
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def poison(tensors):
+    tensors["prompt"][0, 0] = float("nan")
+
+
+DAMAGE = {
+    "truncated": (truncate, "truncated or damaged"),
+    "missing tensor": (lambda d: edit_weights(d, lambda t: t.pop("token_up")), "lacks token_up"),
+    "extra tensor": (lambda d: edit_weights(d, lambda t: t.update(lora_a=torch.zeros(1))), "unknown lora_a"),
+    "NaN": (lambda d: edit_weights(d, poison), "prompt holds NaN"),
+    "wrong shape": (lambda d: edit_weights(d, lambda t: t.update(prompt=torch.zeros(4, WIDTH))), "prompt is"),
+    "unknown key": (lambda d: edit_config(d, promt_length=3), "promt_length"),
+    "another method": (lambda d: edit_config(d, method="LORA"), "not an EPT adapter"),
+    "broken JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "not valid JSON"),
+    "no config": (lambda d: (d / "adapter_config.json").unlink(), "holds no adapter_config.json"),
+    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_adapter_is_refused_in_one_or_two_lines(name, tmp_path):
+    wrapped(mean_pooling()).save_pretrained(tmp_path)
+    damage, words = DAMAGE[name]
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        EPTModel.from_pretrained(mean_pooling(), tmp_path)
+    assert len(str(caught.value)) < 450
+
+
+def test_a_head_that_does_not_fit_is_refused(tmp_path):
+    wrapped(mean_pooling(num_labels=3)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"head\.classifier\.weight is"):
+        EPTModel.from_pretrained(mean_pooling(num_labels=2), tmp_path)
+
+
+def test_the_gates_picture_is_written(tmp_path):
+    model = wrapped(backbone("bert"))
+    assert model.gate_weights().shape == (5, 4)
+    model.plot_gates(tmp_path / "gates.png", before=torch.full((5, 4), 0.25))
+    assert (tmp_path / "gates.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="no spaces"):
+        wrapped(backbone("bert"), all_parts(num_spaces=0)).plot_gates()
+
+
+def test_the_default_config_and_the_papers_wrap_a_real_shape():
+    for config in (None, EPTConfig(), EPTConfig.paper(rank=16, max_text_length=32)):
+        out = get_ept_model(mean_pooling(), config and EPTConfig(**config.to_dict() | dict(prompt_length=4))).eval()(
+            ids(1, 4)
+        )
+        assert out.logits.shape == (1, 3)
+    assert isinstance(mean_pooling(), MeanPoolingForSequenceClassification)
