@@ -1,0 +1,157 @@
+"""The kernels in Triton's interpreter. Run by test_triton_interpreter.py in processes with TRITON_INTERPRET=1."""
+
+import os
+
+import pytest
+import torch
+from kernel_cases import AXES, covering_cases, errors, fenced_buffers, kernel_case, run, source_dtype
+from test_prompt_embed import PARTS, make_case
+
+from ept_kernels import prompt_embed, reconstruct_prompt
+from ept_kernels.triton_common import counters
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before the first import of Triton", allow_module_level=True)
+
+SHORT, FULL = 45, 500
+CASES = covering_cases(0, FULL)
+SHARD, SHARDS = map(int, os.environ.get("EPT_SHARD", "0/1").split("/"))  # the part of the long form that runs here
+
+
+def label(case):
+    return "-".join(str(value).removeprefix("torch.").replace(" ", "_") for value in case.values())
+
+
+@pytest.mark.parametrize(
+    ("seed", "axes"),
+    [
+        pytest.param(seed, axes, id=label(axes), marks=[] if seed < SHORT else [pytest.mark.full])
+        for seed, axes in enumerate(CASES)
+        if seed % SHARDS == SHARD
+    ],
+)
+def test_error_is_at_most_twice_that_of_the_plain_formula(seed, axes):
+    case = kernel_case(seed, **axes)
+    with fenced_buffers():
+        got = run(case, "triton", source_dtype(case))
+    assert errors(case, got, truncates=True) == {}
+    assert got["out"].dtype == source_dtype(case)
+    for buffer in counters.of_stream.values():
+        assert not buffer.any()
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(s=20, n=40, d=70, length=40)])
+@pytest.mark.parametrize("parts", PARTS)
+def test_roles_one_after_another_give_the_same_bits(monkeypatch, parts, shape):
+    for mask in (True, False):
+        case = make_case(0, parts=parts, e=0.5, **shape)
+        if not mask:
+            case["attention_mask"] = None
+        single = prompt_embed(**case, impl="triton")
+        monkeypatch.setenv("EPT_LAUNCH", "sequence")
+        assert torch.equal(prompt_embed(**case, impl="triton"), single)
+        monkeypatch.delenv("EPT_LAUNCH")
+
+
+def test_two_runs_give_the_same_bits():
+    case = make_case(1, s=20, n=40, d=70, length=40)
+    first, second = (run(case, "triton", torch.float32) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("parts", ["paper", "spaces", "lowrank", "none"])
+def test_reconstruct_prompt_and_its_gate_have_gradients(parts):
+    case = {name: value for name, value in make_case(2, parts=parts, s=20, n=40, d=70).items() if name != "input_ids"}
+    for name in ("attention_mask", "embedding_weight"):
+        del case[name]
+    results = {}
+    for impl in ("triton", "reference"):
+        leaves = {n: v.clone().requires_grad_() for n, v in case.items() if isinstance(v, torch.Tensor)}
+        prompt_star, gate = reconstruct_prompt(**case | leaves, impl=impl)
+        loss = prompt_star.sin().sum() + gate.exp().sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        results[impl] = (prompt_star, gate, *grads)
+    for got, want in zip(results["triton"], results["reference"], strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_weight_of_other_strides_and_a_result_that_is_expanded():
+    case = make_case(3)
+    want = prompt_embed(**case, impl="torch")
+    wide = torch.full((50, 40), float("nan"))
+    wide[:, :24] = case["embedding_weight"]
+    for weight in (wide[:, :24], case["embedding_weight"].T.contiguous().T):
+        torch.testing.assert_close(prompt_embed(**case | dict(embedding_weight=weight), impl="triton"), want)
+    prompt = case["prompt"].requires_grad_()
+    prompt_embed(**case, impl="triton").sum().backward()  # the gradient of a sum has stride 0
+    got = prompt.grad.clone()
+    prompt.grad = None
+    prompt_embed(**case, impl="torch").sum().backward()
+    torch.testing.assert_close(got, prompt.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_every_axis_of_the_matrix_is_in_its_short_form():
+    for axis, values in AXES.items():
+        if axis != "dtypes":
+            assert {case[axis] for case in CASES[:SHORT]} == set(values)
+
+
+@pytest.mark.parametrize("token", [True, False])
+@pytest.mark.parametrize("mask", [True, False])
+def test_opcheck(mask, token):
+    from ept_kernels.triton_op import prompt_embed_op
+
+    case = make_case(4)
+    weights = [case[n] for n in ("prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight")]
+    weights += [case["token_down"], case["token_up"]] if token else [None, None]
+    weights = [None if w is None else w.requires_grad_() for w in weights]
+    mask = case["attention_mask"] if mask else None
+    args = (mask, *weights, 1.0, 0.5, "silu", 1, True, True, True)
+    torch.library.opcheck(prompt_embed_op, (case["input_ids"], case["embedding_weight"], *args))
+    if token and mask is not None:
+        embeds = case["embedding_weight"][case["input_ids"]].requires_grad_()
+        torch.library.opcheck(prompt_embed_op, (None, embeds, *args))
+
+
+def test_compile_traces_one_graph_for_all_lengths():
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def run_once(ids, mask, case):
+        return prompt_embed(ids, mask, **case, impl="triton") * 2
+
+    compiled = torch.compile(run_once, fullgraph=True, dynamic=True, backend=graphs)
+    case = make_case(5, s=6)
+    del case["input_ids"], case["attention_mask"]
+    case["prompt"].requires_grad_()
+    for batch, length in ((7, 19), (11, 31), (13, 40)):  # no size twice: torch takes equal sizes for the same one
+        ids, mask = torch.randint(50, (batch, length)), torch.rand(batch, length) > 0.3
+        out = compiled(ids, mask, case)
+        out.sum().backward()
+        torch.testing.assert_close(out, run_once(ids, mask, case))
+    assert graphs.frame_count == 1
+
+
+def test_what_is_refused_says_so():
+    case = make_case(6)
+    prompt = case["prompt"].requires_grad_()
+    (grad,) = torch.autograd.grad(prompt_embed(**case, impl="triton").sin().sum(), prompt, create_graph=True)
+    with pytest.raises(RuntimeError, match='use impl="torch"'):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda p: prompt_embed(**case | dict(prompt=p), impl="triton").sum())(prompt.detach())
+
+
+def test_autocast_does_not_reach_inside():
+    case = make_case(7)
+    want = prompt_embed(**case, impl="triton")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(prompt_embed(**case, impl="triton"), want)
+
+
+def test_a_launch_that_raises_leaves_no_dirty_counters():
+    with pytest.raises(KeyboardInterrupt), counters.take(4, torch.device("cpu")) as counter:
+        counter[0] = 3
+        raise KeyboardInterrupt
+    with counters.take(4, torch.device("cpu")) as counter:
+        assert not counter.any()
