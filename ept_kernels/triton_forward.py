@@ -64,7 +64,7 @@ PROJECT_PART = 128  # columns of d per project program
 
 
 @triton.jit
-def order_row(row, mask, slots, lengths, counter, length, CHUNK: tl.constexpr, AMD: tl.constexpr):
+def order_row(row, mask, slots, lengths, counter, length, CHUNK: tl.constexpr, SIGNAL: tl.constexpr, AMD: tl.constexpr):
     """slots[row]: its text tokens, then its padding; lengths[row]: how many are text."""
     base = row.to(tl.int64) * length
     columns = tl.arange(0, CHUNK)
@@ -80,7 +80,8 @@ def order_row(row, mask, slots, lengths, counter, length, CHUNK: tl.constexpr, A
         slot = tl.where(text != 0, text_before, total + column - text_before)
         tl.store(slots + base + slot, column, column < length)
         before += tl.sum(text)
-    release(counter, AMD)
+    if SIGNAL:
+        release(counter, AMD)
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def project_prompt(
     arrived, flag, num_rows, num_positions, scale,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr,
-    PART: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, POSITIONS: tl.constexpr,
+    PART: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, POSITIONS: tl.constexpr, SIGNAL: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of P·[B; U; G]ᵀ over PART columns of d; the last part to arrive finishes the row block."""
@@ -121,7 +122,8 @@ def project_prompt(
             num_rows, num_positions, scale,
             D, R, K, H, R_TILE, K_TILE, KH_TILE, ROWS, POSITIONS, ACTIVATION, COMPUTE, PRECISION,
         )  # fmt: skip
-        release(flag, AMD)
+        if SIGNAL:
+            release(flag, AMD)
 
 
 @triton.jit
@@ -317,7 +319,7 @@ def forward_kernel(
 
     if MASK and (ROLE == "all" or ROLE == "order"):
         if item < order_items:
-            order_row(item, mask, slots, lengths, counter + ORDERED, length, CHUNK, AMD)
+            order_row(item, mask, slots, lengths, counter + ORDERED, length, CHUNK, ROLE == "all", AMD)
         item -= order_items
     if MIXES and (ROLE == "all" or ROLE == "project"):
         if item >= 0 and item < project_items:
@@ -326,7 +328,7 @@ def forward_kernel(
                 block, item % parts, parts, prompt, lowrank_a, lowrank_b, space_down, gate_weight,
                 partial, down, mix, lse, gate, counter + ARRIVED + block, flags + block,
                 num_rows, num_positions, scale,
-                D, FUSION_R, K, H, R_TILE, K_TILE, KH_TILE, PART, ROWS, STEP, POSITIONS,
+                D, FUSION_R, K, H, R_TILE, K_TILE, KH_TILE, PART, ROWS, STEP, POSITIONS, ROLE == "all",
                 ACTIVATION, COMPUTE, PRECISION, AMD,
             )  # fmt: skip
         item -= project_items
