@@ -5,7 +5,7 @@ With Y = e·Σ_b dX at the prompt's rows, t = text slots (the p-th text token of
     text      dC = Σ_b dX[b, t]               dA = e·c·dC·Bᵀ           dB = e·c·Aᵀ·dC
     token     g = (dX·Wᵀ) ∘ σ'(z), z = x/e·Dᵀ     dD = gᵀ·x             dW = e·σ(z)ᵀ·dX        dx = dX + g·D
     fusion    y = P·Bᵀ, S = softmax(κ·y·Aᵀ), κ = c/√d, T = S·A
-              dT = c·Y·Bᵀ    dS = κ·S ∘ (dT·Aᵀ − rowsum(dT ∘ T))        dy = dS·A
+              dT = c·Y·Bᵀ    dS = κ·S ∘ (dT·Aᵀ − rowsum(S ∘ dT·Aᵀ))        dy = dS·A
               dA += Sᵀ·dT + dSᵀ·y             dB += c·Tᵀ·Y + dyᵀ·P
     spaces    m = Y·Vᵀ, u = P·Uᵀ: du = m ∘ w ∘ σ'(u)                    dU = duᵀ·P             dV = (w ∘ σ(u))ᵀ·Y
     gate      dw = Σ_h m ∘ σ(u) (+ the gate's own gradient), dl = w ∘ (dw − rowsum(w ∘ dw))     dG = dlᵀ·P
@@ -67,8 +67,8 @@ TOKEN_SHARES = 16  # the same where dX itself is read again
 
 @triton.jit
 def sum_prompt(
-    block, part, parts, grad_out, grad_gate, lowrank_a, lowrank_b, space_up, down, mix, lse, y_sum, partial, small,
-    arrived, batch, length, num_rows, num_positions, prompt_start, scale, unit,
+    block, part, parts, grad_out, grad_gate, lowrank_a, lowrank_b, space_up, down, softmax, y_sum, partial, small,
+    attention_mean, arrived, batch, length, num_rows, num_positions, prompt_start, scale, unit,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, POSITIONS: tl.constexpr, GATE_GRAD: tl.constexpr,
@@ -102,7 +102,8 @@ def sum_prompt(
             store_block(base + R_TILE, local, local < ROWS, inners, KH_TILE, PARTIAL, m)
         if arrive(arrived, parts, AMD):
             prompt_softmaxes(
-                block, parts, grad_gate, lowrank_a, down, mix, lse, partial + block * parts * ROWS * PARTIAL, small,
+                block, parts, grad_gate, lowrank_a, down, softmax, partial + block * parts * ROWS * PARTIAL, small,
+                attention_mean,
                 num_rows, num_positions, scale,
                 D, R, K, H, R_TILE, K_TILE, KH_TILE, ROWS, POSITIONS, GATE_GRAD, ACTIVATION, COMPUTE, PRECISION,
             )  # fmt: skip
@@ -110,7 +111,7 @@ def sum_prompt(
 
 @triton.jit
 def prompt_softmaxes(
-    block, parts, grad_gate, lowrank_a, down, mix, lse, partial, small, num_rows, num_positions, scale,
+    block, parts, grad_gate, lowrank_a, down, softmax, partial, small, attention_mean, num_rows, num_positions, scale,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr, GATE_GRAD: tl.constexpr,
@@ -119,7 +120,6 @@ def prompt_softmaxes(
     """small = [dT, dy, du, dl], by prompt rows."""
     PARTIAL: tl.constexpr = R_TILE + KH_TILE
     DOWN: tl.constexpr = R + K * H + K
-    MIX: tl.constexpr = R + K * H
     SMALL: tl.constexpr = 2 * R + K * H + K
     rows = block * ROWS + tl.arange(0, ROWS)
     valid = rows < num_rows
@@ -131,16 +131,27 @@ def prompt_softmaxes(
             dt += load_written(partial + part * ROWS * PARTIAL, local, local < ROWS, ranks, R_TILE, PARTIAL)
         dt *= scale
         y = load_written(down, rows, valid, ranks, R, DOWN)
-        t = load_written(mix, rows, valid, ranks, R, MIX)
-        row_lse = tl.load(lse + rows, valid, other=0.0)
+        highest, total = load_softmax(softmax, rows, valid)
+        # rowsum(S ∘ dT·Aᵀ) equals rowsum(dT ∘ T), but only from the very numbers that it is subtracted from does its
+        # rounding cancel theirs, which is most of the difference where one position has nearly all the attention.
+        mean = tl.zeros([ROWS], COMPUTE)
+        for start in range(0, num_positions, POSITIONS):
+            positions = start + tl.arange(0, POSITIONS)
+            a = load_rows(lowrank_a, positions, positions < num_positions, ranks, R, COMPUTE)
+            attention, attention_grad = attention_and_grad(
+                y, a, dt, highest, total, positions < num_positions, scale / D**0.5, COMPUTE, PRECISION
+            )
+            mean += tl.sum(attention * attention_grad, 1)
         dy = tl.zeros([ROWS, R_TILE], COMPUTE)
         for start in range(0, num_positions, POSITIONS):
             positions = start + tl.arange(0, POSITIONS)
             a = load_rows(lowrank_a, positions, positions < num_positions, ranks, R, COMPUTE)
-            _, score_grad = attention_and_grad(
-                y, a, t, dt, row_lse, positions < num_positions, scale / D**0.5, COMPUTE, PRECISION
+            attention, attention_grad = attention_and_grad(
+                y, a, dt, highest, total, positions < num_positions, scale / D**0.5, COMPUTE, PRECISION
             )
-            dy = multiply(score_grad, a, dy, PRECISION)
+            dy = multiply(attention * (attention_grad - mean[:, None]), a, dy, PRECISION)
+        dy *= scale / D**0.5
+        tl.store(attention_mean + rows, mean, valid)
         store_block(small, rows, valid, ranks, R, SMALL, dt)
         store_block(small + R, rows, valid, ranks, R, SMALL, dy)
     if K > 0:
@@ -163,13 +174,21 @@ def prompt_softmaxes(
 
 
 @triton.jit
-def attention_and_grad(y, a, t, dt, row_lse, covered, score_scale, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """S and κ·dS for rows of y and of A: the probabilities come back from the log-sum-exp."""
+def load_softmax(softmax, rows, valid):
+    """The highest score of each row and the sum of exp(score − highest).
+
+    Kept apart: the rounding of their log-sum-exp, in units of a large score, would scale a whole row of probabilities.
+    """
+    return tl.load(softmax + 2 * rows, valid, other=0.0), tl.load(softmax + 2 * rows + 1, valid, other=1.0)
+
+
+@triton.jit
+def attention_and_grad(y, a, dt, highest, total, covered, score_scale, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+    """S and dT·Aᵀ for rows of y and of A."""
     zeros = tl.zeros([y.shape[0], a.shape[0]], COMPUTE)
     score = multiply(y, a.T, zeros, PRECISION) * score_scale
-    attention = tl.where(covered[None, :], tl.exp(score - row_lse[:, None]), 0.0)
-    attention_grad = multiply(dt, a.T, zeros, PRECISION)
-    return attention, attention * (attention_grad - tl.sum(dt * t, 1)[:, None]) * score_scale
+    attention = tl.where(covered[None, :], tl.exp(score - highest[:, None]) / total[:, None], 0.0)
+    return attention, multiply(dt, a.T, zeros, PRECISION)
 
 
 @triton.jit
@@ -380,7 +399,7 @@ def add_up(
 
 @triton.jit
 def weights_of_positions(
-    block, lowrank_a, down, mix, lse, small, da_partial, da_parts, grad_lowrank_a,
+    block, lowrank_a, down, softmax, small, attention_mean, da_partial, da_parts, grad_lowrank_a,
     num_rows, num_positions, covered_slots, scale, unit,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, R_TILE: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr,
@@ -396,20 +415,20 @@ def weights_of_positions(
         da *= scale * unit
     if FUSION:
         DOWN: tl.constexpr = R + K * H + K
-        MIX: tl.constexpr = R + K * H
         SMALL: tl.constexpr = 2 * R + K * H + K
         a = load_rows(lowrank_a, positions, positions < num_positions, ranks, R, COMPUTE)
         for first in range(0, num_rows, ROWS):
             rows = first + tl.arange(0, ROWS)
             valid = rows < num_rows
             y = load_written(down, rows, valid, ranks, R, DOWN)
-            t = load_written(mix, rows, valid, ranks, R, MIX)
             dt = load_written(small, rows, valid, ranks, R, SMALL)
-            row_lse = tl.load(lse + rows, valid, other=0.0)
+            highest, total = load_softmax(softmax, rows, valid)
+            mean = tl.load(attention_mean + rows, valid, other=0.0)
             # Rows past the prompt have dT = 0 and y = 0, so what their made-up probabilities say adds nothing.
-            attention, score_grad = attention_and_grad(
-                y, a, t, dt, row_lse, positions < num_positions, scale / D**0.5, COMPUTE, PRECISION
+            attention, attention_grad = attention_and_grad(
+                y, a, dt, highest, total, positions < num_positions, scale / D**0.5, COMPUTE, PRECISION
             )
+            score_grad = attention * (attention_grad - mean[:, None]) * (scale / D**0.5)
             da = multiply(score_grad.T, y, multiply(attention.T, dt, da, PRECISION), PRECISION)
     store_block(grad_lowrank_a, positions, positions < num_positions, ranks, R, R, da)
 
@@ -421,7 +440,7 @@ def weights_of_positions(
 )  # fmt: skip
 def reduce_kernel(
     grad_out, grad_gate, slots, lengths, lowrank_a, lowrank_b, space_up, token_down, token_up,
-    inner, down, mix, lse, y_sum, partial, small, dc, da_partial, inner_grad, dx, counter,
+    inner, down, softmax, y_sum, partial, small, attention_mean, dc, da_partial, inner_grad, dx, counter,
     batch, length, num_rows, num_positions, covered_slots, prompt_start, scale: tl.float64, embed_scale: tl.float64,
     prompt_items, text_tiles,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Q: tl.constexpr,
@@ -437,8 +456,8 @@ def reduce_kernel(
     if item < prompt_items:
         block = item // SLICES
         sum_prompt(
-            block, item % SLICES, SLICES, grad_out, grad_gate, lowrank_a, lowrank_b, space_up, down, mix, lse,
-            y_sum, partial, small, counter + block,
+            block, item % SLICES, SLICES, grad_out, grad_gate, lowrank_a, lowrank_b, space_up, down, softmax,
+            y_sum, partial, small, attention_mean, counter + block,
             batch, length, num_rows, num_positions, prompt_start, scale, unit,
             D, R if FUSION else 0, K, H, R_TILE, K_TILE, KH_TILE, ROWS, BLOCK_D, POSITIONS, GATE_GRAD,
             ACTIVATION, COMPUTE, PRECISION, AMD, UNROLL_BY,
@@ -468,7 +487,7 @@ def reduce_kernel(
 )  # fmt: skip
 def weights_kernel(
     ids, source, grad_out, slots, lengths, prompt, lowrank_a, lowrank_b, space_down, gate_weight,
-    inner, inner_grad, down, mix, lse, y_sum, small, dc, da_partial, partial, counter,
+    inner, inner_grad, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, partial, counter,
     grad_prompt, grad_lowrank_a, grad_lowrank_b, grad_space_down, grad_space_up, grad_gate_weight,
     grad_token_down, grad_token_up,
     batch, length, num_rows, num_positions, covered_slots, text_slots, prompt_start, source_stride,
@@ -516,7 +535,8 @@ def weights_kernel(
                     add_up(partial, B_R + Q, Q, columns, shares, grad_token_down, WIDTH, D, Q_TILE, COMPUTE)
     elif B_R > 0:
         weights_of_positions(
-            item - prompt_items - text_items, lowrank_a, down, mix, lse, small, da_partial, da_parts, grad_lowrank_a,
+            item - prompt_items - text_items, lowrank_a, down, softmax, small, attention_mean, da_partial, da_parts,
+            grad_lowrank_a,
             num_rows, num_positions, covered_slots, scale, unit,
             D, R, K, H, R_TILE, ROWS, POSITIONS, UPDATE, FUSION, COMPUTE, PRECISION,
         )  # fmt: skip
@@ -541,7 +561,7 @@ def backward(
     inner: Tensor,
     down: Tensor,
     mix: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     scale: float,
     embed_scale: float,
     activation: str,
@@ -587,6 +607,7 @@ def backward(
 
     y_sum = down.new_empty(s, d)
     small = down.new_empty(s, (2 * r if fusion else 0) + k * h + k)
+    attention_mean = down.new_empty(len(softmax))
     partial = down.new_empty(blocks * slices * PROMPT_TILE * (tiles["R_TILE"] + tiles["KH_TILE"]))
     dc = down.new_empty(0 if q else covered, d)
     da_partial = down.new_empty(da_parts, covered, r)
@@ -595,7 +616,7 @@ def backward(
         flags = backend_flags(dtype)
         reduce_kernel[(blocks * slices + text_tiles * da_parts,)](
             grad_out, grad_gate, slots, lengths, lowrank_a, lowrank_b, space_up, token_down, token_up,
-            inner, down, mix, lse, y_sum, partial, small, dc, da_partial, inner_grad, dx, counter,
+            inner, down, softmax, y_sum, partial, small, attention_mean, dc, da_partial, inner_grad, dx, counter,
             batch, length, s, n, covered, prompt_start, scale, embed_scale, blocks * slices, text_tiles,
             BLOCK_D=block_d, UNROLL_BY=UNROLL, GATE_GRAD=grad_gate is not None and k > 0, INPUT_GRAD=input_grad,
             **common, **flags,
@@ -604,7 +625,7 @@ def backward(
         position_items = triton.cdiv(n, SCORE_TILE) if b_rank else 0
         weights_kernel[(weights_slices * (1 + shares) + position_items,)](
             ids, source, grad_out, slots, lengths, prompt, lowrank_a, lowrank_b, space_down, gate_weight,
-            inner, inner_grad, down, mix, lse, y_sum, small, dc, da_partial, partial, counter, *weight_grads,
+            inner, inner_grad, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, partial, counter, *weight_grads,
             batch, length, s, n, covered, text_slots, prompt_start, source.stride(-2), scale, embed_scale,
             shares, da_parts, weights_slices, weights_slices * shares, GATHER=ids is not None, BLOCK_D=weights_d,
             num_stages=WEIGHTS_STAGES, **common, **flags,

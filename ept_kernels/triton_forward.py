@@ -86,7 +86,7 @@ def order_row(row, mask, slots, lengths, counter, length, CHUNK: tl.constexpr, S
 
 @triton.jit
 def project_prompt(
-    block, part, parts, prompt, lowrank_a, lowrank_b, space_down, gate_weight, partial, down, mix, lse, gate,
+    block, part, parts, prompt, lowrank_a, lowrank_b, space_down, gate_weight, partial, down, mix, softmax, gate,
     arrived, flag, num_rows, num_positions, scale,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr,
@@ -118,7 +118,7 @@ def project_prompt(
         store_block(base + R_TILE + KH_TILE, local, local < ROWS, spaces, K_TILE, PARTIAL, g)
     if arrive(arrived, parts, AMD):
         finish_projection(
-            block, parts, lowrank_a, partial + block * parts * ROWS * PARTIAL, down, mix, lse, gate,
+            block, parts, lowrank_a, partial + block * parts * ROWS * PARTIAL, down, mix, softmax, gate,
             num_rows, num_positions, scale,
             D, R, K, H, R_TILE, K_TILE, KH_TILE, ROWS, POSITIONS, ACTIVATION, COMPUTE, PRECISION,
         )  # fmt: skip
@@ -128,13 +128,13 @@ def project_prompt(
 
 @triton.jit
 def finish_projection(
-    block, parts, lowrank_a, partial, down, mix, lse, gate, num_rows, num_positions, scale,
+    block, parts, lowrank_a, partial, down, mix, softmax, gate, num_rows, num_positions, scale,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """down = P·[B; U; G]ᵀ and mix = [T, w ∘ σ(P·Uᵀ)], what [c·B; V] is multiplied by; lse for the backward."""
+    """down = P·[B; U; G]ᵀ; mix = [T, w ∘ σ(P·Uᵀ)], what [c·B; V] is multiplied by; softmax = [highest score, sum]."""
     PARTIAL: tl.constexpr = R_TILE + KH_TILE + K_TILE
     DOWN: tl.constexpr = R + K * H + K
     MIX: tl.constexpr = R + K * H
@@ -163,7 +163,8 @@ def finish_projection(
             total = total * shrink + tl.sum(probability, 1)
             highest = higher
         store_block(mix, rows, valid, ranks, R, MIX, t / total[:, None])
-        tl.store(lse + rows, highest + tl.log(total), valid)
+        tl.store(softmax + 2 * rows, highest, valid)
+        tl.store(softmax + 2 * rows + 1, total, valid)
     if K > 0:
         inners, spaces = tl.arange(0, KH_TILE), tl.arange(0, K_TILE)
         u = tl.zeros([ROWS, KH_TILE], COMPUTE)
@@ -297,7 +298,7 @@ def write_prompt(
 )  # fmt: skip
 def forward_kernel(
     ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
-    out, slots, lengths, inner, down, mix, lse, gate, partial, counter,
+    out, slots, lengths, inner, down, mix, softmax, gate, partial, counter,
     batch, length, num_rows, num_positions, prompt_start, source_stride, scale: tl.float64, embed_scale: tl.float64,
     text_tiles, order_items, project_items, text_items, prompt_items,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Q: tl.constexpr,
@@ -326,7 +327,7 @@ def forward_kernel(
             block = item // parts
             project_prompt(
                 block, item % parts, parts, prompt, lowrank_a, lowrank_b, space_down, gate_weight,
-                partial, down, mix, lse, gate, counter + ARRIVED + block, flags + block,
+                partial, down, mix, softmax, gate, counter + ARRIVED + block, flags + block,
                 num_rows, num_positions, scale,
                 D, FUSION_R, K, H, R_TILE, K_TILE, KH_TILE, PART, ROWS, STEP, POSITIONS, ROLE == "all",
                 ACTIVATION, COMPUTE, PRECISION, AMD,
@@ -401,13 +402,13 @@ def forward(
 
     `source` is E [vocab, d] with `ids` [batch, L], or inputs_embeds [batch, L, d] without. The rest of the result:
     slots [batch, L] and lengths [batch] (int32, with a mask), inner = x/e·Dᵀ by slot [batch, L, q] (if `save`),
-    down [s, r + K·h + K], mix [s, r + K·h] and lse [s], all in the compute type; empty where not used.
+    down [s, r + K·h + K], mix [s, r + K·h] and softmax [s, 2], all in the compute type; empty where not used.
     """
-    out, gate, slots, lengths, inner, down, mix, lse = empty_results(
+    out, gate, slots, lengths, inner, down, mix, softmax = empty_results(
         ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, gate_weight, token_down, token_up, fusion, save
     )
     if out.numel() == 0:
-        return out, gate, slots, lengths, inner, down, mix, lse
+        return out, gate, slots, lengths, inner, down, mix, softmax
     batch, length = out.shape[0], out.shape[1] - len(prompt)
     s, d = prompt.shape
     r = 0 if lowrank_b is None else len(lowrank_b)
@@ -436,7 +437,7 @@ def forward(
             forward_kernel[(programs,)](
                 ids, source, mask if mask is None or mask.dtype != torch.bool else mask.view(torch.uint8),
                 prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
-                out, slots, lengths, inner, down, mix, lse, gate, partial, counter,
+                out, slots, lengths, inner, down, mix, softmax, gate, partial, counter,
                 batch, length, s, 0 if lowrank_a is None else len(lowrank_a), prompt_start,
                 source.stride(-2), scale, embed_scale, text_tiles, *items.values(),
                 D=d, R=r, K=k, H=h, Q=q, **tiles, PART=part, STEP=step, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE,
@@ -452,7 +453,7 @@ def forward(
             for role, programs in items.items():
                 if programs:
                     launch(role, programs)
-    return out, gate, slots, lengths, inner, down, mix, lse
+    return out, gate, slots, lengths, inner, down, mix, softmax
 
 
 def empty_results(
@@ -475,5 +476,5 @@ def empty_results(
         torch.empty((batch, length, q) if q else (0, 0, 0), **kept),
         torch.empty(s, r + k * h + k, **kept),
         torch.empty(s, r + k * h, **kept),
-        torch.empty(s if r else 0, **kept),
+        torch.empty((s, 2) if r else (0, 0), **kept),
     )

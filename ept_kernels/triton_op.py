@@ -4,7 +4,7 @@
     ept_kernels::prompt_embed_backward    triton_backward.backward
 
 Saved for the backward beside the inputs, in bytes (4 per number, 8 in float64): (batch·L + batch) for the slots where
-there is a mask, batch·L·q for the token-conditioned update, s·(2·(r + K·h) + K + 1) for the prompt.
+there is a mask, batch·L·q for the token-conditioned update, s·(2·(r + K·h) + K + 2) for the prompt.
 """
 
 import torch
@@ -70,7 +70,7 @@ def prompt_embed_backward_op(
     inner: Tensor,
     down: Tensor,
     mix: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     scale: float,
     embed_scale: float,
     activation: str,
@@ -81,7 +81,7 @@ def prompt_embed_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return triton_backward.backward(
         grad_out, grad_gate, ids, source, masked, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
-        token_down, token_up, slots, lengths, inner, down, mix, lse,
+        token_down, token_up, slots, lengths, inner, down, mix, softmax,
         scale, embed_scale, activation, prompt_start, lowrank_update, fusion, input_grad,
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def prompt_embed_backward_op(
 @prompt_embed_backward_op.register_fake
 def _(
     grad_out, grad_gate, ids, source, masked, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
-    token_down, token_up, slots, lengths, inner, down, mix, lse,
+    token_down, token_up, slots, lengths, inner, down, mix, softmax,
     scale, embed_scale, activation, prompt_start, lowrank_update, fusion, input_grad,
 ):  # fmt: skip
     return triton_backward.empty_grads(
