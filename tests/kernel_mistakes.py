@@ -1,6 +1,6 @@
 """Deliberate mistakes in the kernels: what is changed, and what should notice. Used by test_triton_emulator.py.
 
-python tests/kernel_mistakes.py     # makes each of them in 20 schedules and writes kernel_mistakes.json
+python tests/kernel_mistakes.py     # makes each of them in 12 schedules and writes kernel_mistakes.json
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ def schedule(seed: int, weak: bool | str) -> dict:
 
 
 def is_caught(mistake: Mistake, seed: int, folder_of: dict) -> bool:
-    """Whether two forward and two backward launches in one schedule end in an error or in wrong numbers."""
+    """Whether two forwards and a backward in one schedule end in an error or in wrong numbers."""
     from emulate import emulate
     from gfx942 import EmulatorError
     from test_prompt_embed import make_case
@@ -111,7 +111,7 @@ def is_caught(mistake: Mistake, seed: int, folder_of: dict) -> bool:
     if mistake.name not in folder_of:
         folder_of[mistake.name] = load(mistake, tempfile.mkdtemp(dir=folder_of["folder"]))
     forward, backward = folder_of[mistake.name]
-    case = make_case(seed, parts="paper", s=18, n=40, r=5, k=3, h=3, d=150, length=24, batch=3)
+    case = make_case(seed, parts="paper", s=18, n=20, r=5, k=3, h=3, d=70, length=20, batch=2)
     names = ["prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight"]
     leaves = [case[name].requires_grad_() for name in names]
     want = prompt_embed(**case, impl="torch")
@@ -125,11 +125,12 @@ def is_caught(mistake: Mistake, seed: int, folder_of: dict) -> bool:
                 out, _, *kept = forward(
                     case["input_ids"], case["embedding_weight"], case["attention_mask"], *weights, *settings, True
                 )
-                grads = backward(
-                    grad, None, case["input_ids"], case["embedding_weight"], True, *weights, *kept, *settings, False
-                )
-                for got, expected in zip((out, *grads), (want.detach(), *want_grads), strict=False):
-                    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(out, want.detach(), rtol=1e-3, atol=1e-3)
+            grads = backward(
+                grad, None, case["input_ids"], case["embedding_weight"], True, *weights, *kept, *settings, False
+            )
+            for got, expected in zip(grads, want_grads, strict=False):
+                torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     except (EmulatorError, AssertionError):
         return True
     return False
@@ -142,7 +143,7 @@ def find_emulator() -> Path:
 if __name__ == "__main__":
     sys.path[:0] = [str(find_emulator()), str(ROOT)]
     torch.set_num_threads(1)
-    schedules, table = int(sys.argv[1]) if len(sys.argv) > 1 else 20, {}
+    schedules, table = int(sys.argv[1]) if len(sys.argv) > 1 else 12, {}
     with tempfile.TemporaryDirectory() as folder:
         for mistake in MISTAKES:
             loaded = dict(folder=folder)
