@@ -59,7 +59,8 @@ TICKET, DONE, ORDERED, ARRIVED = (tl.constexpr(i) for i in range(4))  # counters
 ORDER_CHUNK = 1024  # tokens of a row ordered at a time
 BATCH_TILE = 2  # batch rows of a text tile: two gathers in flight per thread
 BATCH_SPAN = 8  # batch rows per program: enough programs to fill a GPU, and A·B shared by as many
-PROJECT_STEP = 4096  # numbers of [B; U; G] per step of a project program: more of them would spill
+PROJECT_STEP = 2048  # numbers of [B; U; G] per step of a project program: more of them would spill
+STAGES = 2  # of loops with dots; a third buffer costs registers that the text needs for occupancy
 PROJECT_PART = 128  # columns of d per project program
 
 
@@ -445,6 +446,7 @@ def forward(
                 GATHER=ids is not None, MASK=mask is not None, UPDATE=lowrank_update and r > 0,
                 FUSION=fusion and r > 0, SAVE=save, ROLE=role, ACTIVATION=activation,
                 COMPUTE=triton_dtype(dtype), **backend_flags(dtype), num_warps=NUM_WARPS,
+                num_stages=STAGES,
             )  # fmt: skip
 
         if launch_mode() == "single":
