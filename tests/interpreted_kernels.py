@@ -1,9 +1,12 @@
 """The kernels in Triton's interpreter. Run by test_triton_interpreter.py in processes with TRITON_INTERPRET=1."""
 
+import contextlib
 import os
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from kernel_cases import AXES, covering_cases, errors, fenced_buffers, kernel_case, run, source_dtype
 from test_prompt_embed import PARTS, make_case
 
@@ -156,3 +159,81 @@ def test_a_launch_that_raises_leaves_no_dirty_counters():
         raise KeyboardInterrupt
     with counters.take(4, torch.device("cpu")) as counter:
         assert not counter.any()
+
+
+@contextlib.contextmanager
+def counted_accesses():
+    """Bytes that active lanes load and store inside, as (address, bytes) pairs of whole tensors: see `bytes_of`."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    loads, stores = [], []
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+
+    def count(into, ptrs, mask):
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        into.append((np.atleast_1d(ptrs.data)[np.atleast_1d(mask.data)].ravel(), size))
+
+    def counting_load(self, ptrs, mask, *rest):
+        count(loads, ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def counting_store(self, ptrs, value, mask, *rest):
+        count(stores, ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    Builder.create_masked_load, Builder.create_masked_store = counting_load, counting_store
+    try:
+        yield loads, stores
+    finally:
+        Builder.create_masked_load, Builder.create_masked_store = load, store
+
+
+def bytes_of(accesses, tensor=None):
+    """Bytes of the accesses to a tensor, or of all of them."""
+    low, high = (0, 2**63) if tensor is None else (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+    return sum(size * int(((pointers >= low) & (pointers < high)).sum()) for pointers, size in accesses)
+
+
+@pytest.mark.parametrize("q", [0, 5])
+@pytest.mark.parametrize("masked", [True, False])
+def test_traffic_is_what_the_model_says(masked, q):
+    """E and dX are read, X is written as often as predicted: for E once more from the cache with q > 0."""
+    from ept_kernels import traffic, triton_backward, triton_forward
+
+    x = traffic.Shapes(
+        batch=7, length=37, d=140, s=20, n=40, r=5, k=3, h=2, q=q, masked=masked, source_bytes=4
+    )  # fmt: skip
+    case = make_case(
+        8,
+        parts="all" if q else "paper",
+        s=x.s,
+        n=x.n,
+        r=x.r,
+        k=x.k,
+        h=x.h,
+        q=max(q, 1),
+        d=x.d,
+        length=x.length,
+        batch=x.batch,
+    )
+    names = ["prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight", "token_down", "token_up"]
+    weights = [case.get(name) for name in names]
+    mask = case["attention_mask"] if masked else None
+    # Every token has its own row, so that the rows of E can be told apart.
+    source = torch.randn(x.batch * x.length, x.d)
+    ids = torch.arange(x.batch * x.length).view(x.batch, x.length)
+    settings = (1.0, 1.0, "silu", 0, True, True)
+    with counted_accesses() as (loads, stores):
+        out, _, *kept = triton_forward.forward(ids, source, mask, *weights, *settings, True)
+    predicted = traffic.forward(x).memory
+    assert bytes_of(loads, source) == predicted["rows of E"] * (2 if q else 1)
+    assert bytes_of(stores, out) == predicted["X"] + predicted["P* in every row"]
+    kept_bytes = sum(bytes_of(stores, t) for t in kept if t.is_floating_point())
+    assert kept_bytes == predicted["kept"]
+
+    grad = torch.randn_like(out)
+    with counted_accesses() as (loads, stores):
+        triton_backward.backward(grad, None, ids, source, masked, *weights, *kept, *settings, False)
+    predicted = traffic.backward(x).memory
+    assert bytes_of(loads, grad) == predicted["dX"]
+    assert bytes_of(loads, source) == (predicted["rows of E"] - 8 * ids.numel() if q else 0)

@@ -111,7 +111,7 @@ def is_caught(mistake: Mistake, seed: int, folder_of: dict) -> bool:
     if mistake.name not in folder_of:
         folder_of[mistake.name] = load(mistake, tempfile.mkdtemp(dir=folder_of["folder"]))
     forward, backward = folder_of[mistake.name]
-    case = make_case(seed, parts="paper", s=18, n=20, r=5, k=3, h=3, d=70, length=20, batch=2)
+    case = make_case(seed, parts="paper", s=18, n=20, r=33, k=5, h=8, d=70, length=20, batch=2)
     names = ["prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight"]
     leaves = [case[name].requires_grad_() for name in names]
     want = prompt_embed(**case, impl="torch")
