@@ -1,5 +1,7 @@
 """Training one method on one task through transformers' Trainer, and its score: the same for every method."""
 
+import os
+import tempfile
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +11,11 @@ import torch
 from peft import PeftModel
 from scipy.stats import pearsonr
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -70,19 +74,27 @@ def collator(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> _Collator:
 
 
 class _Watch(TrainerCallback):
-    def __init__(self, fit: Fit):
+    """Fills a Fit and shows one progress bar with the loss."""
+
+    def __init__(self, fit: Fit, steps: int, description: str | None):
         self.fit = fit
+        self.bar = tqdm(total=steps, desc=description, unit="step", disable=description is None)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.fit.step_seconds.append(time.perf_counter() - self.started)
+        self.bar.update()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             self.fit.steps.append(state.global_step)
-            self.fit.losses.append(logs["loss"])
+            self.fit.losses.append(float(logs["loss"]))
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 
 def fit(
@@ -94,35 +106,37 @@ def fit(
     steps: int,
     batch_size: int = 32,
     seed: int = 0,
-    description: str = "",
-    output_dir: str = "runs/scratch",
-    quiet: bool = False,
+    description: str | None = None,
 ) -> Fit:
-    """Trains with AdamW, a short warm-up and linear decay, in batches of similar length."""
+    """Trains with AdamW, a short warm-up and linear decay, in batches of similar length; a bar if described."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     scheduler = get_linear_schedule_with_warmup(optimizer, max(1, round(WARMUP * steps)), steps)
     args = TrainingArguments(
-        output_dir=output_dir, max_steps=steps, per_device_train_batch_size=batch_size, seed=seed, data_seed=seed,
+        output_dir=os.path.join(tempfile.gettempdir(), "ept-bench"), max_steps=steps,
+        per_device_train_batch_size=batch_size, seed=seed, data_seed=seed,
         train_sampling_strategy="group_by_length", logging_steps=max(1, steps // 30), save_strategy="no",
-        report_to="none", disable_tqdm=quiet, use_cpu=True, remove_unused_columns=False, max_grad_norm=1.0,
+        report_to="none", disable_tqdm=True, use_cpu=True, remove_unused_columns=False, max_grad_norm=1.0,
     )  # fmt: skip
     result = Fit()
     trainer = Trainer(
         model, args, data_collator=collator(model, tokenizer), train_dataset=rows,
-        optimizers=(optimizer, scheduler), callbacks=[_Watch(result)],
+        optimizers=(optimizer, scheduler), callbacks=[_Watch(result, steps, description)],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return result
 
 
 @torch.no_grad()
-def predict(model: nn.Module, rows: list[dict[str, Any]], tokenizer, batch_size: int = 64) -> np.ndarray:
-    """Logits [rows, labels], in the order of the rows; batches of similar length."""
+def predict(
+    model: nn.Module, rows: list[dict[str, Any]], tokenizer, batch_size: int = 64, description: str | None = None
+) -> np.ndarray:
+    """Logits [rows, labels], in the order of the rows; batches of similar length; a bar if described."""
     model.eval()
     collate = collator(model, tokenizer)
     order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
     logits: list[np.ndarray | None] = [None] * len(rows)
-    for start in range(0, len(order), batch_size):
+    for start in tqdm(range(0, len(order), batch_size), desc=description, unit="batch", disable=description is None):
         index = order[start : start + batch_size]
         batch = collate([rows[i] for i in index])
         batch.pop("labels")

@@ -27,6 +27,9 @@ LIMITS = {
 class EPTConfig:
     """Settings of an EPT adapter. Symbols as in docs/method.md.
 
+    The default preset [ours] has a prompt of 4 rows, 4 spaces and a token-conditioned update: 100·d trained
+    parameters, as many as a soft prompt of 100 tokens. `EPTConfig.paper()` has the paper's parts.
+
     Args:
         prompt_length: s, rows of the short prompt.
         max_text_length: N, text positions that the low-rank update covers.
@@ -49,12 +52,12 @@ class EPTConfig:
         ValueError, TypeError: a setting that cannot work, with the reason.
     """
 
-    prompt_length: int = 8
+    prompt_length: int = 4
     max_text_length: int = 256
     rank: int = 0
-    num_spaces: int = 0
+    num_spaces: int = 4
     space_dim: int = 2
-    token_rank: int = 24
+    token_rank: int = 38
     alpha: float = 8.0
     activation: str = "silu"
     lowrank_update: bool = True
@@ -152,8 +155,8 @@ class EPTConfig:
             parameters: the budget, without a task head.
             embed_dim: d, width of the backbone's word embeddings.
             preset: "paper" divides the budget as the paper's T5-base setting does (40 % prompt, 40 % low-rank pair,
-                20 % spaces: [reading]); "default" gives the prompt `prompt_length` rows and the rest to the
-                token-conditioned update [ours].
+                20 % spaces: [reading]); "default" keeps the prompt at 4 rows, gives the spaces up to 20 % and the
+                token-conditioned update the rest [ours].
             settings: any field of EPTConfig; a size given here is kept and the others fill the rest.
 
         Raises:
@@ -169,7 +172,8 @@ class EPTConfig:
                 f"give at least {embed_dim}"
             )
         fill = _fill_paper if preset == "paper" else _fill_default
-        base = cls.paper(**settings) if preset == "paper" else cls(**settings)
+        # The rank is chosen below; the preset's own may not fit a short max_text_length.
+        base = cls.paper(**{"rank": 0} | settings) if preset == "paper" else cls(**settings)
         config = fill(base, parameters, embed_dim, settings)
         if config.num_parameters(embed_dim) > parameters:
             raise ValueError(
@@ -243,16 +247,13 @@ def _fit_spaces(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
 
 
 def _fill_default(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
-    """The prompt keeps its rows (at most a fifth of the budget), the token-conditioned update takes the rest."""
+    """Few prompt rows and up to a fifth for the spaces, as at 100 d; the token-conditioned update takes the rest."""
+    base = _fit_spaces(base, parameters, d, fixed)
     if "prompt_length" not in fixed:
         base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, parameters // (5 * d))))
-    if "token_rank" in fixed or not base.token_update:
-        others = base.num_parameters(d) - base.prompt_length * d
-        if "prompt_length" not in fixed:
-            base = dataclasses.replace(base, prompt_length=max(1, (parameters - others) // d))
-        return base
-    rest = parameters - dataclasses.replace(base, token_rank=0).num_parameters(d)
-    base = dataclasses.replace(base, token_rank=max(0, rest // (2 * d)))
+    if "token_rank" not in fixed and base.token_update:
+        rest = parameters - dataclasses.replace(base, token_rank=0).num_parameters(d)
+        base = dataclasses.replace(base, token_rank=max(0, rest // (2 * d)))
     left = parameters - base.num_parameters(d)
     if "prompt_length" not in fixed and left >= d:
         base = dataclasses.replace(base, prompt_length=base.prompt_length + left // d)

@@ -33,8 +33,6 @@ class EPTLayer(nn.Module):
             raise ValueError(f"rank={config.rank} is larger than the embeddings' width {embed_dim}: lower rank")
         if config.has_spaces and config.space_dim > embed_dim:
             raise ValueError(f"space_dim={config.space_dim} is larger than the embeddings' width {embed_dim}: lower it")
-        if config.has_token_update and config.token_rank > embed_dim:
-            raise ValueError(f"token_rank={config.token_rank} is larger than the embeddings' width {embed_dim}")
         self.config, self.embed_dim, self.prompt_start = config, embed_dim, prompt_start
         shapes: dict[str, tuple[int, ...] | None] = {
             "prompt": (config.prompt_length, embed_dim),

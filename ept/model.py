@@ -26,9 +26,10 @@ from .heads import MeanPoolingForSequenceClassification
 from .layer import EPTLayer
 from .saving import backbone_fingerprint, check_fingerprint, read_adapter, write_adapter
 
-__all__ = ["EPTModel", "get_ept_model"]
+__all__ = ["EPTModel", "get_ept_model", "max_text_tokens"]
 
 IGNORE_INDEX = -100  # what transformers' losses skip
+POSITIONS_FROM_MASK = ("bloom",)  # causal models without position_ids that count positions by the mask themselves
 
 
 def get_ept_model(
@@ -219,16 +220,28 @@ class EPTModel(nn.Module):
                     module.training = True
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **settings: Any
+    ) -> None:
         """The wrapped model's; dropout that its layers apply themselves is set to zero with it if dropout is off."""
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        if hasattr(self.base_model, "activation_checkpointing_enable"):
+            self.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs, **settings)
+        else:  # transformers before the name
+            self.base_model.gradient_checkpointing_enable(activation_checkpointing_kwargs, **settings)
+        # The prompt brings gradients into the first layer; the hook that would make frozen embeddings bring some
+        # costs a gradient of all text, and hides the table from the fused path.
+        self.base_model.disable_input_require_grads()
         if not self.ept_config.backbone_dropout:
             for module in self.base_model.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     for name, value in vars(module).items():
-                        if name.endswith("dropout") and isinstance(value, float):
+                        if "drop" in name and isinstance(value, float):  # dropout, attention_dropout, layerdrop, …
                             setattr(module, name, 0.0)
         self.train(self.training)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **settings: Any) -> None:
+        """transformers' older name for `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **settings)
 
     # ------------------------------------------------------------------ looking at it
 
@@ -371,6 +384,8 @@ class EPTModel(nn.Module):
         """The wrapped model's arguments, and the order in which the columns were rearranged (None: as they were)."""
         self._refuse_packed(position_ids, attention_mask)
         token_labels = labels is not None and self._labels_are_per_token(labels)
+        if attention_mask is None and self._kind == "causal-pooled" and input_ids is not None:
+            attention_mask = self._mask_by_last_token(input_ids)
         order = None
         if attention_mask is not None and self._kind != "causal":
             # Encoders count positions by columns, so their text must start at the first; a pooled causal model reads
@@ -399,7 +414,7 @@ class EPTModel(nn.Module):
         elif full_mask is not None and self._kind.startswith("causal"):
             if "position_ids" in self._accepts:
                 prepared["position_ids"] = text_positions(full_mask).clamp(min=0)
-            else:
+            elif self.config.model_type not in POSITIONS_FROM_MASK:
                 self._refuse_left_padding(attention_mask)
         if token_labels:
             if self._kind == "causal":
@@ -456,8 +471,15 @@ class EPTModel(nn.Module):
         if ((attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] == 0)).any():
             raise ValueError(
                 f"{type(self.base_model).__name__} takes no position_ids, so text after padding would get the wrong "
-                "positions: pad on the right"
+                "positions: " + ("pad on the right" if self._kind == "causal" else "batch rows of one length")
             )
+
+    def _mask_by_last_token(self, input_ids: Tensor) -> Tensor | None:
+        """Without a mask, transformers' pooled causal models find the last token by the padding's id; so here."""
+        pad = self.config.get_text_config().pad_token_id
+        if pad is None:
+            return None
+        return (input_ids != pad).flip(1).cumsum(1).flip(1) > 0
 
     def _check_length(self, length: int, attention_mask: Tensor | None) -> None:
         s, limit = self.ept_config.prompt_length, self._max_length
@@ -617,6 +639,12 @@ def _head_names(model: PreTrainedModel) -> list[str]:
         name for name, child in model.named_children()
         if child is not model.base_model and any(True for _ in child.parameters())
     ]  # fmt: skip
+
+
+def max_text_tokens(model: PreTrainedModel, prompt_length: int) -> int | None:
+    """The most text tokens that the backbone `model` has positions for beside the prompt; None: it sets no limit."""
+    positions = _max_positions(model)
+    return None if positions is None else positions - prompt_length
 
 
 def _max_positions(model: PreTrainedModel) -> int | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .model import EPTModel
 from .saving import read_adapter
@@ -49,6 +50,13 @@ class EPTArguments:
     head_learning_rate: float = field(default=HEAD_LEARNING_RATE, metadata={"help": "Rate of a task head."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "The learning rates' schedule."})
     warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps; below 1 it is a share of all steps."})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the training rows: batches of similar length, or 'random', 'sequential', 'batch_rebalance'.",
+            "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
+        },
+    )
 
 
 @dataclass
@@ -101,7 +109,9 @@ class _EPTTrainerMixin:
         """The optimiser that `args.optim` names, over `parameter_groups`."""
         if self.optimizer is None:
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            rates = {name: getattr(self.args, name) for name in EPTArguments.__dataclass_fields__ if "rate" in name}
+            rates = {
+                name: getattr(self.args, name) for name in EPTArguments.__dataclass_fields__ if name.endswith("rate")
+            }
             groups = parameter_groups(self.model, **rates, weight_decay=self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
@@ -116,12 +126,28 @@ class _EPTTrainerMixin:
                 )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _get_train_sampler(self, *args, **kwargs) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _LengthGroupedByEpoch(sampler, seed)
+        return sampler
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
+        # A data loader draws a seed: kept apart, evaluating more or less often does not change the training, and a
+        # run that resumes past an evaluation has the random state of one that evaluated.
+        with torch.random.fork_rng(devices=[]):
+            metrics = super().evaluate(*args, **kwargs)
         health = gate_health(self.model.gate_weights())
         if health:
             self.log(health)
         return metrics | health
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Its presence says that a checkpoint is whole: it must not be there while an old checkpoint is written over.
+        directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        (directory / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
@@ -140,6 +166,24 @@ class _EPTTrainerMixin:
 
     def _load_adapter(self, directory: str) -> None:
         self.model.load_adapter_tensors(read_adapter(directory)[1], source=directory)
+
+
+class _LengthGroupedByEpoch(LengthGroupedSampler):
+    """transformers' sampler with its order a function of seed and epoch, so that a resumed epoch has the same batches.
+
+    transformers draws the order from the global random state, which is another one after a resume.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int):
+        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class EPTTrainer(_EPTTrainerMixin, Trainer):

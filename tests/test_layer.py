@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tiny_models import all_parts
 
 from ept import EPTConfig, EPTLayer, decompose
+from tiny_models import all_parts
 
 
 def layer(d=48, **settings):
@@ -70,9 +70,9 @@ def test_a_soft_prompt_that_does_not_fit_is_refused(shape, words):
 
 
 def test_sizes_beyond_the_embeddings_width_are_refused():
-    for settings in (dict(rank=9), dict(space_dim=9), dict(token_rank=9)):
+    for settings in (dict(rank=9), dict(space_dim=9)):
         with pytest.raises(ValueError, match="larger than the embeddings' width 8"):
-            layer(8, **dict(rank=3, space_dim=2, token_rank=3) | settings)
+            layer(8, **dict(rank=3, space_dim=2) | settings)
 
 
 def test_results_in_units_of_e_are_those_of_the_plain_formulas_scaled():

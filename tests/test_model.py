@@ -1,11 +1,15 @@
 """EPTModel on every kind of transformers model: padding, labels, positions, files, refusals."""
 
+import copy
 import json
 
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from ept import EPTConfig, EPTModel, get_ept_model
 from tiny_models import (
     CAUSAL,
     ENCODERS,
@@ -20,9 +24,6 @@ from tiny_models import (
     shake,
     wrapped,
 )
-from torch.nn import functional as F
-
-from ept import EPTConfig, EPTModel, MeanPoolingForSequenceClassification, get_ept_model
 
 SEQ = hf.AutoModelForSequenceClassification
 # Rounding of fp32 through two small layers; a wrong position or a seen pad moves the logits by 1e-2 and more.
@@ -34,8 +35,6 @@ def classifiers():
         yield f"{name} first token", lambda name=name: backbone(name, SEQ, num_labels=3)
     yield "bert mean", mean_pooling
     for name in (*CAUSAL, "bloom"):
-        if name == "bloom":
-            continue  # takes no position_ids: see the refusal below
         yield f"{name} last token", lambda name=name: backbone(name, SEQ, num_labels=3, pad_token_id=0)
 
 
@@ -68,7 +67,7 @@ def test_last_hidden_states_come_in_the_callers_columns_however_rows_are_padded(
             torch.testing.assert_close(hidden[i][mask[i] == 1], model(row).last_hidden_state[0], **CLOSE)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [*CAUSAL, "bloom"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_causal_logits_line_up_and_the_loss_is_the_hand_computed_one(name, side):
     model = wrapped(backbone(name, hf.AutoModelForCausalLM))
@@ -181,7 +180,16 @@ def test_positions_that_cannot_be_honoured_are_refused():
         )
     batch, mask = padded([ids(1, 6), ids(1, 3)], "left")
     with pytest.raises(ValueError, match="pad on the right"):
-        wrapped(backbone("bloom", hf.AutoModelForCausalLM))(batch, mask)
+        wrapped(backbone("mpt", hf.AutoModelForCausalLM))(batch, mask)
+    with pytest.raises(ValueError, match="one length"):
+        wrapped(backbone("mpt", SEQ, pad_token_id=0))(batch, mask)
+
+
+def test_without_a_mask_a_pooled_causal_model_finds_the_last_token_by_the_paddings_id():
+    model = wrapped(backbone("gpt2", SEQ, num_labels=3))
+    batch, mask = padded([ids(1, 9, seed=1), ids(1, 4, seed=2)], "right")
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch).logits, model(batch, mask).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("mask", [torch.ones(1, 1, 6, 6), {"full_attention": None}, torch.ones(6)])
@@ -261,6 +269,13 @@ def test_trained_tensors_are_fp32_over_a_half_precision_backbone(dtype):
         assert out.logits.dtype == torch.float32
         out.loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_deep_copy_is_a_model_of_its_own():
+    model = wrapped(backbone("bert"))
+    other = copy.deepcopy(model)
+    shake(other)
+    assert not torch.equal(other(ids(1, 4)).last_hidden_state, model(ids(1, 4)).last_hidden_state)
 
 
 def test_disable_adapter_is_the_wrapped_model():
@@ -364,7 +379,7 @@ def test_the_prompt_starts_from_frequent_tokens_words_or_a_soft_prompt():
         (dict(init="decompose"), dict(), "soft_prompt"),
         (dict(), dict(soft_prompt=torch.zeros(9, WIDTH)), "soft_prompt"),
         (dict(), dict(token_counts=torch.zeros(VOCAB + 1)), "token_counts"),
-        (dict(rank=16, max_text_length=99, token_rank=33), dict(), "width"),
+        (dict(rank=33, max_text_length=99), dict(), "width"),
         (dict(prompt_length=POSITIONS), dict(), "no room for text"),
     ],
 )
@@ -526,10 +541,6 @@ def test_the_gates_picture_is_written(tmp_path):
         wrapped(backbone("bert"), all_parts(num_spaces=0)).plot_gates()
 
 
-def test_the_default_config_and_the_papers_wrap_a_real_shape():
-    for config in (None, EPTConfig(), EPTConfig.paper(rank=16, max_text_length=32)):
-        out = get_ept_model(mean_pooling(), config and EPTConfig(**config.to_dict() | dict(prompt_length=4))).eval()(
-            ids(1, 4)
-        )
-        assert out.logits.shape == (1, 3)
-    assert isinstance(mean_pooling(), MeanPoolingForSequenceClassification)
+@pytest.mark.parametrize("config", [None, EPTConfig(), EPTConfig.paper()])
+def test_both_presets_wrap_a_model_as_they_are(config):
+    assert get_ept_model(mean_pooling(), config).eval()(ids(1, 4)).logits.shape == (1, 3)

@@ -32,6 +32,7 @@ CONFIGS = {
         max_position_embeddings=POSITIONS, word_embed_proj_dim=16, pad_token_id=0,
     ),
     "bloom": lambda: hf.BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=2, n_head=4),
+    "mpt": lambda: hf.MptConfig(vocab_size=VOCAB, d_model=WIDTH, n_layers=2, n_heads=4, max_seq_len=POSITIONS),
     "t5": lambda: hf.T5Config(
         vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
     ),

@@ -1,0 +1,40 @@
+"""What a figure needs beside it: device, versions, commit."""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+__all__ = ["describe"]
+
+
+def describe() -> dict[str, Any]:
+    """Device, threads, versions and the commit ("-dirty" where tracked files differ from it)."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {_cpu()}"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(*arguments: str) -> str:
+    try:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return result.stdout.strip() or ("unknown" if result.returncode else "")

@@ -1,0 +1,466 @@
+"""The command line: `ept train | eval | predict`, also `python -m ept`.
+
+Bad input ends with one line on standard error and exit code 2. Everything that can be wrong with what a user gives is
+looked at before the first step; an error after that is a fault, and shows its traceback.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import __version__
+from .config import EPTConfig
+from .model import EPTModel, get_ept_model
+from .saving import CONFIG_NAME, read_adapter
+
+__all__ = ["main"]
+
+USAGE = """usage: ept COMMAND [options]
+
+Efficient Prompt Tuning: a frozen transformers model learns a task from a few tens of thousands of parameters.
+
+commands:
+  train     tune a model on labelled text and save the adapter
+  eval      evaluate an adapter on labelled text
+  predict   label texts, one a line
+
+  ept COMMAND --help shows a command's options; ept --version the version.
+"""
+
+RUN_NAME = "run.json"
+STEPS_NAME = "trainer_state.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; `argv` is that of the process without its first word. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = {"train": train, "eval": evaluate, "predict": predict}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"ept {__version__}")
+        return 0
+    if argv[0] not in commands:
+        print(f"ept: error: unknown command {argv[0]!r}: one of {', '.join(commands)}", file=sys.stderr)
+        return 2
+    try:
+        commands[argv[0]](argv[1:])
+    except BrokenPipeError:  # the reader of our output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def _bad_input_is_one_line(command: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _fail(command, f"{error.name} is not installed: pip install 'ept[train]'")
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _fail(command, " ".join(str(error).split()))
+
+
+def _fail(command: str, message: str) -> None:
+    print(f"ept {command}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------- train
+
+
+def train(argv: list[str]) -> None:
+    """`ept train`: prepares everything, trains, evaluates, saves the adapter and the record of the run."""
+    with _bad_input_is_one_line("train"):
+        trainer, resume, test, record = _prepare_training(argv)
+    trainer.train(resume_from_checkpoint=resume)
+    metrics: dict[str, float] = {}
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    if test is not None:
+        metrics |= trainer.evaluate(test, metric_key_prefix="test")
+    output_dir = trainer.args.output_dir
+    trainer.save_model(output_dir)
+    trainer.save_state()
+    record |= {"metrics": metrics, "steps": trainer.state.global_step}
+    if trainer.is_world_process_zero():
+        _write_record(output_dir, record)
+        _say(f"saved the adapter in {output_dir}")
+        print(json.dumps(metrics))
+
+
+def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, Any]]:
+    """From the command line to a trainer, the checkpoint to resume from, the test rows and the record's beginning."""
+    from .options import train_parser
+    from .tasks import best_metric, input_limit, is_text_to_text, load_backbone, load_tokenizer
+
+    chosen = _given(argv)
+    if "load_best_model_at_end" in chosen and not chosen.keys() & {"validation_file", "dataset_name"}:
+        raise ValueError("--load_best_model_at_end needs a --validation_file to judge by")
+    model_args, files, columns, sizes, run, args = train_parser().parse(argv + _strategies(chosen))
+    if "output_dir" not in chosen:
+        raise ValueError("say where the adapter goes with --output_dir")
+    resume = _checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if resume is None and not run.overwrite_output_dir:
+        _refuse_used(args.output_dir)
+    if run.early_stopping_patience is not None and not args.load_best_model_at_end:
+        raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and --validation_file to judge by")
+
+    text_to_text = is_text_to_text(model_args.model_name_or_path)
+    tables = _read_tables(files, columns.no_header)
+    task, labels, names = _labels(tables, columns, model_args.task or ("text2text" if text_to_text else None))
+    if args.eval_strategy != "no" and "validation" not in tables:
+        raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs a --validation_file")
+
+    transformers.set_seed(args.seed)
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    backbone = load_backbone(
+        model_args.model_name_or_path,
+        task,
+        None if labels is None else labels.names and list(labels.names),
+        head=model_args.head,
+        dtype=model_args.dtype,
+    )
+    if backbone.config.pad_token_id is None:
+        backbone.config.pad_token_id = tokenizer.pad_token_id
+    config = _config(sizes, backbone.get_input_embeddings().embedding_dim)
+    limit = input_limit(backbone, tokenizer, config.prompt_length, columns.max_seq_length)
+    data = {
+        split: _tokens(table, source, names, task, labels, tokenizer, limit, columns.max_target_length)
+        for split, (table, source) in tables.items()
+    }
+    counts = None
+    if config.init == "vocab":
+        ids = torch.tensor(list(itertools.chain.from_iterable(data["train"]["input_ids"])))
+        counts = torch.bincount(ids, minlength=len(backbone.get_input_embeddings().weight))
+    model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts)
+    if resume is not None:
+        _check_same_run(resume, model)
+    elif run.overwrite_output_dir and args.should_save:
+        for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    if "metric_for_best_model" not in chosen and args.load_best_model_at_end:
+        args.metric_for_best_model, args.greater_is_better = best_metric(task)
+    args.restore_callback_states_from_checkpoint = resume is not None  # early stopping counts on
+    args.dataloader_pin_memory &= torch.cuda.is_available()
+    if "predict_with_generate" not in chosen:
+        args.predict_with_generate = task == "text2text"
+    if args.generation_max_length is None:
+        args.generation_max_length = columns.max_target_length
+    trainer = _trainer(model, args, data, tokenizer, task, run.early_stopping_patience)
+    _say(f"{task}: " + ", ".join(f"{len(rows)} {split} rows" for split, rows in data.items()))
+    model.print_trainable_parameters()
+    record = {
+        "command": shlex.join(["ept", "train", *argv]),
+        "task": task,
+        "columns": dataclasses.asdict(names),
+        "no_header": columns.no_header,
+        "max_seq_length": limit,
+        "seed": args.seed,
+        "trained_parameters": model.trainable_parameters(),
+        "versions": {
+            "ept": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    return trainer, resume, data.get("test"), record
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+    """The options that the user gave, by name, with the word after each."""
+    given = {}
+    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        if word.startswith("--"):
+            name, is_joined, value = word.removeprefix("--").partition("=")
+            given[name.replace("-", "_")] = value if is_joined else after
+    return given
+
+
+def _strategies(chosen: dict[str, str]) -> list[str]:
+    """With rows to validate on, evaluation each epoch unless said; the best model needs checkpoints where it is judged."""
+    evaluate = chosen.get("eval_strategy") or ("steps" if "eval_steps" in chosen else "epoch")
+    extra = []
+    if "eval_strategy" not in chosen and chosen.keys() & {"validation_file", "load_best_model_at_end"}:
+        extra += ["--eval_strategy", evaluate]
+    if "save_strategy" not in chosen and "load_best_model_at_end" in chosen:
+        extra += ["--save_strategy", evaluate]
+    return extra
+
+
+def _checkpoint(output_dir: str, wanted: str | None) -> str | None:
+    """The directory to resume from; ValueError if it is not a whole checkpoint."""
+    from .training import last_checkpoint
+
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() == "true":
+        found = last_checkpoint(output_dir)
+        if found is None:
+            raise ValueError(
+                f"{output_dir} holds no whole checkpoint to resume from: leave out --resume_from_checkpoint"
+            )
+        return found
+    if not (Path(wanted) / STEPS_NAME).is_file():
+        raise ValueError(f"{wanted} is not a whole checkpoint: it has no {STEPS_NAME}")
+    return wanted
+
+
+def _refuse_used(output_dir: str) -> None:
+    path = Path(output_dir)
+    if path.is_file():
+        raise ValueError(f"--output_dir {output_dir} is a file: give a directory")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    held = "holds another run" if (path / CONFIG_NAME).is_file() or any(path.glob("checkpoint-*")) else "is not empty"
+    raise ValueError(
+        f"--output_dir {output_dir} {held}: go on with it (--resume_from_checkpoint true), give another directory, "
+        "or write over it (--overwrite_output_dir)"
+    )
+
+
+def _check_same_run(checkpoint: str, model: EPTModel) -> None:
+    """ValueError if a checkpoint's adapter has other sizes or labels than the one that is to go on from it."""
+    saved = read_adapter(checkpoint)[0]
+    own = model.ept_config.to_dict()
+    for name, value in own.items():
+        if saved.get(name) != value:
+            raise ValueError(f"{checkpoint} was trained with {name} {saved.get(name)}, not {value}: resume as it began")
+    names = [model.config.id2label[i] for i in sorted(model.config.id2label)]
+    if model.head_names and saved.get("label_names") != names:
+        raise ValueError(f"{checkpoint} was trained with the labels {saved.get('label_names')}, not {names}")
+
+
+def _read_tables(files: Any, no_header: bool) -> dict[str, tuple[Any, str]]:
+    """The rows and their source by split; "train" is always there."""
+    from .data import read_file, read_hub
+
+    tables = {}
+    for split in ("train", "validation", "test"):
+        path = getattr(files, f"{split}_file")
+        if path is not None:
+            tables[split] = (read_file(path, header=not no_header), path)
+        elif files.dataset_name is not None:
+            table = read_hub(files.dataset_name, files.dataset_config_name, split)
+            if table is not None:
+                tables[split] = (table, f"{files.dataset_name} ({split})")
+    if "train" not in tables:
+        raise ValueError("say what to train on with --train_file (or --dataset_name)")
+    return tables
+
+
+def _labels(tables: dict[str, tuple[Any, str]], given: Any, task: str | None) -> tuple[str, Any, Any]:
+    """The task, the labels (None for text2text) and the columns, as the training rows have them."""
+    from .data import Columns, Labels, choose_columns
+
+    table, source = tables["train"]
+    wanted = Columns(given.text_column, given.text_pair_column, given.label_column)
+    columns = choose_columns(table, source, wanted)
+    for other, name in tables.values():
+        choose_columns(other, name, columns)
+    if task == "text2text":
+        return task, None, columns
+    labels = Labels.of(table, source, columns.label, task)
+    return "regression" if labels.names is None else "classification", labels, columns
+
+
+def _tokens(table, source, columns, task, labels, tokenizer, limit, target_limit) -> Any:
+    """A split as tokens and labels; says once how many of its rows were cut."""
+    from .data import tokenize, tokenize_targets
+
+    if task == "text2text":
+        encoded = tokenize_targets(table, source, columns.label, tokenizer, target_limit)
+    else:
+        encoded = labels.encode(table, source, columns.label)
+    data, cut = tokenize(table, source, columns, tokenizer, limit, encoded)
+    if cut:
+        _say(f"{source}: {cut} of {len(data)} rows were cut to {limit} tokens")
+    return data
+
+
+def _config(sizes: Any, embed_dim: int) -> EPTConfig:
+    given = {k: v for k, v in vars(sizes).items() if v is not None and k not in ("preset", "budget")}
+    if given.get("init") == "decompose":
+        raise ValueError("--init decompose starts from a soft prompt in memory: use get_ept_model(…, soft_prompt=…)")
+    if sizes.budget is not None:
+        return EPTConfig.for_budget(sizes.budget, embed_dim, preset=sizes.preset, **given)
+    return EPTConfig.paper(**given) if sizes.preset == "paper" else EPTConfig(**given)
+
+
+def _trainer(model, args, data, tokenizer, task: str, patience: int | None) -> Any:
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EarlyStoppingCallback
+
+    from .training import EPTSeq2SeqTrainer, EPTTrainer
+
+    generates = task == "text2text"
+    return (EPTSeq2SeqTrainer if generates else EPTTrainer)(
+        model,
+        args,
+        train_dataset=data["train"],
+        eval_dataset=data.get("validation"),
+        data_collator=(DataCollatorForSeq2Seq if generates else DataCollatorWithPadding)(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=_compute_metrics(task, tokenizer),
+        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+    )
+
+
+def _compute_metrics(task: str, tokenizer: Any) -> Callable[[Any], dict[str, float]]:
+    from .tasks import metrics_of
+
+    def texts(ids: Any) -> list[str]:
+        ids = torch.as_tensor(ids)
+        return tokenizer.batch_decode(ids.masked_fill(ids < 0, tokenizer.pad_token_id), skip_special_tokens=True)
+
+    def compute(evaluated: Any) -> dict[str, float]:
+        predictions, labels = evaluated.predictions, evaluated.label_ids
+        if isinstance(predictions, tuple):
+            predictions = predictions[0]
+        if task == "text2text":
+            if predictions.ndim == 3:  # --predict_with_generate false: logits of the given text
+                predictions = predictions.argmax(-1)
+            predictions, labels = texts(predictions), texts(labels)
+        return metrics_of(task, predictions, labels)
+
+    return compute
+
+
+def _write_record(output_dir: str, record: dict[str, Any]) -> None:
+    path = Path(output_dir) / RUN_NAME
+    path.with_suffix(".new").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".new"), path)
+
+
+def _read_record(adapter: str) -> dict[str, Any]:
+    """What `ept train` wrote beside the adapter; empty for an adapter that was saved from Python."""
+    path = Path(adapter) / RUN_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+# ---------------------------------------------------------------------- eval
+
+
+def evaluate(argv: list[str]) -> None:
+    """`ept eval`: the metrics of an adapter on labelled rows, as JSON on the last line."""
+    with _bad_input_is_one_line("eval"):
+        from tqdm import tqdm
+
+        from .data import Columns, Labels, choose_columns, read_file, read_hub
+        from .options import eval_parser
+        from .tasks import input_limit, load_adapter, metrics_of, predict
+
+        where, files, given = eval_parser().parse(argv)
+        if files.test_file is not None:
+            source, table = files.test_file, None
+        elif files.dataset_name is not None:
+            source = f"{files.dataset_name} ({files.dataset_split})"
+            table = read_hub(files.dataset_name, files.dataset_config_name, files.dataset_split)
+            if table is None:
+                raise ValueError(f"{files.dataset_name} has no split {files.dataset_split!r}: give --dataset_split")
+        else:
+            raise ValueError("say what to evaluate on with --test_file (or --dataset_name)")
+        _check_batch_size(files.batch_size)
+        record = _read_record(where.adapter)
+        if table is None:
+            table = read_file(source, header=not (given.no_header or record.get("no_header", False)))
+        trained_on = record.get("columns", {})
+        wanted = Columns(
+            **{k: getattr(given, f"{k}_column") or trained_on.get(k) for k in ("text", "text_pair", "label")}
+        )
+        columns = choose_columns(table, source, wanted)
+        model, tokenizer, task = load_adapter(where.adapter, where.model_name_or_path, dtype=where.dtype)
+        limit = given.max_seq_length or record.get("max_seq_length")
+        limit = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, limit)
+        names = [model.config.id2label[i] for i in sorted(model.config.id2label)]
+        labels = Labels(tuple(names) if task == "classification" else None)
+        data = _tokens(table, source, columns, task, labels, tokenizer, limit, given.max_target_length)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    truth = list(table[columns.label]) if task == "text2text" else list(data["labels"])
+    data = data.remove_columns("labels")
+    predictions: list[Any] = []
+    for start in tqdm(range(0, len(data), files.batch_size), desc="Evaluating"):
+        batch = tokenizer.pad(data[start : start + files.batch_size], return_tensors="pt")
+        predictions += list(predict(model, tokenizer, task, batch, given.max_target_length))
+    if task != "text2text":
+        predictions = torch.stack(predictions)
+    print(json.dumps({"rows": len(data)} | metrics_of(task, predictions, truth)))
+
+
+def _check_batch_size(batch_size: int | None) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size} must be at least 1")
+
+
+# ---------------------------------------------------------------------- predict
+
+
+def predict(argv: list[str]) -> None:
+    """`ept predict`: one line of output for each line of input."""
+    with _bad_input_is_one_line("predict"):
+        from .options import predict_parser
+        from .tasks import input_limit, lines_of, load_adapter
+        from .tasks import predict as predict_batch
+
+        where, options = predict_parser().parse(argv)
+        _check_batch_size(options.batch_size)
+        if options.input_file is not None and not Path(options.input_file).is_file():
+            raise ValueError(f"{options.input_file}: no such file")
+        record = _read_record(where.adapter)
+        model, tokenizer, task = load_adapter(where.adapter, where.model_name_or_path, dtype=where.dtype)
+        limit = options.max_seq_length or record.get("max_seq_length")
+        limit = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, limit)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        pairs = record.get("columns", {}).get("text_pair") is not None
+        batch_size = options.batch_size or (32 if options.input_file else 1)
+        with contextlib.ExitStack() as stack:
+            source = options.input_file or "standard input"
+            lines = stack.enter_context(open(options.input_file, "rb")) if options.input_file else sys.stdin.buffer
+            for texts in _batches(_texts(lines, source, pairs), batch_size):
+                truncation = {} if limit is None else {"truncation": True, "max_length": limit}
+                batch = tokenizer(*zip(*texts, strict=True), padding=True, return_tensors="pt", **truncation)
+                predictions = predict_batch(model, tokenizer, task, batch, options.max_target_length)
+                for line in lines_of(task, predictions, model.config.id2label.__getitem__):
+                    print(line, flush=True)
+
+
+def _texts(lines: Iterable[bytes], source: str, pairs: bool) -> Iterator[tuple[str, ...]]:
+    """Each line's text, or its two texts."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source}, line {number}: not UTF-8 (byte {line[error.start]:#04x})") from error
+        texts = tuple(text.split("\t", 1)) if pairs else (text,)
+        if pairs and len(texts) != 2:
+            raise ValueError(f"{source}, line {number}: the adapter labels pairs: write two texts with a tab between")
+        yield texts
+
+
+def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, size)):
+        yield batch

@@ -1,0 +1,301 @@
+"""Labelled text from local files or the hub: read, checked, and tokenised for training. Needs the extra `train`.
+
+Every error is a ValueError of one or two lines that names the file and says what to do.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from datasets import ClassLabel, Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Columns", "Labels", "choose_columns", "read_file", "read_hub", "tokenize", "tokenize_targets"]
+
+READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+
+# What is guessed: a label column by these names, and, once it and a row number are set aside, a lone text column or
+# one of these pairs. Whatever else a file holds must be said.
+LABEL_NAMES = ("label", "labels")
+ROW_NUMBER_NAMES = ("idx", "id", "index")
+PAIRS = (
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+    ("text1", "text2"),
+)  # fmt: skip
+
+csv.field_size_limit(2**31 - 1)  # the default refuses texts of more than 131,072 characters
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_file(path: str | os.PathLike, *, header: bool = True) -> Dataset:
+    """The rows of a csv, tsv, jsonl (json lines) or parquet file. Columns of a file without a header are "0", "1", ….
+
+    csv follows RFC 4180; in tsv a quotation mark is a character like any other, as in GLUE's files. Both give strings.
+    """
+    path = Path(path)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"{path}: unknown extension {path.suffix!r}: give a .csv, .tsv, .jsonl, .json or .parquet file"
+        )
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: give a file with at least one row")
+    if not header and reader != "csv":
+        raise ValueError(f"{path}: --no_header is for csv and tsv; the columns of {path.suffix} have names")
+    if reader == "parquet":
+        table = _read_parquet(path)
+    elif reader == "jsonl":
+        table = _read_jsonl(path)
+    else:
+        table = _read_csv(path, header)
+    if len(table) == 0:
+        raise ValueError(f"{path} holds no rows" + (", only a header" if reader == "csv" else "") + ": add some")
+    return table
+
+
+def read_hub(name: str, config: str | None, split: str) -> Dataset | None:
+    """A split of a data set by its hub name, or None if it has no such split."""
+    try:
+        splits = load_dataset(name, config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data set {name}: {error}") from error
+    return splits.get(split)
+
+
+def _decode(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: byte {data[error.start]:#04x} is not UTF-8: save the file as UTF-8"
+        ) from error
+
+
+def _read_csv(path: Path, header: bool) -> Dataset:
+    tsv = path.suffix.lower() == ".tsv"
+    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else dict(delimiter=",", strict=True)
+    reader = csv.reader(io.StringIO(_decode(path), newline=""), **form)
+    names, rows = None, []
+    try:
+        for row in reader:
+            if not row:
+                continue  # a blank line
+            if names is None:
+                names = row if header else [str(i) for i in range(len(row))]
+                if len(set(names)) < len(names):
+                    raise ValueError(f"{path}: the header names a column twice: {_listed(names)}")
+                if header:
+                    continue
+            if len(row) != len(names):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields where the first line has {len(names)}: "
+                    + ("a tab inside a text?" if tsv else 'a text with a comma must stand in "quotes"')
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not valid csv ({error})") from error
+    columns = list(zip(*rows, strict=True)) or [()] * len(names or [])
+    return Dataset.from_dict({name: list(column) for name, column in zip(names or [], columns, strict=True)})
+
+
+def _read_jsonl(path: Path) -> Dataset:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(_decode(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}): one object per line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'{path}, line {number}: not an object: write {{"text": …, "label": …}} on every line')
+        if rows and set(row) != set(rows[0]):
+            raise ValueError(
+                f"{path}, line {number}: its keys {_listed(row)} are not those of the first row, {_listed(rows[0])}"
+            )
+        rows.append(row)
+    try:
+        return Dataset.from_dict({name: [row[name] for row in rows] for name in (rows[0] if rows else [])})
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: a column holds values of different types ({error})") from error
+
+
+def _read_parquet(path: Path) -> Dataset:
+    import pyarrow.parquet
+
+    try:
+        return Dataset(pyarrow.parquet.read_table(path))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a parquet file or is damaged ({error})") from error
+
+
+def _listed(names) -> str:
+    return ", ".join(map(str, names))
+
+
+# ---------------------------------------------------------------------- columns
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that are read; None: not given (text, label) or not there (text_pair)."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+
+
+def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
+    """The columns to read: those wanted, and for what was left open those that only one choice is possible for."""
+    names = table.column_names
+    for option, name in (("text", wanted.text), ("text_pair", wanted.text_pair), ("label", wanted.label)):
+        if name is not None and name not in names:
+            raise ValueError(f"{source} has no column {name!r} (--{option}_column); it has: {_listed(names)}")
+    label = wanted.label
+    if label is None:
+        found = [name for name in names if name in LABEL_NAMES]
+        if len(found) != 1:
+            raise ValueError(f"{source}: say which column is the label with --label_column; it has: {_listed(names)}")
+        label = found[0]
+    if wanted.text is not None:
+        return replace(wanted, label=label)
+    rest = [name for name in names if name not in (label, wanted.text_pair) and name not in ROW_NUMBER_NAMES]
+    if len(rest) == 1:
+        return replace(wanted, text=rest[0], label=label)
+    for text, pair in PAIRS:
+        if wanted.text_pair is None and set(rest) == {text, pair}:
+            return Columns(text, pair, label)
+    raise ValueError(
+        f"{source}: say which column is the text with --text_column (and the second with --text_pair_column); "
+        f"it has: {_listed(names)}"
+    )
+
+
+# ---------------------------------------------------------------------- labels
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels are: class names in the order of the classes' numbers, or None for numbers to regress on."""
+
+    names: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, table: Dataset, source: str, column: str, task: str | None = None) -> "Labels":
+        """The labels of a training file. Floats are regressed on, everything else is classified, unless `task` says."""
+        feature = table.features[column]
+        if isinstance(feature, ClassLabel) and task != "regression":
+            return cls(tuple(feature.names))
+        values = _strings(table, source, column)
+        numbers = [_number(value) for value in values]
+        whole = all(n is not None and "." not in v and n.is_integer() for n, v in zip(numbers, values, strict=True))
+        if task == "regression" or (task is None and not whole and None not in numbers):
+            labels = cls(None)
+            labels.encode(table, source, column)
+            return labels
+        names = sorted(set(values), key=int if whole else None)
+        if len(names) < 2:
+            raise ValueError(
+                f"{source}: every row of {column!r} has the label {names[0]!r}: there is nothing to tell apart"
+            )
+        return cls(tuple(names))
+
+    def encode(self, table: Dataset, source: str, column: str) -> list[int] | list[float]:
+        """The rows' labels as class numbers or floats; ValueError names the first row that has another label."""
+        feature = table.features[column]
+        if isinstance(feature, ClassLabel) and self.names == tuple(feature.names) and min(table[column]) >= 0:
+            return list(table[column])
+        values = _strings(table, source, column)
+        if self.names is None:
+            numbers = [_number(value) for value in values]
+            for row, (number, value) in enumerate(zip(numbers, values, strict=True), start=1):
+                if number is None:
+                    raise ValueError(f"{source}, row {row}: label {value!r} is not a number, which regression needs")
+            return numbers
+        number_of = {name: i for i, name in enumerate(self.names)}
+        for row, value in enumerate(values, start=1):
+            if value not in number_of:
+                shown = _listed(self.names[:20]) + (", …" if len(self.names) > 20 else "")
+                raise ValueError(f"{source}, row {row}: label {value!r} is not among the known labels {shown}")
+        return [number_of[value] for value in values]
+
+
+def _strings(table: Dataset, source: str, column: str) -> list[str]:
+    feature, values = table.features[column], []
+    for row, value in enumerate(table[column], start=1):
+        if value is None or value == "":
+            raise ValueError(f"{source}, row {row}: the label ({column!r}) is missing")
+        named = isinstance(feature, ClassLabel) and value >= 0
+        values.append(feature.int2str(value) if named else str(value))
+    return values
+
+
+def _number(value: str) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+def tokenize(
+    table: Dataset,
+    source: str,
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    labels: list | None = None,
+) -> tuple[Dataset, int]:
+    """The rows as tokens, cut to `max_length` and not padded, with `labels` if given; and how many rows were cut."""
+    texts = [_texts(table, source, name) for name in (columns.text, columns.text_pair) if name is not None]
+
+    def encode(*batch: list[str]) -> dict[str, Any]:
+        # Without a limit first, since a tokenizer does not tell which rows it cut; few rows are encoded twice.
+        encoded = tokenizer(*batch, verbose=False)
+        cut = [max_length is not None and len(ids) > max_length for ids in encoded["input_ids"]]
+        for i in (i for i, is_cut in enumerate(cut) if is_cut):
+            again = tokenizer(*([column[i]] for column in batch), truncation=True, max_length=max_length)
+            for key in encoded:
+                encoded[key][i] = again[key][0]
+        return dict(encoded) | {"cut": cut}
+
+    data = Dataset.from_dict({str(i): column for i, column in enumerate(texts)})
+    names = data.column_names
+    data = data.map(
+        encode, batched=True, input_columns=names, remove_columns=names, desc=f"Tokenising {Path(source).name}"
+    )
+    number_cut = sum(data["cut"])
+    data = data.remove_columns("cut")
+    return (data if labels is None else data.add_column("labels", labels)), number_cut
+
+
+def tokenize_targets(
+    table: Dataset, source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[int]]:
+    """The token ids of the texts to be generated, for `tokenize`'s `labels`."""
+    texts = _texts(table, source, column)
+    return tokenizer(text_target=texts, truncation=True, max_length=max_length)["input_ids"]
+
+
+def _texts(table: Dataset, source: str, column: str) -> list[str]:
+    texts = list(table[column])
+    for row, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            kind = "missing" if text is None else f"{type(text).__name__} {text!r}, not text"
+            raise ValueError(f"{source}, row {row}: the text ({column!r}) is {kind}")
+    return texts

@@ -1,0 +1,235 @@
+"""What the command line trains: the backbone with the right head, its metrics, its predictions."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from .heads import MeanPoolingForSequenceClassification
+from .model import EPTModel, max_text_tokens
+from .saving import read_adapter
+
+__all__ = [
+    "best_metric",
+    "input_limit",
+    "is_text_to_text",
+    "load_adapter",
+    "load_backbone",
+    "load_tokenizer",
+    "metrics_of",
+    "predict",
+]
+
+HEADS = ("auto", "mean", "first")
+TASKS = ("classification", "regression", "text2text")
+
+
+def is_text_to_text(name_or_path: str) -> bool:
+    """Whether a model is an encoder-decoder, by its config."""
+    _check_directory(name_or_path)
+    return bool(AutoConfig.from_pretrained(name_or_path).is_encoder_decoder)
+
+
+def load_backbone(
+    name_or_path: str, task: str, label_names: list[str] | None = None, *, head: str = "auto", dtype: str = "auto"
+) -> PreTrainedModel:
+    """The pretrained model with a head for `task`.
+
+    Args:
+        name_or_path: hub name or local directory.
+        task: "classification", "regression" or "text2text".
+        label_names: the classes' names in the order of their numbers.
+        head: "mean" (a linear head on the mean of the tokens), "first" (transformers' own head), or "auto": the mean
+            where the directory is a sentence-transformers model that was trained with it.
+        dtype: of the frozen weights; "auto" takes the checkpoint's.
+
+    Raises:
+        ValueError, OSError: there is no such model, or it does not do the task.
+    """
+    if is_text_to_text(name_or_path) != (task == "text2text"):
+        raise ValueError(
+            f"{name_or_path} is an encoder-decoder: use --task text2text, with the labels written as text"
+            if task != "text2text"
+            else f"{name_or_path} is no encoder-decoder: text2text needs one (T5, BART); "
+            "a causal language model trains from Python with ept.training.EPTTrainer"
+        )
+    if Path(name_or_path).is_dir():
+        name_or_path = str(Path(name_or_path).resolve())  # the adapter names it, and may be used from elsewhere
+    # A fresh head is what is wanted; transformers reports it as missing weights.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        if task == "text2text":
+            return AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=dtype)
+        num_labels = 1 if task == "regression" else len(label_names)
+        problem_type = "regression" if task == "regression" else "single_label_classification"
+        if head == "mean" or (head == "auto" and _pools_the_mean(name_or_path)):
+            model = MeanPoolingForSequenceClassification.from_encoder(
+                name_or_path, num_labels, problem_type, dtype=dtype
+            )
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name_or_path, num_labels=num_labels, problem_type=problem_type, dtype=dtype
+            )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if label_names is not None:
+        model.config.id2label = dict(enumerate(label_names))
+        model.config.label2id = {name: i for i, name in enumerate(label_names)}
+    return model
+
+
+def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer; one without a padding token pads with its end of text, which the attention mask hides."""
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def input_limit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_length: int, wanted: int | None = None
+) -> int | None:
+    """The most tokens of a text: what is wanted, the tokenizer's limit, and the backbone's positions beside the prompt."""
+    fits = max_text_tokens(model, prompt_length)
+    if wanted is not None and fits is not None and wanted > fits:
+        raise ValueError(
+            f"--max_seq_length {wanted} does not fit: the backbone has {fits + prompt_length} positions, "
+            f"of which the prompt takes {prompt_length}"
+        )
+    limits = [n for n in (wanted, fits, tokenizer.model_max_length) if n is not None]
+    return min(limits) if min(limits) < 10**9 else None  # tokenizers without a limit say 10^30
+
+
+def load_adapter(
+    directory: str, name_or_path: str | None = None, *, dtype: str = "auto"
+) -> tuple[EPTModel, PreTrainedTokenizerBase, str]:
+    """A trained adapter on its backbone in eval mode, its tokenizer, and its task.
+
+    Raises:
+        ValueError, OSError: the adapter is incomplete or damaged, or its backbone is not where it was.
+    """
+    settings = read_adapter(directory)[0]
+    name_or_path = name_or_path or settings.get("base_model_name_or_path")
+    if not name_or_path:
+        raise ValueError(f"{directory} does not say what model it was trained on: give --model_name_or_path")
+    kind = settings.get("base_model_class") or ""
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        task = "text2text"
+    elif kind.endswith("ForSequenceClassification"):
+        task = "regression" if settings.get("problem_type") == "regression" else "classification"
+    else:
+        raise ValueError(
+            f"{directory} adapts a {kind or 'model of no known kind'}: load it with EPTModel.from_pretrained"
+        )
+    head = "mean" if kind == MeanPoolingForSequenceClassification.__name__ else "first"
+    names = settings.get("label_names") if task == "classification" else None
+    model = load_backbone(name_or_path, task, names, head=head, dtype=dtype)
+    has_tokenizer = (Path(directory) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(directory if has_tokenizer else name_or_path)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return EPTModel.from_pretrained(model, directory).eval(), tokenizer, task
+
+
+def _check_directory(name_or_path: str) -> None:
+    """A path that is not there must not be looked up as a hub name."""
+    path = Path(name_or_path)
+    if not path.is_dir() and (path.is_absolute() or name_or_path.startswith(".") or len(path.parts) > 2):
+        raise ValueError(f"{name_or_path}: no such directory; give a hub name or the directory of a saved model")
+
+
+def _pools_the_mean(name_or_path: str) -> bool:
+    file = cached_file(
+        name_or_path, "1_Pooling/config.json",
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    if file is None:
+        return False
+    pooling = json.loads(Path(file).read_text(encoding="utf-8"))
+    return bool(pooling.get("pooling_mode_mean_tokens")) or pooling.get("pooling_mode") == "mean"
+
+
+# ---------------------------------------------------------------------- metrics
+
+
+def best_metric(task: str) -> tuple[str, bool]:
+    """The metric that the paper reports for a task, and whether more of it is better."""
+    return {"classification": ("accuracy", True), "regression": ("pearson", True), "text2text": ("loss", False)}[task]
+
+
+def metrics_of(task: str, predictions: Any, labels: Any) -> dict[str, float]:
+    """The task's metrics, the paper's first.
+
+    Args:
+        predictions: logits [rows, classes]; values [rows] or [rows, 1]; or generated texts.
+        labels: class numbers [rows]; values [rows]; or texts.
+    """
+    if task == "text2text":
+        same = [a.strip() == b.strip() for a, b in zip(predictions, labels, strict=True)]
+        return {"exact_match": sum(same) / len(same)}
+    predictions, labels = torch.as_tensor(predictions).float(), torch.as_tensor(labels)
+    if task == "classification":
+        from sklearn.metrics import accuracy_score, f1_score
+
+        chosen, two = predictions.argmax(-1), predictions.shape[-1] == 2
+        f1 = f1_score(labels, chosen, average="binary" if two else "macro", zero_division=0.0)
+        return {"accuracy": float(accuracy_score(labels, chosen)), "f1": float(f1)}
+    from scipy.stats import pearsonr, spearmanr
+
+    values, labels = predictions.flatten().double(), labels.double()
+    mse = (values - labels).square().mean().item()
+    if len(labels) < 2 or values.std() == 0 or labels.std() == 0:
+        return {"pearson": 0.0, "spearman": 0.0, "mse": mse}  # a constant correlates with nothing
+    return {
+        "pearson": float(pearsonr(values, labels).statistic),
+        "spearman": float(spearmanr(values, labels).statistic),
+        "mse": mse,
+    }
+
+
+# ---------------------------------------------------------------------- predictions
+
+
+@torch.no_grad()
+def predict(
+    model: EPTModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    batch: dict[str, Tensor],
+    max_new_tokens: int = 128,
+) -> Tensor | list[str]:
+    """Logits [rows, classes], values [rows] or generated texts for a padded batch of tokens."""
+    batch = {key: value.to(model.ept.prompt.device) for key, value in batch.items() if key != "labels"}
+    if task == "text2text":
+        ids = model.generate(**batch, max_new_tokens=max_new_tokens)
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    logits = model(**batch).logits.float().cpu()
+    return logits.squeeze(-1) if task == "regression" else logits
+
+
+def lines_of(task: str, predictions: Tensor | list[str], label_names: Callable[[int], str]) -> Iterator[str]:
+    """One line per row: label and probability with a tab between, the value, or the text."""
+    if task == "text2text":
+        yield from (" ".join(text.split("\n")) for text in predictions)
+    elif task == "regression":
+        yield from (f"{value:.6g}" for value in predictions.tolist())
+    else:
+        best = predictions.softmax(-1).max(-1)
+        for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            yield f"{label_names(label)}\t{probability:.6f}"

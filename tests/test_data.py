@@ -1,0 +1,230 @@
+"""Reading labelled text: every kind of file, and what is said about one that is wrong."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny_text import reviews, tokenizer, write_csv
+
+from ept.data import Columns, Labels, choose_columns, read_file, tokenize
+
+ROWS = [("a great film", "positive"), ('"quoted" plot, with a comma', "negative"), ("the scene é", "positive")]
+
+
+def write(path, content) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def jsonl(path, rows) -> str:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(kind, tmp_path):
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        write_csv(path, ROWS, ("text", "label"))
+    elif kind == "tsv":
+        write(path, "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in ROWS))
+    elif kind == "parquet":
+        texts, labels = zip(*ROWS, strict=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": labels}), path)
+    else:
+        jsonl(path, [{"text": text, "label": label} for text, label in ROWS])
+    table = read_file(path)
+    assert list(zip(table["text"], table["label"], strict=True)) == ROWS
+
+
+def test_quotation_marks_in_tsv_are_characters(tmp_path):
+    path = write(tmp_path / "x.tsv", 'text\tlabel\n"It begins\t1\nand "never" ends"\t0\n')
+    assert list(read_file(path)["text"]) == ['"It begins', 'and "never" ends"']
+
+
+def test_quoted_csv_texts_may_run_over_lines_and_words_that_mean_nothing_stay_words(tmp_path):
+    path = write(tmp_path / "x.csv", 'text,label\n"two\nlines",NA\nnull,None\n')
+    table = read_file(path)
+    assert list(table["text"]) == ["two\nlines", "null"] and list(table["label"]) == ["NA", "None"]
+
+
+def test_without_a_header_columns_are_numbered(tmp_path):
+    path = write(tmp_path / "cola.tsv", "gj04\t1\t\tThe film ends.\nbc81\t0\t*\tThe film end.\n")
+    table = read_file(path, header=False)
+    columns = choose_columns(table, path, Columns(text="3", label="1"))
+    assert list(table[columns.text]) == ["The film ends.", "The film end."] and list(table["1"]) == ["1", "0"]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_not_text(tmp_path):
+    table = read_file(write(tmp_path / "x.csv", b"\xef\xbb\xbftext,label\r\na,1\r\nb,0\r\n"))
+    assert table.column_names == ["text", "label"] and list(table["label"]) == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("x.csv", b"", "x.csv is empty"),
+        ("x.csv", b"text,label\n", "holds no rows, only a header"),
+        ("x.jsonl", b"\n\n", "holds no rows"),
+        ("x.csv", b"text,label\na,1\ncaf\xe9,0\n", "line 3: byte 0xe9 is not UTF-8"),
+        ("x.tsv", "text\tlabel\na\t1\n".encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
+        ("x.csv", b"text,label\na,1\nb, with a comma,0\n", "line 3: 3 fields where the first line has 2"),
+        ("x.tsv", b"text\tlabel\na\n", "line 2: 1 fields where the first line has 2"),
+        ("x.csv", b'text,label\n"never closed,1\n', "not valid csv"),
+        ("x.csv", b"text,text\na,1\n", "names a column twice"),
+        ("x.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", \n', "line 2: not valid JSON"),
+        ("x.jsonl", b'["a", 1]\n', "line 1: not an object"),
+        ("x.jsonl", b'{"text": "a", "label": 1}\n{"text": "b"}\n', "line 2: its keys text are not those"),
+        ("x.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": "c"}\n', "values of different types"),
+        ("x.parquet", b"PAR1 but not really", "not a parquet file or is damaged"),
+        ("x.txt", b"a\n", "unknown extension '.txt'"),
+    ],
+)
+def test_a_broken_file_is_named_with_what_is_wrong(name, content, said, tmp_path):
+    with pytest.raises(ValueError) as error:
+        read_file(write(tmp_path / name, content))
+    assert said in str(error.value) and name in str(error.value)
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.csv: no such file"):
+        read_file(tmp_path / "absent.csv")
+
+
+def test_no_header_is_refused_where_columns_have_names(tmp_path):
+    with pytest.raises(ValueError, match="--no_header is for csv and tsv"):
+        read_file(jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": 1}]), header=False)
+
+
+# ---------------------------------------------------------------------- columns
+
+
+def table_of(tmp_path, names):
+    return read_file(write_csv(tmp_path / "x.csv", [["a"] * len(names)], names))
+
+
+@pytest.mark.parametrize(
+    "names, chosen",
+    [
+        (["sentence", "label"], Columns("sentence", None, "label")),
+        (["idx", "text", "label"], Columns("text", None, "label")),
+        (["labels", "review"], Columns("review", None, "labels")),
+        (["premise", "hypothesis", "label", "idx"], Columns("premise", "hypothesis", "label")),
+        (["question", "sentence", "label"], Columns("question", "sentence", "label")),
+    ],
+)
+def test_columns_are_found_where_there_is_one_choice(names, chosen, tmp_path):
+    assert choose_columns(table_of(tmp_path, names), "x.csv", Columns()) == chosen
+
+
+@pytest.mark.parametrize(
+    "names, wanted, said",
+    [
+        (["text", "title", "label"], Columns(), "--text_column"),
+        (["text", "score"], Columns(), "--label_column"),
+        (["text", "label", "labels"], Columns(), "--label_column"),
+        (["text", "label"], Columns(text="body"), "no column 'body'"),
+        (["text", "label"], Columns(text_pair="body"), "--text_pair_column"),
+        (["text", "label"], Columns(label="class"), "no column 'class'"),
+    ],
+)
+def test_a_missing_or_ambiguous_column_lists_those_there_are(names, wanted, said, tmp_path):
+    with pytest.raises(ValueError) as error:
+        choose_columns(table_of(tmp_path, names), "x.csv", wanted)
+    assert said in str(error.value) and str(error.value).endswith(f"it has: {', '.join(names)}")
+
+
+# ---------------------------------------------------------------------- labels
+
+
+def labelled(tmp_path, labels, kind="csv"):
+    if kind == "jsonl":
+        return read_file(jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": label} for label in labels]))
+    return read_file(write_csv(tmp_path / "x.csv", [("a", label) for label in labels], ("text", "label")))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    "labels, names",
+    [
+        (["yes", "no", "yes"], ("no", "yes")),
+        ([10, 2, 2], ("2", "10")),
+        ([-1, 1, 1], ("-1", "1")),
+        ([True, False], ("False", "True")),
+        ([0.5, 1.0, 2.25], None),
+    ],
+)
+def test_words_and_whole_numbers_are_classes_and_decimal_numbers_are_values(labels, names, kind, tmp_path):
+    table = labelled(tmp_path, labels, kind)
+    found = Labels.of(table, "x", "label")
+    assert found.names == names
+    expected = labels if names is None else [names.index(str(label)) for label in labels]
+    assert found.encode(table, "x", "label") == expected
+
+
+def test_whole_numbers_are_values_when_the_task_says_so(tmp_path):
+    table = labelled(tmp_path, [1, 2, 5])
+    found = Labels.of(table, "x", "label", "regression")
+    assert found.names is None and found.encode(table, "x", "label") == [1.0, 2.0, 5.0]
+
+
+def test_a_single_class_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="every row of 'label' has the label 'yes'"):
+        Labels.of(labelled(tmp_path, ["yes", "yes"]), "x.csv", "label")
+
+
+def test_an_unknown_label_is_named_with_its_row_and_the_known_ones(tmp_path):
+    table = labelled(tmp_path, ["yes", "no", "maybe"])
+    with pytest.raises(ValueError, match=r"val\.csv, row 3: label 'maybe' is not among the known labels no, yes"):
+        Labels(("no", "yes")).encode(table, "val.csv", "label")
+
+
+@pytest.mark.parametrize("bad", ["high", "nan", "inf"])
+def test_a_label_that_is_no_number_is_named_in_regression(bad, tmp_path):
+    with pytest.raises(ValueError, match=f"x.csv, row 2: label '{bad}' is not a number"):
+        Labels.of(labelled(tmp_path, [0.5, bad]), "x.csv", "label", "regression")
+
+
+def test_a_missing_label_or_text_is_named_with_its_row(tmp_path):
+    with pytest.raises(ValueError, match="row 2: the label"):
+        Labels.of(labelled(tmp_path, ["yes", ""]), "x.csv", "label")
+    for text, said in ((None, "missing"), (["a"], "not text")):
+        path = jsonl(tmp_path / "y.jsonl", [{"text": text, "label": 1}])
+        with pytest.raises(ValueError, match=f"row 1: the text .* is .*{said}"):
+            tokenize(read_file(path), path, Columns("text", None, "label"), tokenizer(), None)
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+def test_texts_are_cut_to_the_limit_counted_and_not_padded(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [("the film", 0), ("the film with a very very moving plot", 1)])
+    data, cut = tokenize(read_file(path), path, Columns("sentence", None, "label"), tokenizer(), 6, [0, 1])
+    assert cut == 1 and [len(row) for row in data["input_ids"]] == [4, 6]
+    assert [row[-1] for row in data["input_ids"]] == [3, 3]  # [SEP] survives the cut
+    assert list(data["labels"]) == [0, 1]
+    assert set(data.column_names) >= {"input_ids", "attention_mask", "labels"}
+
+
+def test_pairs_are_joined_and_cut_together(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [("the film", "a very very long long scene", 0)], ("text1", "text2", "label"))
+    columns = Columns("text1", "text2", "label")
+    whole, cut = tokenize(read_file(path), path, columns, tokenizer(), None)
+    assert cut == 0 and len(whole["input_ids"][0]) == 2 + 6 + 3 and 1 in whole["token_type_ids"][0]
+    short, cut = tokenize(read_file(path), path, columns, tokenizer(), 8)
+    assert cut == 1 and len(short["input_ids"][0]) == 8 and short["input_ids"][0].count(3) == 2
+
+
+def test_the_same_file_read_twice_gives_the_same_tokens_whatever_was_read_before(tmp_path):
+    path = tmp_path / "x.csv"
+    for seed in (0, 1):
+        rows = reviews(6, seed)
+        write_csv(path, rows)
+        table = read_file(path)
+        assert list(table["sentence"]) == [text for text, _ in rows]
+        data, _ = tokenize(table, str(path), Columns("sentence", None, "label"), tokenizer(), None)
+        assert [len(row) - 2 for row in data["input_ids"]] == [len(text.split()) for text, _ in rows]
