@@ -34,9 +34,9 @@ def mask_of(kind: str, batch: int, length: int, g: torch.Generator) -> torch.Ten
 MASKS = ("none", "left", "right", "holes")
 
 
-def kernel_case(seed, *, shape, dtype, source_dtype, parts, mask, start, activation, switch, inputs, e):
-    """Keyword arguments of prompt_embed or, with `inputs`, of prompt_embed_inputs."""
-    sizes = SHAPES[shape]
+def kernel_case(seed, *, shape, dtype, source_dtype, parts, mask, start, activation, switch, inputs, e, sizes=None):
+    """Keyword arguments of prompt_embed or, with `inputs`, of prompt_embed_inputs. `sizes` in place of a named shape."""
+    sizes = sizes or SHAPES[shape]
     case = make_case(seed, parts=parts, dtype=dtype, e=e, **sizes)
     g = torch.Generator().manual_seed(seed)
     case["attention_mask"] = mask_of(mask, sizes["batch"], sizes["length"], g)
@@ -99,7 +99,7 @@ def run(case: dict, impl: str, grad_dtype: torch.dtype) -> dict[str, torch.Tenso
     }
     out = function(**case | leaves, impl=impl)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    grads = torch.autograd.grad(out, list(leaves.values()), weight.to(grad_dtype).to(out.dtype), allow_unused=True)
+    grads = torch.autograd.grad(out, list(leaves.values()), weight.to(grad_dtype).to(out), allow_unused=True)
     grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(leaves.values(), grads, strict=True)]
     return dict(out=out.detach()) | dict(zip(leaves, grads, strict=True))
 
