@@ -94,6 +94,16 @@ ADAPTER_HELP = {
     "impl": "Implementation of the embedding step: auto, torch, reference or triton.",
 }
 
+
+def _adapter_help(name: str) -> str:
+    """What a setting does, and its value in the two presets."""
+    ours, papers = getattr(EPTConfig(), name), getattr(EPTConfig.paper(), name)
+    if ours is None:
+        return ADAPTER_HELP[name]
+    values = f"default: {ours}" if ours == papers else f"default: {ours}, paper: {papers}"
+    return f"{ADAPTER_HELP[name]} ({values})"
+
+
 # None: not given, so that a preset or a budget decides.
 AdapterArguments = make_dataclass(
     "AdapterArguments",
@@ -101,7 +111,7 @@ AdapterArguments = make_dataclass(
         ("preset", str, option("Sizes to start from: ours, or the paper's parts.", "default", choices=("default", "paper"))),
         ("budget", int | None, option("Choose the sizes that fill this many trained parameters (without a head).")),
         *(
-            (name, kind if kind == kind | None else kind | None, option(ADAPTER_HELP[name]))
+            (name, kind if kind == kind | None else kind | None, option(_adapter_help(name)))
             for name, kind in get_type_hints(EPTConfig).items()
         ),
     ],

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import transformers as hf
-from tiny_models import all_parts, backbone, ids
 
 import ept.saving
 from ept import get_ept_model
 from ept.training import EPTTrainer, EPTTrainingArguments
+from tiny_models import all_parts, backbone, ids
 
 STEPS = 14
 

@@ -12,7 +12,6 @@ import torch
 import transformers as hf
 from killed_run import STEPS, Tokenizer
 from safetensors.torch import load_file
-from tiny_models import VOCAB, all_parts, backbone, ids, mean_pooling, padded, wrapped
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ept import EPTModel, get_ept_model
@@ -24,6 +23,7 @@ from ept.training import (
     last_checkpoint,
     parameter_groups,
 )
+from tiny_models import VOCAB, all_parts, backbone, ids, mean_pooling, padded, wrapped
 
 SEQ = hf.AutoModelForSequenceClassification
 

@@ -5,9 +5,10 @@ import json
 import random
 from pathlib import Path
 
-from tiny_models import VOCAB, backbone
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
+
+from tiny_models import VOCAB, backbone
 
 GOOD = ["great", "lovely", "superb", "funny", "moving"]
 BAD = ["dull", "awful", "boring", "weak", "clumsy"]
