@@ -58,6 +58,7 @@ from .triton_common import (
 from .triton_forward import locate
 
 WEIGHTS_TILE = 4096  # numbers of dB, dU, dV and dG that a program of the second launch adds up in registers
+WEIGHTS_WARPS = 8  # its operands would spill in the registers of four
 WEIGHTS_STAGES = 1  # its loops are short and full of dots: loading ahead would only spill
 UNROLL = 8  # batch rows in flight while dX is summed: 8 × 16 bytes per thread
 TOKEN_BATCH = 2  # batch rows per program that needs all of d at once
@@ -351,26 +352,36 @@ def weights_of_prompt(
     columns = part * BLOCK_D + tl.arange(0, BLOCK_D)
     ranks, inners, spaces = tl.arange(0, R_TILE), tl.arange(0, KH_TILE), tl.arange(0, K_TILE)
     db = tl.zeros([R_TILE, BLOCK_D], COMPUTE)
+    if R + K > 0:
+        # Two loops, first all products with Y, then those with P: in one, their operands would not fit the registers.
+        dv_weight = tl.zeros([KH_TILE, BLOCK_D], COMPUTE)
+        for first in range(0, num_rows, ROWS):
+            rows = first + tl.arange(0, ROWS)
+            valid = rows < num_rows
+            y = load_rows(y_sum, rows, valid, columns, D, COMPUTE)
+            if R > 0:
+                t = load_written(mix, rows, valid, ranks, R, MIX) * scale
+                db = multiply(t.T, y, db, PRECISION)
+            if K > 0:
+                inner = load_written(mix + R, rows, valid, inners, K * H, MIX)
+                dv_weight = multiply(inner.T, y, dv_weight, PRECISION)
+        if K > 0:
+            store_block(grad_space_up, inners, inners < K * H, columns, D, D, dv_weight)
     du_weight = tl.zeros([KH_TILE, BLOCK_D], COMPUTE)
-    dv_weight = tl.zeros([KH_TILE, BLOCK_D], COMPUTE)
     dg_weight = tl.zeros([K_TILE, BLOCK_D], COMPUTE)
     for first in range(0, num_rows, ROWS):
         rows = first + tl.arange(0, ROWS)
         valid = rows < num_rows
-        y = load_rows(y_sum, rows, valid, columns, D, COMPUTE)
-        dp = y
+        dp = load_rows(y_sum, rows, valid, columns, D, COMPUTE)
         if R + K > 0:
             p = load_rows(prompt, rows, valid, columns, D, COMPUTE)
         if R > 0:
             dy = load_written(small + R, rows, valid, ranks, R, SMALL)
-            t = load_written(mix, rows, valid, ranks, R, MIX) * scale
-            db = multiply(dy.T, p, multiply(t.T, y, db, PRECISION), PRECISION)
+            db = multiply(dy.T, p, db, PRECISION)
             dp = multiply(dy, load_rows(lowrank_b, ranks, ranks < R, columns, D, COMPUTE), dp, PRECISION)
         if K > 0:
             du = load_written(small + 2 * R, rows, valid, inners, K * H, SMALL)
             dl = load_written(small + 2 * R + K * H, rows, valid, spaces, K, SMALL)
-            inner = load_written(mix + R, rows, valid, inners, K * H, MIX)
-            dv_weight = multiply(inner.T, y, dv_weight, PRECISION)
             du_weight = multiply(du.T, p, du_weight, PRECISION)
             dg_weight = multiply(dl.T, p, dg_weight, PRECISION)
             dp = multiply(du, load_rows(space_down, inners, inners < K * H, columns, D, COMPUTE), dp, PRECISION)
@@ -380,7 +391,6 @@ def weights_of_prompt(
         store_block(partial + share * WIDTH * D, ranks, ranks < R, columns, D, D, db)
     if K > 0:
         store_block(grad_space_down, inners, inners < K * H, columns, D, D, du_weight)
-        store_block(grad_space_up, inners, inners < K * H, columns, D, D, dv_weight)
         store_block(grad_gate_weight, spaces, spaces < K, columns, D, D, dg_weight)
 
 
@@ -602,7 +612,6 @@ def backward(
     common = dict(
         D=d, R=r, K=k, H=h, Q=q, **tiles, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE, POSITIONS=SCORE_TILE,
         BATCH=TOKEN_BATCH, MASK=masked, UPDATE=update, FUSION=fusion, ACTIVATION=activation, COMPUTE=triton_dtype(dtype),
-        num_warps=NUM_WARPS,
     )  # fmt: skip
 
     y_sum = down.new_empty(s, d)
@@ -618,7 +627,7 @@ def backward(
             grad_out, grad_gate, slots, lengths, lowrank_a, lowrank_b, space_up, token_down, token_up,
             inner, down, softmax, y_sum, partial, small, attention_mean, dc, da_partial, inner_grad, dx, counter,
             batch, length, s, n, covered, prompt_start, scale, embed_scale, blocks * slices, text_tiles,
-            BLOCK_D=block_d, UNROLL_BY=UNROLL, GATE_GRAD=grad_gate is not None and k > 0, INPUT_GRAD=input_grad,
+            BLOCK_D=block_d, UNROLL_BY=UNROLL, num_warps=NUM_WARPS, GATE_GRAD=grad_gate is not None and k > 0, INPUT_GRAD=input_grad,
             **common, **flags,
         )  # fmt: skip
         partial = down.new_empty(shares + fusion, b_rank + 2 * q, d)
@@ -628,7 +637,7 @@ def backward(
             inner, inner_grad, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, partial, counter, *weight_grads,
             batch, length, s, n, covered, text_slots, prompt_start, source.stride(-2), scale, embed_scale,
             shares, da_parts, weights_slices, weights_slices * shares, GATHER=ids is not None, BLOCK_D=weights_d,
-            num_stages=WEIGHTS_STAGES, **common, **flags,
+            num_warps=WEIGHTS_WARPS, num_stages=WEIGHTS_STAGES, **common, **flags,
         )  # fmt: skip
     return grads
 

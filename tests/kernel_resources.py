@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".json")
 WIDTHS = (768, 1024, 2048, 4096)
 # dtype of E, dtype of the trained tensors
-DTYPES = {"bf16+fp32": (torch.bfloat16, torch.float32), "bf16": (torch.bfloat16,) * 2, "fp32": (torch.float32,) * 2}
+DTYPES = {"bf16+fp32": (torch.bfloat16, torch.float32), "fp32": (torch.float32,) * 2}
 TOKEN_RANKS = (0, 24)
 SIZES = dict(s=60, n=256, r=30, k=4, h=8, batch=2, length=64)  # kernels depend on r, k, h and d only, not on the rest
 HIGHER_IS_WORSE = ("registers", "shared", "spilled")
