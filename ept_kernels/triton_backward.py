@@ -627,8 +627,8 @@ def backward(
             grad_out, grad_gate, slots, lengths, lowrank_a, lowrank_b, space_up, token_down, token_up,
             inner, down, softmax, y_sum, partial, small, attention_mean, dc, da_partial, inner_grad, dx, counter,
             batch, length, s, n, covered, prompt_start, scale, embed_scale, blocks * slices, text_tiles,
-            BLOCK_D=block_d, UNROLL_BY=UNROLL, num_warps=NUM_WARPS, GATE_GRAD=grad_gate is not None and k > 0, INPUT_GRAD=input_grad,
-            **common, **flags,
+            BLOCK_D=block_d, UNROLL_BY=UNROLL, GATE_GRAD=grad_gate is not None and k > 0, INPUT_GRAD=input_grad,
+            num_warps=NUM_WARPS, **common, **flags,
         )  # fmt: skip
         partial = down.new_empty(shares + fusion, b_rank + 2 * q, d)
         position_items = triton.cdiv(n, SCORE_TILE) if b_rank else 0
