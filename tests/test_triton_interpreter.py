@@ -15,17 +15,8 @@ SHARDS = 2  # processes of the long form, one for each core
 def run_interpreted(*arguments):
     env = os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     env.pop("PYTEST_XDIST_WORKER", None)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "interpreted_kernels.py",
-    ]
+    pytest_once = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command = [*pytest_once, "tests/interpreted_kernels.py"]
     done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     print(done.stdout.splitlines()[-1])
