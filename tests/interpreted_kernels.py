@@ -241,3 +241,14 @@ def test_traffic_is_what_the_model_says(masked, q):
     predicted = traffic.backward(x).memory
     assert bytes_of(loads, grad) == predicted["dX"]
     assert bytes_of(loads, source) == (predicted["rows of E"] - 8 * ids.numel() if q else 0)
+
+
+def test_rows_of_e_beyond_two_to_the_31_numbers():
+    """Three rows, 2³⁰ + 8 numbers apart, in memory of which only their pages are ever touched."""
+    case = make_case(9, dtype=torch.float16)
+    d, apart = case["prompt"].shape[1], 2**30 + 8
+    far = torch.empty(2 * apart + d, dtype=torch.float16).as_strided((3, d), (apart, 1))
+    far.copy_(case["embedding_weight"][:3])
+    case["input_ids"] %= 3
+    near = prompt_embed(**case, impl="triton")
+    assert torch.equal(prompt_embed(**case | dict(embedding_weight=far), impl="triton"), near)
