@@ -21,7 +21,7 @@ Second launch, `weights`: everything that is left, by slices of d and blocks of 
     text      BLOCK_D columns × a share of the slots: partial dB (from dC), or dB, dW and dD (from dX and x)
     prompt    BLOCK_D columns × all prompt rows: dP, dU, dV, dG and a partial dB
               the last of the two roles to arrive at a slice adds up dB, dW and dD
-    positions SCORE_TILE rows of A: dA
+    positions POSITION_TILE rows of A: dA
 
 dX is read once, with the token-conditioned update once per launch. dC [N, d] is stored in the compute type: with tiles
 of TEXT_TILE slots, partial sums of dB would be r / TEXT_TILE times as large. The order of every sum is fixed by the
@@ -36,7 +36,6 @@ from torch import Tensor
 from .triton_common import (
     NUM_WARPS,
     PROMPT_TILE,
-    SCORE_TILE,
     SMALLEST_DOT,
     TEXT_TILE,
     activate,
@@ -58,6 +57,7 @@ from .triton_common import (
 from .triton_forward import locate
 
 WEIGHTS_TILE = 4096  # numbers of dB, dU, dV and dG that a program of the second launch adds up in registers
+POSITION_TILE = 16  # rows of A per step; twice as many spill on sm_100, with two products of each in registers
 WEIGHTS_WARPS = 8  # its operands would spill in the registers of four
 WEIGHTS_STAGES = 1  # its loops are short and full of dots: loading ahead would only spill
 UNROLL = 8  # batch rows in flight while dX is summed: 8 × 16 bytes per thread
@@ -610,7 +610,7 @@ def backward(
     shares = min(TOKEN_SHARES if q else SLOT_SHARES, max(1, triton.cdiv(text_slots, TEXT_TILE))) if update or q else 0
     b_rank = r if update or fusion else 0
     common = dict(
-        D=d, R=r, K=k, H=h, Q=q, **tiles, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE, POSITIONS=SCORE_TILE,
+        D=d, R=r, K=k, H=h, Q=q, **tiles, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE, POSITIONS=POSITION_TILE,
         BATCH=TOKEN_BATCH, MASK=masked, UPDATE=update, FUSION=fusion, ACTIVATION=activation, COMPUTE=triton_dtype(dtype),
     )  # fmt: skip
 
@@ -631,7 +631,7 @@ def backward(
             num_warps=NUM_WARPS, **common, **flags,
         )  # fmt: skip
         partial = down.new_empty(shares + fusion, b_rank + 2 * q, d)
-        position_items = triton.cdiv(n, SCORE_TILE) if b_rank else 0
+        position_items = triton.cdiv(n, POSITION_TILE) if b_rank else 0
         weights_kernel[(weights_slices * (1 + shares) + position_items,)](
             ids, source, grad_out, slots, lengths, prompt, lowrank_a, lowrank_b, space_down, gate_weight,
             inner, inner_grad, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, partial, counter, *weight_grads,
