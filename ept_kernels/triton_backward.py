@@ -58,7 +58,7 @@ from .triton_forward import locate
 
 WEIGHTS_TILE = 4096  # numbers of dB, dU, dV and dG that a program of the second launch adds up in registers
 POSITION_TILE = 16  # rows of A per step; twice as many spill on sm_100, with two products of each in registers
-WEIGHTS_WARPS = 8  # its operands would spill in the registers of four
+WEIGHTS_WARPS = 8  # on NVIDIA, where its operands would spill in the registers of four; AMD's four have as many lanes
 WEIGHTS_STAGES = 1  # its loops are short and full of dots: loading ahead would only spill
 UNROLL = 8  # batch rows in flight while dX is summed: 8 × 16 bytes per thread
 TOKEN_BATCH = 2  # batch rows per program that needs all of d at once
@@ -637,7 +637,7 @@ def backward(
             inner, inner_grad, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, partial, counter, *weight_grads,
             batch, length, s, n, covered, text_slots, prompt_start, source.stride(-2), scale, embed_scale,
             shares, da_parts, weights_slices, weights_slices * shares, GATHER=ids is not None, BLOCK_D=weights_d,
-            num_warps=WEIGHTS_WARPS, num_stages=WEIGHTS_STAGES, **common, **flags,
+            num_warps=NUM_WARPS if flags["AMD"] else WEIGHTS_WARPS, num_stages=WEIGHTS_STAGES, **common, **flags,
         )  # fmt: skip
     return grads
 

@@ -69,8 +69,11 @@ def worse(now: dict, before: dict) -> list[str]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    table = {}
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    table = json.loads(TABLE.read_text(encoding="utf-8")) if wanted else {}
     for key in keys():
+        if not key.startswith(wanted):
+            continue
         table[key] = measure(key)
         print(key, {name: [row[x] for x in HIGHER_IS_WORSE] for name, row in table[key].items()}, flush=True)
     rows = (f" {json.dumps(key)}: {{\n" + ",\n".join(f"  {json.dumps(n)}: {json.dumps(r)}" for n, r in row.items()) + "}"
