@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from tiny_text import reviews, save_model, tokenizer, write_csv
 
 import ept
 from ept import EPTConfig, EPTModel
 from ept.cli import main
 from ept.options import AdapterArguments
+from tiny_text import reviews, save_model, tokenizer, write_csv
 
 SMALL = ["--prompt_length", "4", "--token_rank", "6", "--disable_tqdm", "true", "--use_cpu"]
 

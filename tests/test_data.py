@@ -5,9 +5,9 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_text import reviews, tokenizer, write_csv
 
 from ept.data import Columns, Labels, choose_columns, read_file, tokenize
+from tiny_text import reviews, tokenizer, write_csv
 
 ROWS = [("a great film", "positive"), ('"quoted" plot, with a comma', "negative"), ("the scene é", "positive")]
 

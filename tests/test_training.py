@@ -10,7 +10,6 @@ from signal import SIGKILL
 import pytest
 import torch
 import transformers as hf
-from killed_run import STEPS, Tokenizer
 from safetensors.torch import load_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,6 +22,7 @@ from ept.training import (
     last_checkpoint,
     parameter_groups,
 )
+from killed_run import STEPS, Tokenizer
 from tiny_models import VOCAB, all_parts, backbone, ids, mean_pooling, padded, wrapped
 
 SEQ = hf.AutoModelForSequenceClassification

@@ -1,0 +1,46 @@
+"""The package as a newcomer meets it: it imports without Triton, and the README's lines run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import ept
+import tiny_text
+from tiny_models import mean_pooling
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_package_imports_without_triton_and_the_torch_implementation_runs():
+    code = """
+import sys
+sys.modules["triton"] = None  # what an import of a missing package looks like
+import torch, ept, ept.training, ept_kernels
+out = ept_kernels.prompt_embed(
+    torch.zeros(1, 2, dtype=torch.int64), None, torch.ones(3, 4), torch.ones(1, 4), None, None, None, None, None, scale=1.0
+)
+assert out.shape == (1, 3, 4)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_five_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_text.tokenizer()
+    texts = ["good film", "bad film", "a good one", "a bad one"] * 2
+    rows = [{**tokenizer(text), "labels": i % 2} for i, text in enumerate(texts)]
+    names = {"backbone": mean_pooling(), "fresh_backbone": mean_pooling(), "tokenizer": tokenizer, "rows": rows}
+    exec(code.replace("max_steps=300", "max_steps=2, report_to='none'"), names)
+    assert isinstance(names["model"], ept.EPTModel)
+    assert torch.isfinite(names["model"].ept.prompt).all()
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
