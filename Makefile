@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test compare bench check-kernels lint clean
+.PHONY: demo test compare bench check-kernels gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m bench.demo
@@ -17,6 +17,13 @@ compare: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench.step_time
+
+check-kernels: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_triton_interpreter.py tests/test_triton_emulator.py \
+		tests/test_triton_resources.py -n 2 --dist worksteal
+
+gpu: $(INSTALLED)
+	$(BIN)/python tests/gpu_kernels.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

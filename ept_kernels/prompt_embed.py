@@ -3,7 +3,6 @@
 Shapes and symbols as in docs/method.md. All of them take every trained tensor in units of `embed_scale`.
 """
 
-import logging
 import math
 
 import torch
@@ -11,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, torch_impl
+from .availability import resolve
 
 __all__ = ["ACTIVATIONS", "IMPLEMENTATIONS", "prompt_embed", "prompt_embed_inputs", "reconstruct_prompt", "text_update"]
-
-logger = logging.getLogger("ept_kernels")
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
@@ -74,6 +72,11 @@ def prompt_embed(
     """
     _check_embedding(input_ids, embedding_weight)
     impl = _resolve(impl, prompt)
+    if impl == "triton":
+        return _launch(
+            input_ids, embedding_weight.detach(), attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up,
+            gate_weight, scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion,
+        )  # fmt: skip
     embeddings = F.embedding(input_ids, embedding_weight.detach())
     return _join(
         embeddings, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
@@ -107,6 +110,11 @@ def prompt_embed_inputs(
     Everything else is as in `prompt_embed`.
     """
     impl = _resolve(impl, prompt)
+    if impl == "triton":
+        return _launch(
+            None, inputs_embeds, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
+            scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion,
+        )  # fmt: skip
     return _join(
         inputs_embeds, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
         scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion, impl,
@@ -129,7 +137,18 @@ def reconstruct_prompt(
 ) -> tuple[Tensor, Tensor]:
     """P* [s, d] and the gate's weights [s, K], both in the prompt's dtype. Arguments as in `prompt_embed`."""
     _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, activation, embed_scale)
-    functions = _functions(_resolve(impl, prompt))
+    impl = _resolve(impl, prompt)
+    if impl == "triton":
+        from . import triton_op
+
+        out, gate = triton_op.prompt_embed(
+            None, prompt.new_empty(1, 0, prompt.shape[1]), None,
+            prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, None, None,
+            scale=scale, embed_scale=embed_scale, activation=activation, prompt_start=0,
+            lowrank_update=False, fusion=fusion,
+        )  # fmt: skip
+        return out[0], gate
+    functions = _functions(impl)
     dtype = _compute_dtype(functions, prompt, lowrank_a, space_down)
     with torch.autocast(prompt.device.type, enabled=False):
         prompt_star, gate = functions.reconstruct_prompt(
@@ -172,6 +191,27 @@ def text_update(
     return x.to(inputs_embeds.dtype)
 
 
+def _launch(
+    input_ids, source, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
+    scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion,
+):  # fmt: skip
+    """_join by the kernels: `source` is E with ids, or the text's embeddings without."""
+    from . import triton_op
+
+    _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, activation, embed_scale)
+    text = source if input_ids is None else source[:1, :].unsqueeze(0).expand(*input_ids.shape, -1)
+    _check_text(text, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
+    _check_mask(attention_mask, text)
+    _check_start(prompt_start, text.shape[1])
+    out, _ = triton_op.prompt_embed(
+        input_ids, source, attention_mask,
+        prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
+        scale=scale, embed_scale=embed_scale, activation=activation, prompt_start=prompt_start,
+        lowrank_update=lowrank_update and lowrank_a is not None, fusion=fusion and lowrank_a is not None,
+    )  # fmt: skip
+    return out
+
+
 def _join(
     inputs_embeds, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
     scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion, impl,
@@ -180,8 +220,7 @@ def _join(
     _check_text(inputs_embeds, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
     _check_mask(attention_mask, inputs_embeds)
     length = inputs_embeds.shape[1]
-    if not 0 <= prompt_start <= length:
-        raise ValueError(f"prompt_start={prompt_start} is not a column of the text: it must be in 0 … {length}")
+    _check_start(prompt_start, length)
     functions = _functions(impl)
     dtype = _compute_dtype(functions, inputs_embeds, prompt, lowrank_a, space_down, token_down)
     with torch.autocast(inputs_embeds.device.type, enabled=False):
@@ -208,21 +247,11 @@ def _join(
         return functions.insert_prompt(prompt_star.to(inputs_embeds.dtype), x.to(inputs_embeds.dtype), prompt_start)
 
 
-_said = set()
-
-
 def _resolve(impl: str, prompt: Tensor) -> str:
     """The implementation to use; "auto" says once what it took and why."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(map(repr, IMPLEMENTATIONS))}")
-    if impl == "triton":
-        raise NotImplementedError('impl="triton" is not available in this version: use impl="torch"')
-    if impl == "auto":
-        impl, reason = "torch", "this version has no Triton kernels"
-        if reason not in _said:
-            _said.add(reason)
-            logger.info('impl="auto" takes impl="%s": %s', impl, reason)
-    return impl
+    return resolve(impl, prompt.device)
 
 
 def _functions(impl: str):
@@ -323,6 +352,11 @@ def _check_mask(attention_mask: Tensor | None, inputs_embeds: Tensor) -> None:
             f"{tuple(inputs_embeds.shape[:2])}: pass one entry per text token, without columns for the prompt"
         )
     _same_device("attention_mask", attention_mask, inputs_embeds=inputs_embeds)
+
+
+def _check_start(prompt_start: int, length: int) -> None:
+    if not 0 <= prompt_start <= length:
+        raise ValueError(f"prompt_start={prompt_start} is not a column of the text: it must be in 0 … {length}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple) -> None:

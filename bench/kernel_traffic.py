@@ -1,0 +1,102 @@
+"""Operations and bytes of one EPT layer, forward and backward: eager torch, torch.compile and the Triton kernels.
+
+    python -m bench.kernel_traffic          # batch 32, length 256, s 60, r 30, K 4, h 8, N 256, bf16, on the CPU
+
+Eager: every dispatched operation that is not a view, with the bytes of its inputs and outputs. torch.compile: calls of
+generated and library kernels in the code that it generates (for the CPU: it generates GPU code only beside a GPU).
+Ours: ept_kernels.traffic, the bytes that have to cross the memory bus; launches as the launchers make them.
+"""
+
+import collections
+import re
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from ept_kernels import prompt_embed, traffic
+
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "expand", "slice", "unsqueeze", "detach", "alias", "permute", "select",
+         "squeeze", "split", "_reshape_alias", "as_strided", "unbind"}  # fmt: skip
+SHAPE = traffic.Shapes(batch=32, length=256, d=768, s=60, n=256, r=30, k=4, h=8, weight_bytes=2)
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operations, self.bytes = collections.Counter(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        name = function.overloadpacket.__name__
+        if name not in VIEWS:
+            self.operations[name] += 1
+            touched = [t for t in tree_flatten((args, kwargs, result))[0] if isinstance(t, torch.Tensor)]
+            if name == "embedding":  # reads the rows that it gathers, not the table
+                touched = [touched[1], touched[2], touched[2]]
+            self.bytes += sum(t.nbytes for t in touched)
+        return result
+
+
+def arguments(x: traffic.Shapes, dtype=torch.bfloat16, q: int = 0):
+    def weight(*shape):
+        return torch.randn(shape, dtype=dtype).requires_grad_()
+
+    ids = torch.randint(1000, (x.batch, x.length))
+    mask = torch.ones(x.batch, x.length, dtype=torch.int64) if x.masked else None
+    weights = [weight(x.s, x.d), weight(x.n, x.r), weight(x.r, x.d)]
+    weights += [weight(x.k, x.h, x.d), weight(x.k, x.h, x.d), weight(x.k, x.d)]
+    return ids, mask, torch.randn(1000, x.d, dtype=dtype), *weights
+
+
+def eager(x: traffic.Shapes, impl: str) -> list[tuple[int, int]]:
+    args, counts = arguments(x), []
+    with Count() as count:
+        out = prompt_embed(*args, scale=1.0, impl=impl)
+    counts.append((count.operations.total(), count.bytes))
+    grad = torch.randn_like(out)
+    with Count() as count:
+        torch.autograd.grad(out, args[3:], grad)
+    counts.append((count.operations.total(), count.bytes))
+    return counts
+
+
+def compiled(x: traffic.Shapes, impl: str) -> list[int]:
+    from torch._inductor.utils import run_and_get_code
+
+    args = arguments(x)
+    function = torch.compile(lambda *args: prompt_embed(*args, scale=1.0, impl=impl))
+
+    def step():
+        torch.autograd.grad(function(*args).sum(), args[3:])
+
+    _, codes = run_and_get_code(step)
+    calls = r"^\s+(?:cpp_fused\w*|extern_kernels\.\w+|aten\.\w+\.\w+|torch\.ops\.\w+\.\w+\.\w+)\("
+    return [len(re.findall(calls, code, re.M)) for code in codes]
+
+
+def main():
+    x, megabyte = SHAPE, 1e6
+    print(f"torch {torch.__version__}, {x}")
+    for impl in ("reference", "torch"):
+        for way, (operations, size) in zip(("forward", "backward"), eager(x, impl), strict=True):
+            print(f'eager impl="{impl}" {way:8}: {operations:3} operations, {size / megabyte:6.1f} MB')
+    for impl in ("reference", "torch"):
+        print(f'torch.compile impl="{impl}" (forward, backward): {compiled(x, impl)} kernel calls')
+    for way in (traffic.forward, traffic.backward):
+        print(
+            f"kernels {way.__name__:8}: {way(x).launches} launches, {way(x).total / megabyte:6.1f} MB, {way(x).memory}"
+        )
+    for d in (768, 4096):
+        for q in (0, 24):
+            y = traffic.Shapes(**{**vars(x), "d": d, "q": q, "weight_bytes": 4})
+            times = [
+                f"{gpu} {traffic.seconds(way(y), gpu) * 1e6:.1f} µs {way.__name__}"
+                for gpu in traffic.PEAK_BANDWIDTH
+                for way in (traffic.forward, traffic.backward)
+            ]
+            print(f"predicted, d = {d}, q = {q}, bf16 with fp32 weights: {', '.join(times)}")
+
+
+if __name__ == "__main__":
+    main()

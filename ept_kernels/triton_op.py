@@ -1,0 +1,150 @@
+"""The kernels as operators that autograd, torch.compile and opcheck know.
+
+    ept_kernels::prompt_embed             triton_forward.forward
+    ept_kernels::prompt_embed_backward    triton_backward.backward
+
+Saved for the backward beside the inputs, in bytes (4 per number, 8 in float64): (batch·L + batch) for the slots where
+there is a mask, batch·L·q for the token-conditioned update, s·(2·(r + K·h) + K + 2) for the prompt.
+"""
+
+import torch
+from torch import Tensor
+
+from . import triton_backward, triton_forward
+
+
+@torch.library.custom_op("ept_kernels::prompt_embed", mutates_args=())
+def prompt_embed_op(
+    ids: Tensor | None,
+    source: Tensor,
+    mask: Tensor | None,
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    scale: float,
+    embed_scale: float,
+    activation: str,
+    prompt_start: int,
+    lowrank_update: bool,
+    fusion: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return triton_forward.forward(
+        ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
+        scale, embed_scale, activation, prompt_start, lowrank_update, fusion, save,
+    )  # fmt: skip
+
+
+@prompt_embed_op.register_fake
+def _(
+    ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
+    scale, embed_scale, activation, prompt_start, lowrank_update, fusion, save,
+):  # fmt: skip
+    return triton_forward.empty_results(
+        ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, gate_weight, token_down, token_up, fusion, save
+    )
+
+
+@torch.library.custom_op("ept_kernels::prompt_embed_backward", mutates_args=())
+def prompt_embed_backward_op(
+    grad_out: Tensor,
+    grad_gate: Tensor | None,
+    ids: Tensor | None,
+    source: Tensor,
+    masked: bool,
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    slots: Tensor,
+    lengths: Tensor,
+    inner: Tensor,
+    down: Tensor,
+    mix: Tensor,
+    softmax: Tensor,
+    scale: float,
+    embed_scale: float,
+    activation: str,
+    prompt_start: int,
+    lowrank_update: bool,
+    fusion: bool,
+    input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return triton_backward.backward(
+        grad_out, grad_gate, ids, source, masked, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
+        token_down, token_up, slots, lengths, inner, down, mix, softmax,
+        scale, embed_scale, activation, prompt_start, lowrank_update, fusion, input_grad,
+    )  # fmt: skip
+
+
+@prompt_embed_backward_op.register_fake
+def _(
+    grad_out, grad_gate, ids, source, masked, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
+    token_down, token_up, slots, lengths, inner, down, mix, softmax,
+    scale, embed_scale, activation, prompt_start, lowrank_update, fusion, input_grad,
+):  # fmt: skip
+    return triton_backward.empty_grads(
+        source, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up, input_grad
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ids, source, mask, *weights = inputs[:11]
+    out, _, *kept = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(ids, source, *weights, *kept)
+    ctx.masked, ctx.settings = mask is not None, inputs[11:17]
+    ctx.out_shape = out.shape
+
+
+def _backward(ctx, grad_out, grad_gate, *_):
+    ids, source, *tensors = ctx.saved_tensors
+    weights, kept = tensors[:8], tensors[8:]
+    if grad_out is None:
+        grad_out = source.new_zeros(ctx.out_shape)
+    if grad_gate is not None:
+        grad_gate = grad_gate.contiguous()
+    input_grad = ctx.needs_input_grad[1]
+    *weight_grads, source_grad = prompt_embed_backward_op(
+        grad_out.contiguous(), grad_gate, ids, source, ctx.masked, *weights, *kept, *ctx.settings, input_grad
+    )
+    needed = ctx.needs_input_grad[3:11]
+    weight_grads = [grad if need else None for grad, need in zip(weight_grads, needed, strict=True)]
+    return None, source_grad if input_grad else None, None, *weight_grads, *[None] * 7
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise RuntimeError('impl="triton" has no second derivative: use impl="torch" for a backward through the backward')
+
+
+prompt_embed_op.register_autograd(_backward, setup_context=_setup_context)
+prompt_embed_backward_op.register_autograd(_refuse_double_backward)
+
+
+def prompt_embed(
+    ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
+    *, scale, embed_scale, activation, prompt_start, lowrank_update, fusion,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """X [batch, s + L, d] and the gate [s, K]. `source` is E with `ids`, or inputs_embeds without."""
+    if ids is None or source.stride(-1) != 1:
+        source = source.contiguous()
+    weights = [
+        None if weight is None else weight.contiguous()
+        for weight in (prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up)
+    ]
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, *weights))
+    out, gate, *_ = prompt_embed_op(
+        None if ids is None else ids.contiguous(), source, None if mask is None else mask.contiguous(), *weights,
+        scale, embed_scale, activation, prompt_start, lowrank_update, fusion, save,
+    )  # fmt: skip
+    return out, gate

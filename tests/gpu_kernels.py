@@ -1,0 +1,132 @@
+"""The kernels on the GPU of this machine: `make gpu`. Results go to bench/results/kernels/<device>.json.
+
+1. the matrix of the interpreter's tests in bf16, fp16 and fp32, the plain formula on the same GPU as the yardstick;
+2. one launch against the same roles one after another, and two runs against each other: the same bits;
+3. CUDA-graph capture and replay;
+4. time of forward and backward against a copy of as many bytes as the model predicts;
+5. compute-sanitizer's race check on a few cases, where it is installed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from kernel_cases import covering_cases, errors, kernel_case, run, source_dtype
+
+from ept_kernels import prompt_embed, traffic
+
+ROOT = Path(__file__).parents[1]
+CASES = 150
+SANITIZED = 5
+BENCH = dict(batch=32, length=256, s=60, n=256, r=30, k=4, h=8)
+
+
+def on_gpu(case: dict) -> dict:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in case.items()}
+
+
+def check_matrix(number: int) -> dict:
+    wrong = {}
+    for seed, axes in enumerate(covering_cases(0, number)[:number]):
+        case = on_gpu(kernel_case(seed, **axes))
+        found = errors(case, run(case, "triton", source_dtype(case)))
+        if found:
+            wrong[f"{seed} {axes}"] = found
+    return dict(cases=number, wrong=wrong)
+
+
+def bench_case(d: int, q: int) -> dict:
+    case = kernel_case(
+        0, shape="tiles", dtype=torch.float32, source_dtype=torch.bfloat16, parts="all" if q else "paper", mask="none",
+        start="first", activation="silu", switch="on", inputs=False, e=1.0,
+        sizes=BENCH | dict(d=d, q=max(q, 1)),
+    )  # fmt: skip
+    return on_gpu(case)
+
+
+def same_bits() -> dict:
+    case = bench_case(768, 24)
+    first, again = (run(case, "triton", torch.bfloat16) for _ in range(2))
+    os.environ["EPT_LAUNCH"] = "sequence"
+    sequence = run(case, "triton", torch.bfloat16)
+    del os.environ["EPT_LAUNCH"]
+    return dict(
+        two_runs=all(torch.equal(first[name], again[name]) for name in first),
+        roles_in_sequence=all(torch.equal(first[name], sequence[name]) for name in first),
+    )
+
+
+def graph_replays() -> bool:
+    case = bench_case(768, 0)
+    want = prompt_embed(**case, impl="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = prompt_embed(**case, impl="triton")
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+    torch.cuda.synchronize()
+    return torch.equal(out, want)
+
+
+def times() -> list[dict]:
+    rows = []
+    for d, q in ((768, 0), (768, 24), (4096, 0), (4096, 24)):
+        case = bench_case(d, q)
+        leaves = {
+            n: v.requires_grad_() for n, v in case.items() if isinstance(v, torch.Tensor) and v.dtype == torch.float32
+        }
+        shapes = traffic.Shapes(d=d, q=q, masked=False, **BENCH)
+        out = prompt_embed(**case, impl="triton")
+        grad = torch.randn_like(out)
+        calls = dict(
+            forward=lambda case=case: prompt_embed(**case, impl="triton"),
+            backward=lambda out=out, leaves=leaves, grad=grad: torch.autograd.grad(
+                out, list(leaves.values()), grad, retain_graph=True
+            ),
+        )
+        for way, call in calls.items():
+            size = getattr(traffic, way)(shapes).total
+            half = torch.empty(size // 2, dtype=torch.uint8, device="cuda")
+            copy = torch.empty_like(half)
+            ours, copied = triton.testing.do_bench(call), triton.testing.do_bench(lambda: copy.copy_(half))  # noqa: B023
+            rows.append(dict(d=d, q=q, way=way, ms=ours, bytes=size, copy_ms=copied, of_copy_bandwidth=copied / ours))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=CASES)
+    parser.add_argument("--matrix-only", action="store_true")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("make gpu: no GPU here")
+    result = dict(
+        device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
+        commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip(),
+        matrix=check_matrix(options.cases),
+    )  # fmt: skip
+    if not options.matrix_only:
+        result |= dict(same_bits=same_bits(), graph_replays=graph_replays(), times=times())
+        sanitizer = shutil.which("compute-sanitizer")
+        if sanitizer:
+            command = [sanitizer, "--tool", "racecheck", "--error-exitcode", "1", sys.executable, __file__]
+            done = subprocess.run(
+                [*command, "--matrix-only", "--cases", str(SANITIZED)], capture_output=True, text=True
+            )
+            result["racecheck"] = dict(passed=done.returncode == 0, said=done.stdout[-500:])
+        target = ROOT / "bench/results/kernels" / f"{result['device'].replace(' ', '_')}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+    sys.exit(bool(result["matrix"]["wrong"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The kernels in Triton's interpreter. Run by test_triton_interpreter.py in processes with TRITON_INTERPRET=1."""
+
+import contextlib
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from kernel_cases import AXES, covering_cases, errors, fenced_buffers, kernel_case, run, source_dtype
+from test_prompt_embed import PARTS, make_case
+
+from ept_kernels import prompt_embed, reconstruct_prompt
+from ept_kernels.triton_common import counters
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before the first import of Triton", allow_module_level=True)
+
+SHORT, FULL = 14, 300
+CASES = covering_cases(0, FULL)
+SHARD, SHARDS = map(int, os.environ.get("EPT_SHARD", "0/1").split("/"))  # the part of the long form that runs here
+
+
+def label(case):
+    return "-".join(str(value).removeprefix("torch.").replace(" ", "_") for value in case.values())
+
+
+@pytest.mark.parametrize(
+    ("seed", "axes"),
+    [
+        pytest.param(seed, axes, id=label(axes), marks=[] if seed < SHORT else [pytest.mark.full])
+        for seed, axes in enumerate(CASES)
+        if seed % SHARDS == SHARD
+    ],
+)
+def test_error_is_at_most_twice_that_of_the_plain_formula(seed, axes):
+    case = kernel_case(seed, **axes)
+    with fenced_buffers():
+        got = run(case, "triton", source_dtype(case))
+    assert errors(case, got, truncates=True) == {}
+    assert got["out"].dtype == source_dtype(case)
+    for buffer in counters.of_stream.values():
+        assert not buffer.any()
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(s=20, n=40, d=70, length=40)])
+@pytest.mark.parametrize("parts", PARTS)
+def test_roles_one_after_another_give_the_same_bits(monkeypatch, parts, shape):
+    for mask in (True, False):
+        case = make_case(0, parts=parts, e=0.5, **shape)
+        if not mask:
+            case["attention_mask"] = None
+        single = prompt_embed(**case, impl="triton")
+        monkeypatch.setenv("EPT_LAUNCH", "sequence")
+        assert torch.equal(prompt_embed(**case, impl="triton"), single)
+        monkeypatch.delenv("EPT_LAUNCH")
+
+
+def test_two_runs_give_the_same_bits():
+    case = make_case(1, s=20, n=40, d=70, length=40)
+    first, second = (run(case, "triton", torch.float32) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("parts", ["paper", "spaces", "lowrank", "none"])
+def test_reconstruct_prompt_and_its_gate_have_gradients(parts):
+    case = {name: value for name, value in make_case(2, parts=parts, s=20, n=40, d=70).items() if name != "input_ids"}
+    for name in ("attention_mask", "embedding_weight"):
+        del case[name]
+    results = {}
+    for impl in ("triton", "reference"):
+        leaves = {n: v.clone().requires_grad_() for n, v in case.items() if isinstance(v, torch.Tensor)}
+        prompt_star, gate = reconstruct_prompt(**case | leaves, impl=impl)
+        loss = prompt_star.sin().sum() + gate.exp().sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        results[impl] = (prompt_star, gate, *grads)
+    for got, want in zip(results["triton"], results["reference"], strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_weight_of_other_strides_and_a_result_that_is_expanded():
+    case = make_case(3)
+    want = prompt_embed(**case, impl="torch")
+    wide = torch.full((50, 40), float("nan"))
+    wide[:, :24] = case["embedding_weight"]
+    for weight in (wide[:, :24], case["embedding_weight"].T.contiguous().T):
+        torch.testing.assert_close(prompt_embed(**case | dict(embedding_weight=weight), impl="triton"), want)
+    prompt = case["prompt"].requires_grad_()
+    prompt_embed(**case, impl="triton").sum().backward()  # the gradient of a sum has stride 0
+    got = prompt.grad.clone()
+    prompt.grad = None
+    prompt_embed(**case, impl="torch").sum().backward()
+    torch.testing.assert_close(got, prompt.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_every_axis_of_the_matrix_is_in_its_short_form():
+    for axis, values in AXES.items():
+        if axis != "dtypes":
+            assert {case[axis] for case in CASES[:SHORT]} == set(values)
+
+
+@pytest.mark.parametrize(
+    ("mask", "token"),
+    [(True, True), (False, False), *(pytest.param(m, not m, marks=pytest.mark.full) for m in (True, False))],
+)
+def test_opcheck(mask, token):
+    from ept_kernels.triton_op import prompt_embed_op
+
+    case = make_case(4)
+    weights = [case[n] for n in ("prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight")]
+    weights += [case["token_down"], case["token_up"]] if token else [None, None]
+    weights = [None if w is None else w.requires_grad_() for w in weights]
+    mask = case["attention_mask"] if mask else None
+    args = (mask, *weights, 1.0, 0.5, "silu", 1, True, True, True)
+    torch.library.opcheck(prompt_embed_op, (case["input_ids"], case["embedding_weight"], *args))
+    if token and mask is not None:
+        embeds = case["embedding_weight"][case["input_ids"]].requires_grad_()
+        torch.library.opcheck(prompt_embed_op, (None, embeds, *args))
+
+
+def test_compile_traces_one_graph_for_all_lengths():
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def run_once(ids, mask, case):
+        return prompt_embed(ids, mask, **case, impl="triton") * 2
+
+    compiled = torch.compile(run_once, fullgraph=True, dynamic=True, backend=graphs)
+    case = make_case(5, s=6)
+    del case["input_ids"], case["attention_mask"]
+    case["prompt"].requires_grad_()
+    frames = None
+    for batch, length in ((7, 19), (11, 31), (13, 40)):  # no size twice: torch takes equal sizes for the same one
+        ids, mask = torch.randint(50, (batch, length)), torch.rand(batch, length) > 0.3
+        out = compiled(ids, mask, case)
+        out.sum().backward()
+        torch.testing.assert_close(out, run_once(ids, mask, case))
+        frames = frames or graphs.frame_count
+        assert graphs.frame_count == frames
+
+
+def test_what_is_refused_says_so():
+    case = make_case(6)
+    prompt = case["prompt"].requires_grad_()
+    (grad,) = torch.autograd.grad(prompt_embed(**case, impl="triton").sin().sum(), prompt, create_graph=True)
+    with pytest.raises(RuntimeError, match='use impl="torch"'):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda p: prompt_embed(**case | dict(prompt=p), impl="triton").sum())(prompt.detach())
+
+
+def test_autocast_does_not_reach_inside():
+    case = make_case(7)
+    want = prompt_embed(**case, impl="triton")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(prompt_embed(**case, impl="triton"), want)
+
+
+def test_a_launch_that_raises_leaves_no_dirty_counters():
+    with pytest.raises(KeyboardInterrupt), counters.take(4, torch.device("cpu")) as counter:
+        counter[0] = 3
+        raise KeyboardInterrupt
+    with counters.take(4, torch.device("cpu")) as counter:
+        assert not counter.any()
+
+
+@contextlib.contextmanager
+def counted_accesses():
+    """Bytes that active lanes load and store inside, as (address, bytes) pairs of whole tensors: see `bytes_of`."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    loads, stores = [], []
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+
+    def count(into, ptrs, mask):
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        into.append((np.atleast_1d(ptrs.data)[np.atleast_1d(mask.data)].ravel(), size))
+
+    def counting_load(self, ptrs, mask, *rest):
+        count(loads, ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def counting_store(self, ptrs, value, mask, *rest):
+        count(stores, ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    Builder.create_masked_load, Builder.create_masked_store = counting_load, counting_store
+    try:
+        yield loads, stores
+    finally:
+        Builder.create_masked_load, Builder.create_masked_store = load, store
+
+
+def bytes_of(accesses, tensor=None):
+    """Bytes of the accesses to a tensor, or of all of them."""
+    low, high = (0, 2**63) if tensor is None else (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+    return sum(size * int(((pointers >= low) & (pointers < high)).sum()) for pointers, size in accesses)
+
+
+@pytest.mark.parametrize("q", [0, 5])
+@pytest.mark.parametrize("masked", [True, False])
+def test_traffic_is_what_the_model_says(masked, q):
+    """E and dX are read, X is written as often as predicted: for E once more from the cache with q > 0."""
+    from ept_kernels import traffic, triton_backward, triton_forward
+
+    x = traffic.Shapes(
+        batch=7, length=37, d=140, s=20, n=40, r=5, k=3, h=2, q=q, masked=masked, source_bytes=4
+    )  # fmt: skip
+    case = make_case(
+        8,
+        parts="all" if q else "paper",
+        s=x.s,
+        n=x.n,
+        r=x.r,
+        k=x.k,
+        h=x.h,
+        q=max(q, 1),
+        d=x.d,
+        length=x.length,
+        batch=x.batch,
+    )
+    names = ["prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight", "token_down", "token_up"]
+    weights = [case.get(name) for name in names]
+    mask = case["attention_mask"] if masked else None
+    # Every token has its own row, so that the rows of E can be told apart.
+    source = torch.randn(x.batch * x.length, x.d)
+    ids = torch.arange(x.batch * x.length).view(x.batch, x.length)
+    settings = (1.0, 1.0, "silu", 0, True, True)
+    with counted_accesses() as (loads, stores):
+        out, _, *kept = triton_forward.forward(ids, source, mask, *weights, *settings, True)
+    predicted = traffic.forward(x).memory
+    assert bytes_of(loads, source) == predicted["rows of E"] * (2 if q else 1)
+    assert bytes_of(stores, out) == predicted["X"] + predicted["P* in every row"]
+    kept_bytes = sum(bytes_of(stores, t) for t in kept if t.is_floating_point())
+    assert kept_bytes == predicted["kept"]
+
+    grad = torch.randn_like(out)
+    with counted_accesses() as (loads, stores):
+        triton_backward.backward(grad, None, ids, source, masked, *weights, *kept, *settings, False)
+    predicted = traffic.backward(x).memory
+    assert bytes_of(loads, grad) == predicted["dX"]
+    assert bytes_of(loads, source) == (predicted["rows of E"] - 8 * ids.numel() if q else 0)
+
+
+def test_rows_of_e_beyond_two_to_the_31_numbers():
+    """Three rows, 2³⁰ + 8 numbers apart, in memory of which only their pages are ever touched."""
+    case = make_case(9, dtype=torch.float16)
+    d, apart = case["prompt"].shape[1], 2**30 + 8
+    far = torch.empty(2 * apart + d, dtype=torch.float16).as_strided((3, d), (apart, 1))
+    far.copy_(case["embedding_weight"][:3])
+    case["input_ids"] %= 3
+    near = prompt_embed(**case, impl="triton")
+    assert torch.equal(prompt_embed(**case | dict(embedding_weight=far), impl="triton"), near)

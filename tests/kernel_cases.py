@@ -1,0 +1,167 @@
+"""Cases for the Triton kernels, the checks that every run of one has to pass, and fenced, poisoned buffers."""
+
+import contextlib
+import itertools
+import random
+
+import torch
+from test_prompt_embed import PARTS, double, make_case
+
+from ept_kernels import ACTIVATIONS, prompt_embed, prompt_embed_inputs
+
+SHAPES = {
+    "one": dict(s=1, n=1, r=1, k=1, h=1, q=1, d=8, length=1, batch=1),
+    "odd": dict(s=5, n=21, r=3, k=3, h=2, q=5, d=33, length=37, batch=3),
+    "no text": dict(s=17, n=20, r=6, k=2, h=3, q=2, d=40, length=0, batch=2),
+    "tiles": dict(s=33, n=40, r=17, k=5, h=7, q=18, d=100, length=35, batch=3),
+    "long": dict(s=16, n=32, r=16, k=4, h=4, q=16, d=64, length=80, batch=11),
+}
+SWITCHES = {"on": {}, "no update": dict(lowrank_update=False), "no fusion": dict(fusion=False)}
+
+
+def mask_of(kind: str, batch: int, length: int, g: torch.Generator) -> torch.Tensor | None:
+    """Padding on the left or on the right, holes, everything padded in one row; None for no mask."""
+    if kind == "none":
+        return None
+    real = torch.randint(length + 1, (batch, 1), generator=g)
+    real[0] = 0  # a row of nothing but padding
+    columns = torch.arange(length).expand(batch, -1)
+    masks = dict(left=columns >= length - real, right=columns < real)
+    mask = masks[kind] if kind in masks else torch.rand(batch, length, generator=g) > 0.3
+    return mask.to([torch.bool, torch.int64, torch.int32][length % 3])
+
+
+MASKS = ("none", "left", "right", "holes")
+
+
+def kernel_case(seed, *, shape, dtype, source_dtype, parts, mask, start, activation, switch, inputs, e, sizes=None):
+    """Keyword arguments of prompt_embed or, with `inputs`, of prompt_embed_inputs. `sizes` in place of a named shape."""
+    sizes = sizes or SHAPES[shape]
+    case = make_case(seed, parts=parts, dtype=dtype, e=e, **sizes)
+    g = torch.Generator().manual_seed(seed)
+    case["attention_mask"] = mask_of(mask, sizes["batch"], sizes["length"], g)
+    embeddings = case["embedding_weight"] = case["embedding_weight"].to(source_dtype)
+    if inputs:
+        case["inputs_embeds"] = embeddings[case.pop("input_ids")]
+        del case["embedding_weight"]
+    else:
+        case["input_ids"] = case["input_ids"].to([torch.int64, torch.int32][seed % 2])
+    where = dict(first=0, second=min(1, sizes["length"]), last=sizes["length"])[start]
+    return case | SWITCHES[switch] | dict(activation=activation, prompt_start=where)
+
+
+# dtype of the trained tensors, dtype of E. The second row is the main case in a form that the interpreter rounds right.
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.float16, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.float32),
+]
+AXES = dict(
+    shape=tuple(SHAPES), dtypes=DTYPES, parts=tuple(PARTS), mask=MASKS, start=("first", "second", "last"),
+    activation=ACTIVATIONS, switch=tuple(SWITCHES), inputs=(False, True), e=(1.0, 0.055),
+)  # fmt: skip
+
+
+def covering_cases(strength_seed: int, at_least: int) -> list[dict]:
+    """Cases in which every pair of values of two axes occurs, then random ones until there are `at_least`."""
+    rng = random.Random(strength_seed)
+    pairs = {
+        ((x, a), (y, b))
+        for x, y in itertools.combinations(AXES, 2)
+        for a in range(len(AXES[x]))
+        for b in range(len(AXES[y]))
+    }
+    chosen = []
+    while pairs or len(chosen) < at_least:
+        candidates = [{axis: rng.randrange(len(values)) for axis, values in AXES.items()} for _ in range(30)]
+        news = [{p for p in itertools.combinations(c.items(), 2) if p in pairs} for c in candidates]
+        best = max(range(len(candidates)), key=lambda i: len(news[i]))
+        pairs -= news[best]
+        chosen.append({axis: AXES[axis][i] for axis, i in candidates[best].items()})
+    for case in chosen:
+        case["dtype"], case["source_dtype"] = case.pop("dtypes")
+    return chosen
+
+
+def run(case: dict, impl: str, grad_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The result and the gradient of every trained tensor (and of inputs_embeds) for a random gradient of the result.
+
+    That one is rounded to `grad_dtype`, so that runs in different dtypes get the same.
+    """
+    function = prompt_embed_inputs if "inputs_embeds" in case else prompt_embed
+    leaves = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in case.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "embedding_weight"
+    }
+    out = function(**case | leaves, impl=impl)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grads = torch.autograd.grad(out, list(leaves.values()), weight.to(grad_dtype).to(out), allow_unused=True)
+    grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(leaves.values(), grads, strict=True)]
+    return dict(out=out.detach()) | dict(zip(leaves, grads, strict=True))
+
+
+FEW = 64  # numbers
+
+
+def source_dtype(case: dict) -> torch.dtype:
+    return case["embedding_weight" if "embedding_weight" in case else "inputs_embeds"].dtype
+
+
+def errors(case: dict, got: dict[str, torch.Tensor], truncates: bool = False) -> dict[str, tuple[float, float]]:
+    """(error, allowed) of each result that is off by more than allowed, in norm.
+
+    Allowed is twice the error of the plain formula in the same dtypes. The floor below it is half a unit in the last
+    place of the result's dtype, what rounding the exact value costs anybody; a whole unit where the interpreter
+    `truncates` (its casts to bfloat16); two units for a result of few numbers, where the plain formula's error is one
+    draw that may come out near zero, while the result ends a chain of at least four roundings. In float64 the plain
+    formula is the truth, so the difference holds the roundings of both: sums of up to 150 terms in chains of four
+    products, allowed 16 units.
+    """
+    truth, plain = run(double(case), "reference", source_dtype(case)), run(case, "reference", source_dtype(case))
+    wrong = {}
+    for name, value in got.items():
+        units = 2.0 if value.numel() < FEW else 0.5
+        if value.dtype == torch.bfloat16 and truncates:
+            units = max(units, 1.0)
+        if value.dtype == torch.float64:
+            units = 16.0
+        floor = units * torch.finfo(value.dtype).eps
+        error = (value.double() - truth[name]).norm().item()
+        allowed = 2 * max((plain[name].double() - truth[name]).norm().item(), floor * truth[name].norm().item())
+        if not error <= allowed:
+            wrong[name] = (error, allowed)
+    return wrong
+
+
+FENCE = 64  # numbers before and after every buffer
+
+
+@contextlib.contextmanager
+def fenced_buffers():
+    """Every torch.empty and its kin inside is full of NaN (integers: of a huge number) and fenced; fences are checked.
+
+    Yields the list of buffers.
+    """
+    buffers = []
+    kept = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def fence(wanted: torch.Tensor) -> torch.Tensor:
+        poison = float("nan") if wanted.is_floating_point() else torch.iinfo(wanted.dtype).max
+        whole = torch.full((wanted.numel() + 2 * FENCE,), poison, dtype=wanted.dtype)
+        buffers.append((whole, whole.clone()))
+        return whole[FENCE : FENCE + wanted.numel()].view(wanted.shape)
+
+    torch.empty, torch.empty_like, torch.Tensor.new_empty = (
+        lambda *args, make=make, **kwargs: fence(make(*args, **kwargs)) for make in kept
+    )
+    try:
+        yield buffers
+    finally:
+        torch.empty, torch.empty_like, torch.Tensor.new_empty = kept
+    for whole, before in buffers:
+        for side in (slice(0, FENCE), slice(len(whole) - FENCE, None)):
+            torch.testing.assert_close(whole[side], before[side], rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,155 @@
+"""Deliberate mistakes in the kernels: what is changed, and what should notice. Used by test_triton_emulator.py.
+
+python tests/kernel_mistakes.py     # makes each of them in 12 schedules and writes kernel_mistakes.json
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+TABLE = Path(__file__).with_suffix(".json")
+SOURCES = ("triton_common.py", "triton_forward.py", "triton_backward.py")
+MAX_INSTRUCTIONS = 4_000_000  # some ten times what a right launch of these shapes takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """`old` becomes `new` in one file. `never`: why no schedule can show it, for those that are never caught."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    weak: bool | str = True
+    never: str = ""
+
+
+C, F, B = SOURCES
+BARRIER = "        )\n    tl.debug_barrier()"
+WAIT = "    if AMD:\n        lanes"
+RESET = "    if last:\n        tl.store(counter, 0)"
+TICKET = 'tl.atomic_add(counter + TICKET, 1, sem="relaxed") if ROLE == "all" else'
+FINISH = "    if arrive(arrived, parts, AMD):\n        finish"
+PARTIAL = "partial + (block * parts + part) * ROWS * PARTIAL"
+DONE = 'if tl.atomic_add(counter + DONE, 1, sem="acq_rel") == total - 1:'
+MISTAKES = [
+    Mistake("control: no mistake", C, "pass", "pass", "wave", "it is right"),
+    Mistake("no barrier before a flag", C, BARRIER, "        )", "wave"),
+    Mistake("no wait for stores before the barrier", C, WAIT, WAIT.replace("AMD", "False"), "wave"),
+    Mistake("neither barrier nor wait before a flag", C, "    finish_stores(AMD)\n", "", "wave"),
+    Mistake("flag raised relaxed", C, 'tl.atomic_add(counter, 1, sem="release")', 'tl.atomic_add(counter, 1, sem="relaxed")'),
+    Mistake("flag read relaxed", C, 'tl.atomic_add(counter, 0, sem="acquire")', 'tl.atomic_add(counter, 0, sem="relaxed")'),
+    Mistake("arrival relaxed", C, 'sem="acq_rel") == expected - 1', 'sem="relaxed") == expected - 1'),
+    Mistake("arrival without release", C, 'sem="acq_rel") == expected - 1', 'sem="acquire") == expected - 1'),
+    Mistake("arrival without acquire", C, 'sem="acq_rel") == expected - 1', 'sem="release") == expected - 1'),
+    Mistake("arrival threshold one too low", C, "== expected - 1", "== tl.maximum(expected - 2, 0)"),
+    Mistake("arrival threshold one too high", C, "== expected - 1", "== expected"),
+    Mistake("arrivals not set back", C, RESET, RESET.replace("last", "False")),
+    Mistake("program id in place of the ticket", F, TICKET, "tl.program_id(0) if True else"),
+    Mistake("ticket not set back", F, "            tl.store(counter + TICKET, 0)\n", ""),
+    Mistake("count of finished programs not set back", F, "            tl.store(counter + DONE, 0)\n", ""),
+    Mistake("count of ordered rows not set back", F, "            tl.store(counter + ORDERED, 0)\n", ""),
+    Mistake("flags not set back", F, "                tl.store(flags + block, 0)", "                pass"),
+    Mistake("counters set back one program early", F, DONE, DONE.replace("total - 1", "total - 2")),
+    Mistake("flag before its data", F, FINISH, FINISH.replace("finish", "release(flag, AMD)\n        finish")),
+    Mistake("prompt does not wait", F, 'if MIXES and ROLE == "all":', "if False:"),
+    Mistake("text does not wait for its slots", F, 'if MASK and ROLE == "all":', "if False:"),
+    Mistake("text waits for one row too few", F, "wait(counter + ORDERED, batch)", "wait(counter + ORDERED, batch - 1)"),
+    Mistake("stride of X without the prompt", F, "* (num_rows + length) + prompt_start + rows", "* length + prompt_start + rows"),
+    Mistake("stride of the partial sums", F, PARTIAL, PARTIAL.replace("* PARTIAL", "* (PARTIAL - 1)")),
+    Mistake("scale twice in the backward", B, "        dy *= scale / D**0.5", "        dy *= scale * scale / D**0.5"),
+    Mistake("one arrival too few in the second launch", B, "        arrivals += 1", "        arrivals += 0"),
+    Mistake("one share of dB not added", B, "for share in range(shares):", "for share in range(shares - 1):"),
+    Mistake("last program's count relaxed", F, DONE, DONE.replace("acq_rel", "relaxed"), "wave",
+            "nothing is read after it, and the zeros it lets through are only read by the next launch"),
+]  # fmt: skip
+
+
+def load(mistake: Mistake, folder: str):
+    """forward and backward of a copy of the package with the mistake in it."""
+    package = Path(folder) / f"mistaken_{MISTAKES.index(mistake)}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in SOURCES:
+        text = (ROOT / "ept_kernels" / name).read_text(encoding="utf-8")
+        if name == mistake.file:
+            assert mistake.old in text, f"{mistake.name}: {mistake.old!r} is no longer in {name}"
+            text = text.replace(mistake.old, mistake.new)
+        (package / name).write_text(text, encoding="utf-8")
+    sys.path.insert(0, folder)
+    try:
+        forward = importlib.import_module(f"{package.name}.triton_forward").forward
+        backward = importlib.import_module(f"{package.name}.triton_backward").backward
+    finally:
+        sys.path.remove(folder)
+    return forward, backward
+
+
+def schedule(seed: int, weak: bool | str) -> dict:
+    """Start orders, resident programs and lengths of turns in all combinations, over 24 seeds."""
+    return dict(
+        seed=seed, weak=weak, resident=[None, 2, 1, 5][seed % 4], order=["random", "reverse", "forward"][seed % 3],
+        quantum=[40, 7][seed // 12 % 2], poison_empty=True, max_instructions=MAX_INSTRUCTIONS,
+    )  # fmt: skip
+
+
+def is_caught(mistake: Mistake, seed: int, folder_of: dict) -> bool:
+    """Whether two forwards and a backward in one schedule end in an error or in wrong numbers."""
+    from emulate import emulate
+    from gfx942 import EmulatorError
+    from test_prompt_embed import make_case
+
+    from ept_kernels import prompt_embed
+
+    if mistake.name not in folder_of:
+        folder_of[mistake.name] = load(mistake, tempfile.mkdtemp(dir=folder_of["folder"]))
+    forward, backward = folder_of[mistake.name]
+    case = make_case(seed, parts="paper", s=18, n=20, r=33, k=5, h=8, d=70, length=20, batch=2)
+    names = ["prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight"]
+    leaves = [case[name].requires_grad_() for name in names]
+    want = prompt_embed(**case, impl="torch")
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed))
+    want_grads = torch.autograd.grad(want, leaves, grad)
+    weights = [*(leaf.detach() for leaf in leaves), None, None]
+    settings = (case["scale"], 1.0, "silu", 0, True, True)
+    try:
+        with emulate(**schedule(seed, mistake.weak)):
+            for _ in range(2):
+                out, _, *kept = forward(
+                    case["input_ids"], case["embedding_weight"], case["attention_mask"], *weights, *settings, True
+                )
+                torch.testing.assert_close(out, want.detach(), rtol=1e-3, atol=1e-3)
+            grads = backward(
+                grad, None, case["input_ids"], case["embedding_weight"], True, *weights, *kept, *settings, False
+            )
+            for got, expected in zip(grads, want_grads, strict=False):
+                torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    except (EmulatorError, AssertionError):
+        return True
+    return False
+
+
+def find_emulator() -> Path:
+    return Path(os.environ.get("EPT_GPU_EMULATOR", ROOT.parent / "shared" / "gpu-emulator"))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(find_emulator()), str(ROOT)]
+    torch.set_num_threads(1)
+    schedules, table = int(sys.argv[1]) if len(sys.argv) > 1 else 12, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for mistake in MISTAKES:
+            loaded = dict(folder=folder)
+            caught = sum(is_caught(mistake, seed, loaded) for seed in range(schedules))
+            table[mistake.name] = dict(weak=mistake.weak, caught=caught, schedules=schedules)
+            if mistake.never:
+                table[mistake.name]["never"] = mistake.never
+            print(f"{caught:3} of {schedules}  {mistake.name}", flush=True)
+            TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,89 @@
+"""The compiled gfx942 code on the CPU, with programs interleaved at random and a weak memory.
+
+Needs the folder gpu-emulator: beside the repository in shared/, or where EPT_GPU_EMULATOR says.
+"""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from kernel_cases import errors, kernel_case, run, source_dtype
+from kernel_mistakes import MISTAKES, TABLE, find_emulator, is_caught, schedule
+
+pytest.importorskip("triton")
+if not find_emulator().is_dir():
+    pytest.skip("no folder ../shared/gpu-emulator, and EPT_GPU_EMULATOR names no other", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+sys.path.insert(0, str(find_emulator()))
+
+from emulate import emulate  # needs the path
+
+DEFAULTS = dict(
+    dtype=torch.float32, source_dtype=torch.float32, parts="all", mask="holes", start="second", activation="silu",
+    switch="on", inputs=False, e=0.5,
+)  # fmt: skip
+# No float16: its stores use v_pack_b32_f16, which the emulator does not have. The interpreter rounds float16 right.
+CASES = {
+    "odd": dict(shape="odd"),
+    "main case": dict(shape="odd", source_dtype=torch.bfloat16, mask="right", parts="paper"),
+    "bfloat16": dict(shape="odd", dtype=torch.bfloat16, source_dtype=torch.bfloat16, mask="left", activation="gelu"),
+    "inputs_embeds": dict(shape="odd", inputs=True, mask="none", activation="relu"),
+    "wide": dict(shape="tiles", mask="left"),
+    "no fusion": dict(shape="tiles", switch="no fusion", parts="lowrank", inputs=True),
+    "spaces": dict(shape="no text", parts="spaces", start="first"),
+    "tokens": dict(shape="long", parts="token", mask="right", inputs=True),
+}
+SHORT = {"main case": "wave", "inputs_embeds": True}
+
+
+def check(name, seeds, weak):
+    case = kernel_case(0, **DEFAULTS | CASES[name])
+    bits = None
+    for seed in seeds:
+        with emulate(**schedule(seed, weak)):
+            got = run(case, "triton", source_dtype(case))
+        assert errors(case, got) == {}, f"seed {seed}"
+        assert bits is None or all(torch.equal(bits[key], value) for key, value in got.items()), f"seed {seed}"
+        bits = got
+
+
+@pytest.mark.parametrize(("name", "weak"), SHORT.items())
+def test_any_schedule_gives_the_right_numbers_and_the_same_bits(name, weak):
+    check(name, range(2), weak)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("weak", [True, "wave"])
+@pytest.mark.parametrize("name", CASES)
+def test_many_schedules(name, weak):
+    check(name, [*range(6), *range(12, 18)], weak)
+
+
+@pytest.mark.full
+def test_roles_one_after_another_give_the_same_bits(monkeypatch):
+    case = kernel_case(1, **DEFAULTS | CASES["odd"])
+    with emulate(**schedule(0, "wave")) as emu:
+        single = run(case, "triton", torch.float32)
+        monkeypatch.setenv("EPT_LAUNCH", "sequence")
+        sequence = run(case, "triton", torch.float32)
+    assert len(emu.launches) == (1 + 2) + (4 + 2)
+    for name, value in single.items():
+        assert torch.equal(value, sequence[name]), name
+
+
+def test_a_mistake_is_caught(tmp_path):
+    mistake, loaded = next(m for m in MISTAKES if m.name == "arrival threshold one too low"), dict(folder=tmp_path)
+    assert any(is_caught(mistake, seed, loaded) for seed in range(3))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_mistakes_are_caught_as_the_table_says(mistake, tmp_path):
+    """At least once in as many schedules as make a miss improbable at the rate in the table; the others never."""
+    row, loaded = json.loads(TABLE.read_text(encoding="utf-8"))[mistake.name], dict(folder=tmp_path)
+    assert bool(row["caught"]) != bool(mistake.never)
+    caught = (is_caught(mistake, seed, loaded) for seed in range(row["schedules"]))
+    assert any(caught) == bool(row["caught"])

@@ -1,0 +1,35 @@
+"""The kernels compiled ahead of time for GPUs that are not there: nothing may get worse than kernel_resources.json.
+
+The table is of one Triton version (its compiler brings its own ptxas and LLVM): with another, these tests skip.
+"""
+
+import json
+import os
+
+import pytest
+from kernel_resources import TABLE, keys, measure, worse
+
+triton = pytest.importorskip("triton")
+TRITON = "3.7.1"
+if triton.__version__ != TRITON:
+    pytest.skip(f"the table is of Triton {TRITON}, this is {triton.__version__}", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+
+SHORT = {"sm_90 d=4096 bf16+fp32 q=0", "gfx942 d=768 bf16+fp32 q=24"}
+BEFORE = json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("key", [pytest.param(k, marks=[] if k in SHORT else [pytest.mark.full]) for k in keys()])
+def test_nothing_got_worse(key):
+    """If it is worth it, write the table anew: python tests/kernel_resources.py"""
+    now = measure(key)
+    assert {name: worse(row, BEFORE[key][name]) for name, row in now.items()} == {name: [] for name in now}
+
+
+def test_table_has_no_spills_and_wide_accesses():
+    for key, kernels in BEFORE.items():
+        for name, row in kernels.items():
+            assert row["spilled"] == 0, (key, name)
+            assert row["tensor_core"] > 0, (key, name)
+            assert row["loads"].get("128", 0) > 0 and row["stores"].get("128", 0) > 0, (key, name)
