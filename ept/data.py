@@ -128,8 +128,8 @@ def _read_jsonl(path: Path) -> Dataset:
         rows.append(row)
     try:
         return Dataset.from_dict({name: [row[name] for row in rows] for name in (rows[0] if rows else [])})
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: a column holds values of different types ({error})") from error
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise ValueError(f"{path}: a column holds values of different types or too large ({error})") from error
 
 
 def _read_parquet(path: Path) -> Dataset:
@@ -194,7 +194,10 @@ class Labels:
 
     @classmethod
     def of(cls, table: Dataset, source: str, column: str, task: str | None = None) -> "Labels":
-        """The labels of a training file. Floats are regressed on, everything else is classified, unless `task` says."""
+        """The labels of a training file. Floats are regressed on, everything else is classified, unless `task` says.
+
+        nan and infinity count as floats, which `encode` refuses: one bad score must not make classes of all.
+        """
         feature = table.features[column]
         if isinstance(feature, ClassLabel) and task != "regression":
             return cls(tuple(feature.names))
@@ -205,7 +208,7 @@ class Labels:
             labels = cls(None)
             labels.encode(table, source, column)
             return labels
-        names = sorted(set(values), key=int if whole else None)
+        names = sorted(set(values), key=(lambda name: (float(name), name)) if whole else None)
         if len(names) < 2:
             raise ValueError(
                 f"{source}: every row of {column!r} has the label {names[0]!r}: there is nothing to tell apart"
@@ -221,8 +224,11 @@ class Labels:
         if self.names is None:
             numbers = [_number(value) for value in values]
             for row, (number, value) in enumerate(zip(numbers, values, strict=True), start=1):
-                if number is None:
-                    raise ValueError(f"{source}, row {row}: label {value!r} is not a number, which regression needs")
+                if number is None or not math.isfinite(number):
+                    raise ValueError(
+                        f"{source}, row {row}: label {value!r} is not a finite number, which regression needs: "
+                        "correct or remove the row, or classify with --task classification"
+                    )
             return numbers
         number_of = {name: i for i, name in enumerate(self.names)}
         for row, value in enumerate(values, start=1):
@@ -244,10 +250,9 @@ def _strings(table: Dataset, source: str, column: str) -> list[str]:
 
 def _number(value: str) -> float | None:
     try:
-        number = float(value)
+        return float(value)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
 
 
 # ---------------------------------------------------------------------- tokens

@@ -336,7 +336,7 @@ def test_the_program_says_its_version_and_commands(capsys):
         ({"--train_file": "empty.csv"}, "empty.csv is empty"),
         ({"--train_file": "latin.csv"}, "latin.csv, line 2: byte 0xe9"),
         ({"--train_file": "ragged.csv"}, "ragged.csv, line 3: 3 fields"),
-        ({"--task": "regression"}, "label 'negative' is not a number"),
+        ({"--task": "regression"}, "label 'negative' is not a finite number"),
         ({"--task": "text2text"}, "text2text needs one (T5, BART)"),
         ({"--prompt_length": "0"}, "prompt_length=0"),
         ({"--prompt_length": "64"}, "prompt"),

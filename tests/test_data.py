@@ -154,6 +154,7 @@ def labelled(tmp_path, labels, kind="csv"):
         (["yes", "no", "yes"], ("no", "yes")),
         ([10, 2, 2], ("2", "10")),
         ([-1, 1, 1], ("-1", "1")),
+        (["1e3", "20"], ("20", "1e3")),
         ([True, False], ("False", "True")),
         ([0.5, 1.0, 2.25], None),
     ],
@@ -183,10 +184,20 @@ def test_an_unknown_label_is_named_with_its_row_and_the_known_ones(tmp_path):
         Labels(("no", "yes")).encode(table, "val.csv", "label")
 
 
-@pytest.mark.parametrize("bad", ["high", "nan", "inf"])
+@pytest.mark.parametrize("bad", ["high", "nan", "inf", "1e400"])
 def test_a_label_that_is_no_number_is_named_in_regression(bad, tmp_path):
-    with pytest.raises(ValueError, match=f"x.csv, row 2: label '{bad}' is not a number"):
+    with pytest.raises(ValueError, match=f"x.csv, row 2: label '{bad}' is not a finite number"):
         Labels.of(labelled(tmp_path, [0.5, bad]), "x.csv", "label", "regression")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("others", [[0.5, 1.25], [0, 1]])
+def test_nan_and_infinity_among_numbers_do_not_make_classes_of_them(bad, others, kind, tmp_path):
+    table = labelled(tmp_path, [*others, bad], kind)
+    with pytest.raises(ValueError, match=f"x, row 3: label '{bad}' is not a finite number.*--task classification"):
+        Labels.of(table, "x", "label")
+    assert str(bad) in Labels.of(table, "x", "label", "classification").names
 
 
 def test_a_missing_label_or_text_is_named_with_its_row(tmp_path):
