@@ -169,9 +169,15 @@ def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
         if len(found) != 1:
             raise ValueError(f"{source}: say which column is the label with --label_column; it has: {_listed(names)}")
         label = found[0]
+    for option, name in (("text", wanted.text), ("text_pair", wanted.text_pair)):
+        if name == label:
+            raise ValueError(
+                f"{source}: column {name!r} cannot be both the label and the text: give another --label_column or "
+                f"--{option}_column; it has: {_listed(names)}"
+            )
     if wanted.text is not None:
         return replace(wanted, label=label)
-    rest = [name for name in names if name not in (label, wanted.text_pair) and name not in ROW_NUMBER_NAMES]
+    rest = [name for name in names if name not in (label, wanted.text_pair, *ROW_NUMBER_NAMES, *LABEL_NAMES)]
     if len(rest) == 1:
         return replace(wanted, text=rest[0], label=label)
     for text, pair in PAIRS:

@@ -130,6 +130,10 @@ def test_columns_are_found_where_there_is_one_choice(names, chosen, tmp_path):
         (["text", "label"], Columns(text="body"), "no column 'body'"),
         (["text", "label"], Columns(text_pair="body"), "--text_pair_column"),
         (["text", "label"], Columns(label="class"), "no column 'class'"),
+        (["text", "label"], Columns(text="text", label="text"), "both the label and the text"),
+        (["text", "label"], Columns(text="label"), "both the label and the text"),
+        (["text", "title", "label"], Columns(text="text", text_pair="title", label="title"), "--text_pair_column"),
+        (["text", "label"], Columns(label="text"), "--text_column"),
     ],
 )
 def test_a_missing_or_ambiguous_column_lists_those_there_are(names, wanted, said, tmp_path):
