@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.utils import is_liger_kernel_available
 
 from . import __version__
 from .config import EPTConfig
@@ -75,7 +77,7 @@ def _bad_input_is_one_line(command: str) -> Iterator[None]:
         _fail(command, f"{error.name} is not installed: pip install 'ept[train]'")
     except BrokenPipeError:
         raise
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         _fail(command, " ".join(str(error).split()))
 
 
@@ -117,7 +119,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     from .tasks import best_metric, input_limit, is_text_to_text, load_backbone, load_tokenizer
 
     chosen = _given(argv)
-    if "load_best_model_at_end" in chosen and not chosen.keys() & {"validation_file", "dataset_name"}:
+    if _wants_best_model(chosen) and not chosen.keys() & {"validation_file", "dataset_name"}:
         raise ValueError("--load_best_model_at_end needs a --validation_file to judge by")
     model_args, files, columns, sizes, run, args = train_parser().parse(argv + _strategies(chosen))
     if "output_dir" not in chosen:
@@ -133,6 +135,8 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     task, labels, names = _labels(tables, columns, model_args.task or ("text2text" if text_to_text else None))
     if args.eval_strategy != "no" and "validation" not in tables:
         raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs a --validation_file")
+    if args.eval_on_start and "validation" not in tables:
+        raise ValueError("--eval_on_start needs a --validation_file")
 
     transformers.set_seed(args.seed)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -156,21 +160,29 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
         ids = torch.tensor(list(itertools.chain.from_iterable(data["train"]["input_ids"])))
         counts = torch.bincount(ids, minlength=len(backbone.get_input_embeddings().weight))
     model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts)
+    for split, rows in data.items():
+        _check_prompt_start(model, rows, tables[split][1])
     if resume is not None:
         _check_same_run(resume, model)
-    elif run.overwrite_output_dir and args.should_save:
-        for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
 
-    if "metric_for_best_model" not in chosen and args.load_best_model_at_end:
-        args.metric_for_best_model, args.greater_is_better = best_metric(task)
+    if "metric_for_best_model" in chosen or args.load_best_model_at_end:
+        args.metric_for_best_model, more_is_better = best_metric(task, chosen.get("metric_for_best_model"))
+        if "greater_is_better" not in chosen:
+            args.greater_is_better = more_is_better
     args.restore_callback_states_from_checkpoint = resume is not None  # early stopping counts on
     args.dataloader_pin_memory &= torch.cuda.is_available()
     if "predict_with_generate" not in chosen:
         args.predict_with_generate = task == "text2text"
     if args.generation_max_length is None:
         args.generation_max_length = columns.max_target_length
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("--use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it out")
     trainer = _trainer(model, args, data, tokenizer, task, run.early_stopping_patience)
+    model.gate_weights()  # an implementation that cannot run here says so
+    _try_optimizer(trainer)
+    if resume is None and run.overwrite_output_dir and args.should_save:
+        for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     _say(f"{task}: " + ", ".join(f"{len(rows)} {split} rows" for split, rows in data.items()))
     model.print_trainable_parameters()
     record = {
@@ -201,13 +213,18 @@ def _given(argv: list[str]) -> dict[str, str]:
     return given
 
 
+def _wants_best_model(chosen: dict[str, str]) -> bool:
+    """Whether --load_best_model_at_end is among the options, and not with a word that transformers takes for false."""
+    return chosen.get("load_best_model_at_end", "false").lower() not in ("false", "f", "no", "n", "0")
+
+
 def _strategies(chosen: dict[str, str]) -> list[str]:
     """With rows to validate on, evaluation each epoch unless said; the best model needs checkpoints where it is judged."""
     evaluate = chosen.get("eval_strategy") or ("steps" if "eval_steps" in chosen else "epoch")
     extra = []
-    if "eval_strategy" not in chosen and chosen.keys() & {"validation_file", "load_best_model_at_end"}:
+    if "eval_strategy" not in chosen and ("validation_file" in chosen or _wants_best_model(chosen)):
         extra += ["--eval_strategy", evaluate]
-    if "save_strategy" not in chosen and "load_best_model_at_end" in chosen:
+    if "save_strategy" not in chosen and _wants_best_model(chosen):
         extra += ["--save_strategy", evaluate]
     return extra
 
@@ -329,6 +346,50 @@ def _trainer(model, args, data, tokenizer, task: str, patience: int | None) -> A
     )
 
 
+def _check_prompt_start(model: EPTModel, data: Any, source: str) -> None:
+    """ValueError if a text does not reach the column at which the prompt stands: it could be a batch by itself."""
+    start = model.ept.prompt_start
+    for row, ids in enumerate(data["input_ids"] if start else [], start=1):
+        if len(ids) < start:
+            raise ValueError(
+                f"{source}, row {row}: {len(ids)} tokens are too few for a prompt that stands at column {start} "
+                "(--prompt_start): lower it, or leave the row out"
+            )
+
+
+def _try_optimizer(trainer: Any) -> None:
+    """ValueError if the optimiser or its schedule cannot be made; the trainer makes its own when it trains."""
+    args = trainer.args
+    if args.optim_args and not all(word.count("=") == 1 for word in args.optim_args.split(",")):
+        raise ValueError(f"--optim_args {args.optim_args} must be name=value, with commas between several")
+    if not isinstance(args.lr_scheduler_kwargs, dict | None):
+        raise ValueError(
+            f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs} must be a JSON object with names and values"
+        )
+    try:
+        optimizer = trainer.create_optimizer()
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ValueError(f"--optim {args.optim.value}: {error}") from error
+    trainer.optimizer = None
+    steps = args.max_steps
+    if steps < 0:
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = math.ceil(args.num_train_epochs * math.ceil(len(trainer.train_dataset) / rows))
+    warmup, said = args.get_warmup_steps(steps), f"--lr_scheduler_type {args.lr_scheduler_type.value}"
+    try:
+        schedule = transformers.get_scheduler(
+            args.lr_scheduler_type, optimizer, warmup, steps, args.lr_scheduler_kwargs
+        )
+        for factor in getattr(schedule, "lr_lambdas", []):
+            factor(steps)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{said}: {error} (--lr_scheduler_kwargs '{{\"name\": value}}')") from error
+    except ZeroDivisionError as error:
+        raise ValueError(
+            f"{said}: {warmup} of {steps} steps are warm-up, which leaves none: --warmup_steps 0"
+        ) from error
+
+
 def _compute_metrics(task: str, tokenizer: Any) -> Callable[[Any], dict[str, float]]:
     from .tasks import metrics_of
 
@@ -383,7 +444,6 @@ def evaluate(argv: list[str]) -> None:
                 raise ValueError(f"{files.dataset_name} has no split {files.dataset_split!r}: give --dataset_split")
         else:
             raise ValueError("say what to evaluate on with --test_file (or --dataset_name)")
-        _check_batch_size(files.batch_size)
         record = _read_record(where.adapter)
         if table is None:
             table = read_file(source, header=not (given.no_header or record.get("no_header", False)))
@@ -398,7 +458,9 @@ def evaluate(argv: list[str]) -> None:
         names = [model.config.id2label[i] for i in sorted(model.config.id2label)]
         labels = Labels(tuple(names) if task == "classification" else None)
         data = _tokens(table, source, columns, task, labels, tokenizer, limit, given.max_target_length)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+        _check_prompt_start(model, data, source)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.gate_weights()  # an implementation that cannot run here says so
     truth = list(table[columns.label]) if task == "text2text" else list(data["labels"])
     data = data.remove_columns("labels")
     predictions: list[Any] = []
@@ -408,11 +470,6 @@ def evaluate(argv: list[str]) -> None:
     if task != "text2text":
         predictions = torch.stack(predictions)
     print(json.dumps({"rows": len(data)} | metrics_of(task, predictions, truth)))
-
-
-def _check_batch_size(batch_size: int | None) -> None:
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"--batch_size {batch_size} must be at least 1")
 
 
 # ---------------------------------------------------------------------- predict
@@ -426,7 +483,6 @@ def predict(argv: list[str]) -> None:
         from .tasks import predict as predict_batch
 
         where, options = predict_parser().parse(argv)
-        _check_batch_size(options.batch_size)
         if options.input_file is not None and not Path(options.input_file).is_file():
             raise ValueError(f"{options.input_file}: no such file")
         record = _read_record(where.adapter)

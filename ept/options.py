@@ -1,6 +1,8 @@
 """The command line's options as dataclasses, and a parser whose help a person can read."""
 
 import dataclasses
+import itertools
+import math
 import re
 import shutil
 import sys
@@ -183,6 +185,26 @@ HELP = {
 }
 
 
+AT_LEAST_ONE = (
+    "max_seq_length", "max_target_length", "batch_size", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "eval_accumulation_steps", "generation_max_length", "generation_num_beams",
+    "early_stopping_patience",
+)  # fmt: skip
+
+
+def _what_it_must_be(name: str, value: Any) -> str | None:
+    """What a number's option takes, if `value` is something else."""
+    if name in AT_LEAST_ONE and value is not None and value < 1:
+        return "at least 1"
+    if name == "dataloader_num_workers" and value < 0:
+        return "at least 0"
+    if name.endswith("learning_rate") and not (value >= 0 and math.isfinite(value)):
+        return "finite and at least 0"
+    if name == "num_train_epochs" and not (value > 0 and math.isfinite(value)):
+        return "finite and above 0"
+    return "a number" if isinstance(value, float) and math.isnan(value) else None
+
+
 class OptionParser(HfArgumentParser):
     """transformers' parser, with errors of one line and with a help in groups."""
 
@@ -196,6 +218,9 @@ class OptionParser(HfArgumentParser):
         )
         if unknown:
             self.error(f"unknown option {unknown[0]}: see {self.prog} --help")
+        for name, value in itertools.chain.from_iterable(vars(group).items() for group in parsed):
+            if wanted := _what_it_must_be(name, value):
+                self.error(f"--{name} {value} must be {wanted}")
         return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:

@@ -168,9 +168,21 @@ def _pools_the_mean(name_or_path: str) -> bool:
 # ---------------------------------------------------------------------- metrics
 
 
-def best_metric(task: str) -> tuple[str, bool]:
-    """The metric that the paper reports for a task, and whether more of it is better."""
-    return {"classification": ("accuracy", True), "regression": ("pearson", True), "text2text": ("loss", False)}[task]
+# What an evaluation gives for each task, and whether more of it is better; first what tells the best checkpoint.
+METRICS = {
+    "classification": {"accuracy": True, "f1": True, "loss": False},
+    "regression": {"pearson": True, "spearman": True, "mse": False, "loss": False},
+    "text2text": {"loss": False, "exact_match": True},
+}
+
+
+def best_metric(task: str, wanted: str | None = None) -> tuple[str, bool]:
+    """The metric that tells the best checkpoint (by default the paper's), and whether more of it is better."""
+    metrics = METRICS[task]
+    name = next(iter(metrics)) if wanted is None else wanted.removeprefix("eval_")
+    if name not in metrics:
+        raise ValueError(f"--metric_for_best_model {wanted} is unknown: {task} has {', '.join(metrics)}")
+    return name, metrics[name]
 
 
 def metrics_of(task: str, predictions: Any, labels: Any) -> dict[str, float]:

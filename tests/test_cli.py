@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -351,9 +352,31 @@ def test_the_program_says_its_version_and_commands(capsys):
         ({"--resume_from_checkpoint": "true"}, "no whole checkpoint"),
         ({"--resume_from_checkpoint": "absent"}, "absent is not a whole checkpoint"),
         ({"--lr_scheduler_type": "stairs"}, "stairs"),
+        ({"--lr_scheduler_type": "polynomial", "--max_steps": "1"}, "--warmup_steps"),
+        ({"--lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_kwargs"),
+        ({"--lr_scheduler_type": "warmup_stable_decay"}, "'num_decay_steps'"),
+        ({"--lr_scheduler_kwargs": "min_lr"}, "--lr_scheduler_kwargs min_lr must be"),
+        ({"--optim": "lomo"}, "lomo"),
+        ({"--optim_args": "foo"}, "--optim_args foo must be name=value"),
+        ({"--report_to": "dvclive"}, "dvclive"),
+        ({"--use_liger_kernel": "true"}, "--use_liger_kernel needs liger-kernel"),
+        ({"--impl": "triton"}, 'impl="torch"'),
+        ({"--prompt_start": "300"}, "train.csv, row 1: "),
+        ({"--max_seq_length": "-3"}, "--max_seq_length -3 must be at least 1"),
+        ({"--per_device_train_batch_size": "0"}, "must be at least 1"),
+        ({"--gradient_accumulation_steps": "0"}, "must be at least 1"),
+        ({"--early_stopping_patience": "-1"}, "must be at least 1"),
+        ({"--num_train_epochs": "-1"}, "--num_train_epochs -1.0 must be finite and above 0"),
+        ({"--learning_rate": "nan"}, "--learning_rate nan must be finite and at least 0"),
+        ({"--prompt_learning_rate": "inf"}, "--prompt_learning_rate inf must be finite and at least 0"),
+        ({"--down_learning_rate": "-1"}, "--down_learning_rate -1.0 must be finite and at least 0"),
+        ({"--head_learning_rate": "nan"}, "--head_learning_rate nan must be finite and at least 0"),
+        ({"--weight_decay": "nan"}, "--weight_decay nan must be a number"),
+        ({"--metric_for_best_model": "foo"}, "classification has accuracy, f1, loss"),
+        ({"--label_column": "sentence", "--text_column": "sentence"}, "both the label and the text"),
         ({"--learning_rat": "1"}, "unknown option --learning_rat"),
     ],
-    ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) else "",
+    ids=lambda value: " ".join(map(str, itertools.chain(*value.items()))) if isinstance(value, dict) else "",
 )
 def test_bad_input_to_train_is_one_line_and_exit_code_2(options, said, place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -369,7 +392,31 @@ def test_bad_input_to_train_is_one_line_and_exit_code_2(options, said, place, tm
     } | options
     argv = [word for name, value in given.items() if value is not None for word in (name, value)]
     assert said in refused(capsys, ["train", *argv, "--use_cpu"])
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_a_run_that_cannot_begin_leaves_the_checkpoints_that_it_was_to_write_over(place, tmp_path, capsys):
+    train(place, tmp_path / "out", "--save_steps", 1, steps=1)
+    command = ["train", "--model_name_or_path", place / "mean", "--train_file", place / "train.csv", *SMALL]
+    command += ["--output_dir", tmp_path / "out", "--overwrite_output_dir"]
+    assert "lomo" in refused(capsys, [*command, "--optim", "lomo"])
+    assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").is_file()
+
+
+@pytest.mark.parametrize("word", ["false", "No", "0"])
+def test_the_best_model_is_not_loaded_where_that_is_turned_off(word, place, tmp_path):
+    assert train(place, tmp_path / "out", "--load_best_model_at_end", word, steps=1) == 0
+    assert train(place, tmp_path / "b", f"--load_best_model_at_end={word}", "--save_strategy", "no", steps=1) == 0
+    assert not any((tmp_path / "b").glob("checkpoint-*"))
+
+
+def test_a_lower_error_is_the_better_one(place, tmp_path):
+    data = write_csv(tmp_path / "scores.csv", [(text, float(len(text)) + 0.5) for text, _ in reviews(16)])
+    files = ["--train_file", data, "--validation_file", data, "--load_best_model_at_end"]
+    more = ["--metric_for_best_model", "mse", "--eval_steps", 1]
+    assert train(place, tmp_path / "out", *files, *more, steps=4) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_metric"] == min(entry["eval_mse"] for entry in state["log_history"] if "eval_mse" in entry)
 
 
 def test_an_encoder_decoder_is_not_given_a_classification_head(place, tmp_path, capsys):
@@ -398,7 +445,8 @@ def test_bad_input_to_eval_and_predict_is_one_line_and_exit_code_2(
     assert "another backbone" in refused(
         capsys, [command, "--adapter", adapter, "--model_name_or_path", other_model(tmp_path), *data]
     )
-    assert "--batch_size" in refused(capsys, [command, "--adapter", adapter, *data, "--batch_size", "0"])
+    for option in ("--batch_size", "--max_seq_length", "--max_target_length"):
+        assert f"{option} 0 must" in refused(capsys, [command, "--adapter", adapter, *data, option, "0"])
     if command == "predict":
         assert "standard input, line 2: not UTF-8" in refused(capsys, [command, "--adapter", adapter])
         assert "no such file" in refused(capsys, [command, "--adapter", adapter, "--input_file", "absent.txt"])
