@@ -419,7 +419,20 @@ def _write_record(output_dir: str, record: dict[str, Any]) -> None:
 def _read_record(adapter: str) -> dict[str, Any]:
     """What `ept train` wrote beside the adapter; empty for an adapter that was saved from Python."""
     path = Path(adapter) / RUN_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    hint = "the file is damaged, copy it again, or remove it and name the columns"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): {hint}") from error
+    columns = record.get("columns", {}) if isinstance(record, dict) else None
+    if not isinstance(columns, dict) or not all(isinstance(name, str | None) for name in columns.values()):
+        raise ValueError(f"{path} holds no run with its columns: {hint}")
+    limit = record.get("max_seq_length")
+    if limit is not None and not (type(limit) is int and limit > 0):
+        raise ValueError(f"{path}: max_seq_length is {limit!r}, not a number of tokens: {hint}")
+    return record
 
 
 # ---------------------------------------------------------------------- eval

@@ -1,5 +1,6 @@
 """What the command line trains: the backbone with the right head, its metrics, its predictions."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from .config import EPTConfig
 from .heads import MeanPoolingForSequenceClassification
 from .model import EPTModel, max_text_tokens
-from .saving import read_adapter
+from .saving import CONFIG_NAME, read_adapter
 
 __all__ = [
     "best_metric",
@@ -125,6 +127,7 @@ def load_adapter(
         ValueError, OSError: the adapter is incomplete or damaged, or its backbone is not where it was.
     """
     settings = read_adapter(directory)[0]
+    _check_settings(Path(directory) / CONFIG_NAME, settings)
     name_or_path = name_or_path or settings.get("base_model_name_or_path")
     if not name_or_path:
         raise ValueError(f"{directory} does not say what model it was trained on: give --model_name_or_path")
@@ -139,12 +142,33 @@ def load_adapter(
         )
     head = "mean" if kind == MeanPoolingForSequenceClassification.__name__ else "first"
     names = settings.get("label_names") if task == "classification" else None
+    if task == "classification" and not names:
+        raise ValueError(f"{Path(directory) / CONFIG_NAME} names no labels: the file is damaged, copy it again")
     model = load_backbone(name_or_path, task, names, head=head, dtype=dtype)
     has_tokenizer = (Path(directory) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(directory if has_tokenizer else name_or_path)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return EPTModel.from_pretrained(model, directory).eval(), tokenizer, task
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    """ValueError if what an adapter's config says is not of the kind that is read."""
+    kinds = {"base_model_name_or_path": str, "base_model_class": str, "label_names": list, "backbone": dict}
+    for name, kind in kinds.items():
+        value = settings.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{file}: {name} cannot be {value!r}: the file is damaged, copy it again")
+    if not all(isinstance(name, str) for name in settings.get("label_names") or []):
+        raise ValueError(f"{file}: label_names are not all strings: the file is damaged, copy it again")
+    backbone = settings.get("backbone") or {}
+    if "embedding_sha256" in backbone and not {"embedding_dtype", "embedding_sample"} <= backbone.keys():
+        raise ValueError(f"{file}: backbone lacks its embeddings' dtype or sample: the file is damaged, copy it again")
+    known = {field.name for field in dataclasses.fields(EPTConfig)}
+    try:
+        EPTConfig(**{name: value for name, value in settings.items() if name in known})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _check_directory(name_or_path: str) -> None:

@@ -456,6 +456,36 @@ def test_bad_input_to_eval_and_predict_is_one_line_and_exit_code_2(
         assert "--test_file" in refused(capsys, [command, "--adapter", adapter])
 
 
+@pytest.mark.parametrize("command", ["eval", "predict"])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("run.json", "[]"),
+        ("run.json", "{"),
+        ("run.json", {"columns": None}),
+        ("run.json", {"columns": {"text": 1}}),
+        ("run.json", {"max_seq_length": "many"}),
+        ("adapter_config.json", {"backbone": "bert"}),
+        ("adapter_config.json", {"backbone": {"embedding_sha256": ""}}),
+        ("adapter_config.json", {"base_model_class": 3}),
+        ("adapter_config.json", {"base_model_name_or_path": ["a"]}),
+        ("adapter_config.json", {"label_names": None}),
+        ("adapter_config.json", {"label_names": [0, 1]}),
+        ("adapter_config.json", {"prompt_length": "four"}),
+    ],
+    ids=str,
+)
+def test_a_damaged_adapter_is_one_line_that_names_the_file(command, name, damage, adapter, place, tmp_path, capsys):
+    for file in adapter.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    if isinstance(damage, dict):
+        damage = json.dumps(json.loads((adapter / name).read_text()) | damage)
+    (tmp_path / name).write_text(damage)
+    data = ["--test_file", place / "test.csv"] if command == "eval" else ["--input_file", place / "test.csv"]
+    assert str(tmp_path / name) in refused(capsys, [command, "--adapter", tmp_path, *data])
+
+
 def other_model(tmp_path) -> str:
     return save_model(tmp_path / "other", seed=1)
 
