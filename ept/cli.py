@@ -1,7 +1,8 @@
 """The command line: `ept train | eval | predict`, also `python -m ept`.
 
 Bad input ends with one line on standard error and exit code 2. Everything that can be wrong with what a user gives is
-looked at before the first step; an error after that is a fault, and shows its traceback.
+looked at before the first step; an error after that is a fault, and shows its traceback, but for a training that
+diverges.
 """
 
 import contextlib
@@ -97,14 +98,17 @@ def train(argv: list[str]) -> None:
     """`ept train`: prepares everything, trains, evaluates, saves the adapter and the record of the run."""
     with _bad_input_is_one_line("train"):
         trainer, resume, test, record = _prepare_training(argv)
-    trainer.train(resume_from_checkpoint=resume)
-    metrics: dict[str, float] = {}
-    if trainer.eval_dataset is not None:
-        metrics |= trainer.evaluate()
-    if test is not None:
-        metrics |= trainer.evaluate(test, metric_key_prefix="test")
     output_dir = trainer.args.output_dir
-    trainer.save_model(output_dir)
+    metrics: dict[str, float] = {}
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        if trainer.eval_dataset is not None:
+            metrics |= trainer.evaluate()
+        if test is not None:
+            metrics |= trainer.evaluate(test, metric_key_prefix="test")
+        trainer.save_model(output_dir)
+    except FloatingPointError as error:  # the training diverged: what save_pretrained refuses, nothing overwrites
+        _fail("train", str(error))
     trainer.save_state()
     record |= {"metrics": metrics, "steps": trainer.state.global_step}
     if trainer.is_world_process_zero():

@@ -263,6 +263,28 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(place, tmp_path, c
     assert last_json(capsys)["eval_accuracy"] == max(accuracies)
 
 
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_a_diverged_training_is_one_line_and_saves_nothing_over(save_steps, place, tmp_path, capsys, monkeypatch):
+    def save_pretrained(model, directory, **_):
+        raise FloatingPointError("the adapter holds NaN: the training diverged, lower the learning rate")
+
+    train(place, tmp_path / "out", steps=1)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
+    monkeypatch.setattr(EPTModel, "save_pretrained", save_pretrained)
+    command = ["train", "--model_name_or_path", place / "mean", "--train_file", place / "train.csv", *SMALL]
+    command += [
+        "--output_dir",
+        tmp_path / "out",
+        "--overwrite_output_dir",
+        "--max_steps",
+        2,
+        "--save_steps",
+        save_steps,
+    ]
+    assert refused(capsys, command).endswith("lower the learning rate")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()} == before
+
+
 def test_presets_budgets_and_single_sizes_reach_the_adapter(place, tmp_path):
     def sizes(*options):
         out = tmp_path / "-".join(map(str, options)).replace("-", "")
