@@ -7,10 +7,7 @@ import torch
 
 logger = logging.getLogger("ept_kernels")
 
-OLDEST_TRITON = (
-    3,
-    2,
-)  # the first with tl.range(loop_unroll_factor=…) and float64 scalar arguments, used by the kernels
+OLDEST_TRITON = (3, 7)  # the oldest that passes the interpreter tests; 3.6 and before fail in their interpreters
 OLDEST_GPU = (8, 0)  # bfloat16 and acquire / release atomics in hardware
 
 _said = set()
