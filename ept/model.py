@@ -430,10 +430,8 @@ class EPTModel(nn.Module):
 
     def _place(self, columns: Tensor, leading: Tensor) -> Tensor:
         """Columns [batch, s + L, …] with the prompt's moved behind a row's padding on the left, `leading` [batch] wide."""
-        if not leading.any():
-            return columns
-        s, column, lead = self.ept_config.prompt_length, torch.arange(columns.shape[1], device=columns.device), leading
-        lead = lead.unsqueeze(1)
+        s, lead = self.ept_config.prompt_length, leading.unsqueeze(1)
+        column = torch.arange(columns.shape[1], device=columns.device)
         source = torch.where(column < lead, column + s, torch.where(column < lead + s, column - lead, column))
         if columns.dim() == 3:
             source = source.unsqueeze(-1).expand(-1, -1, columns.shape[2])
@@ -474,11 +472,13 @@ class EPTModel(nn.Module):
             prepared["position_ids"] = self._insert_positions(position_ids.expand(batch, -1), attention_mask)
         if attention_mask is not None and self._kind.startswith("causal"):
             leading = _leading_padding(attention_mask)
-            prepared = {key: None if t is None else self._place(t, leading) for key, t in prepared.items()}
+            moved = bool(leading.any())  # asked once: it waits for the device
+            if moved:
+                prepared = {key: self._place(t, leading) for key, t in prepared.items()}
             if "position_ids" in self._accepts and position_ids is None:
                 positions = text_positions(prepared["attention_mask"]).clamp(min=0)
                 prepared["position_ids"] = positions + self._first_position
-            elif position_ids is None and leading.any() and self.config.model_type not in RELATIVE_POSITIONS:
+            elif position_ids is None and moved and self.config.model_type not in RELATIVE_POSITIONS:
                 raise ValueError(
                     f"{type(self.base_model).__name__} takes no position_ids, so text after padding would get the wrong "
                     "positions: " + ("pad on the right" if self._kind == "causal" else "batch rows of one length")
@@ -503,8 +503,7 @@ class EPTModel(nn.Module):
             if attention_mask is not None:
                 mask = self._insert(attention_mask.sort(dim=1, descending=True, stable=True).values, 1)
             return {"attention_mask": mask}, None
-        prepared, order = self._prepare(input_ids, inputs_embeds, attention_mask, None, None, None)
-        return prepared, order
+        return self._prepare(input_ids, inputs_embeds, attention_mask, None, None, None)
 
     def _insert_positions(self, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Explicit positions with the prompt's put in: the prompt takes the positions where the text after it began."""
@@ -584,8 +583,7 @@ class EPTModel(nn.Module):
                 f"attention_mask has {attention_mask.shape[1]} columns, but the cached and new text has {text_length}"
             )
         p = text_positions(attention_mask)[:, -new:]
-        if self._max_length is not None and text_length + s > self._max_length:
-            self._check_length(text_length, attention_mask)
+        self._check_length(text_length, attention_mask)
         prepared = {k: v for k, v in given.items() if k not in ("token_type_ids", "labels")}
         prepared |= dict(
             inputs_embeds=self.ept.continue_text(x, p),
