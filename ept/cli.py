@@ -7,6 +7,7 @@ diverges.
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -25,19 +26,25 @@ from transformers.utils import is_liger_kernel_available
 
 from . import __version__
 from .config import EPTConfig
+from .console import bad_input_is_one_line, fail, say
 from .model import EPTModel, get_ept_model
 from .saving import CONFIG_NAME, read_adapter
 
 __all__ = ["main"]
+
+# Command -> where its function is (it takes the words after the command), and what the help says of it.
+COMMANDS = {
+    "train": ("ept.cli:train", "tune a model on labelled text and save the adapter"),
+    "eval": ("ept.cli:evaluate", "evaluate an adapter on labelled text"),
+    "predict": ("ept.cli:predict", "label texts, one a line"),
+}
 
 USAGE = """usage: ept COMMAND [options]
 
 Efficient Prompt Tuning: a frozen transformers model learns a task from a few tens of thousands of parameters.
 
 commands:
-  train     tune a model on labelled text and save the adapter
-  eval      evaluate an adapter on labelled text
-  predict   label texts, one a line
+{commands}
 
   ept COMMAND --help shows a command's options; ept --version the version.
 """
@@ -49,18 +56,19 @@ STEPS_NAME = "trainer_state.json"
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; `argv` is that of the process without its first word. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"train": train, "eval": evaluate, "predict": predict}
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
+        commands = "\n".join(f"  {name:<9} {said}" for name, (_, said) in COMMANDS.items())
+        print(USAGE.format(commands=commands), end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"ept {__version__}")
         return 0
-    if argv[0] not in commands:
-        print(f"ept: error: unknown command {argv[0]!r}: one of {', '.join(commands)}", file=sys.stderr)
+    if argv[0] not in COMMANDS:
+        print(f"ept: error: unknown command {argv[0]!r}: one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        commands[argv[0]](argv[1:])
+        module, function = COMMANDS[argv[0]][0].split(":")
+        getattr(importlib.import_module(module), function)(argv[1:])
     except BrokenPipeError:  # the reader of our output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -70,33 +78,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _bad_input_is_one_line(command: str) -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        _fail(command, f"{error.name} is not installed: pip install 'ept[train]'")
-    except BrokenPipeError:
-        raise
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        _fail(command, " ".join(str(error).split()))
-
-
-def _fail(command: str, message: str) -> None:
-    print(f"ept {command}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 # ---------------------------------------------------------------------- train
 
 
 def train(argv: list[str]) -> None:
     """`ept train`: prepares everything, trains, evaluates, saves the adapter and the record of the run."""
-    with _bad_input_is_one_line("train"):
+    with bad_input_is_one_line("train"):
         trainer, resume, test, record = _prepare_training(argv)
     output_dir = trainer.args.output_dir
     metrics: dict[str, float] = {}
@@ -108,12 +95,12 @@ def train(argv: list[str]) -> None:
             metrics |= trainer.evaluate(test, metric_key_prefix="test")
         trainer.save_model(output_dir)
     except FloatingPointError as error:  # the training diverged: what save_pretrained refuses, nothing overwrites
-        _fail("train", str(error))
+        fail("train", str(error))
     trainer.save_state()
     record |= {"metrics": metrics, "steps": trainer.state.global_step}
     if trainer.is_world_process_zero():
         _write_record(output_dir, record)
-        _say(f"saved the adapter in {output_dir}")
+        say(f"saved the adapter in {output_dir}")
         print(json.dumps(metrics))
 
 
@@ -187,7 +174,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     if resume is None and run.overwrite_output_dir and args.should_save:
         for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    _say(f"{task}: " + ", ".join(f"{len(rows)} {split} rows" for split, rows in data.items()))
+    say(f"{task}: " + ", ".join(f"{len(rows)} {split} rows" for split, rows in data.items()))
     model.print_trainable_parameters()
     record = {
         "command": shlex.join(["ept", "train", *argv]),
@@ -319,7 +306,7 @@ def _tokens(table, source, columns, task, labels, tokenizer, limit, target_limit
         encoded = labels.encode(table, source, columns.label)
     data, cut = tokenize(table, source, columns, tokenizer, limit, encoded)
     if cut:
-        _say(f"{source}: {cut} of {len(data)} rows were cut to {limit} tokens")
+        say(f"{source}: {cut} of {len(data)} rows were cut to {limit} tokens")
     return data
 
 
@@ -444,7 +431,7 @@ def _read_record(adapter: str) -> dict[str, Any]:
 
 def evaluate(argv: list[str]) -> None:
     """`ept eval`: the metrics of an adapter on labelled rows, as JSON on the last line."""
-    with _bad_input_is_one_line("eval"):
+    with bad_input_is_one_line("eval"):
         from tqdm import tqdm
 
         from .data import Columns, Labels, choose_columns, read_file, read_hub
@@ -494,7 +481,7 @@ def evaluate(argv: list[str]) -> None:
 
 def predict(argv: list[str]) -> None:
     """`ept predict`: one line of output for each line of input."""
-    with _bad_input_is_one_line("predict"):
+    with bad_input_is_one_line("predict"):
         from .options import predict_parser
         from .tasks import input_limit, lines_of, load_adapter
         from .tasks import predict as predict_batch
