@@ -1,0 +1,50 @@
+"""The arms of the accuracy study and the jobs of its stages: what is run, at which budget, rate, size and seed."""
+
+from typing import Any
+
+__all__ = ["STAGES", "TASKS"]
+
+TASKS = ("movies", "rating", "tweets", "news", "authors")
+BUDGET = 38_400  # a soft prompt of 100 tokens at d = 384
+STEPS = {500: 150, 2000: 150, None: 300}  # training rows (None: all) -> steps of 32 rows
+
+Job = dict[str, Any]
+
+
+def job(arm: str, method: str, rate: float, task: str, rows: int | None, seed: int, **more: Any) -> Job:
+    common = {"budget": BUDGET, "steps": STEPS[rows], "reads_test": False, "dtype": "bfloat16"}
+    return {"arm": arm, "method": method, "rate": rate, "task": task, "rows": rows, "seed": seed} | common | more
+
+
+def explore() -> list[Job]:
+    """EPT's variants on the dev parts: which parts, how many rows, which rates."""
+    variants: dict[str, dict[str, Any]] = {
+        "default": {},
+        "s=2 q=49": {"settings": {"prompt_length": 2, "num_spaces": 0, "token_rank": 49}},
+        "LoRA .005": {"method": "LoRA", "rate": 0.005},
+        "s=2 q=24": {"settings": {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}},
+        "rate 0.5": {"rate": 0.5},
+        "head .005": {"head_rate": 0.005},
+        "s=8 q=46": {"settings": {"prompt_length": 8, "num_spaces": 0, "token_rank": 46}},
+        "prompt .3": {"rates": {"prompt_learning_rate": 0.3}},
+        "down .004": {"rates": {"down_learning_rate": 0.004}},
+        "up .009": {"rates": {"learning_rate": 0.009}},
+    }
+    return [
+        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0} | changes)
+        for name, changes in variants.items()
+        for task in ("movies", "tweets", "authors")
+    ]
+
+
+def precision() -> list[Job]:
+    """Whether a bfloat16 encoder changes what is learnt."""
+    return [
+        job(f"{method} {dtype}", method, rate, "movies", 2000, seed, dtype=dtype)
+        for seed in (0, 1)
+        for method, rate in (("EPT", 1.0), ("LoRA", 0.005))
+        for dtype in ("float32", "bfloat16")
+    ]
+
+
+STAGES = {"explore": explore, "precision": precision}

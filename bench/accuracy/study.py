@@ -1,0 +1,168 @@
+"""The accuracy study's runs: each trains one arm on one task and leaves one JSON line. The protocol is in README.md.
+
+    python -m bench.accuracy.study STAGE [--processes 2] [--minutes 60]
+
+A stage's lines stand in bench/results/accuracy/STAGE.jsonl; what stands there is not run again, so a stage that was
+interrupted goes on. `--minutes` starts no run after that time.
+"""
+
+import argparse
+import base64
+import functools
+import json
+import statistics
+import time
+import warnings
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, set_seed
+from transformers.utils import logging as hf_logging
+
+from ept import EPTModel
+
+from ..fit import encode, fit, predict, score, token_counts
+from ..machine import describe
+from ..methods import build
+from ..real_text import load_task, minilm
+from .arms import STAGES
+
+__all__ = ["RESULTS", "decode_predictions", "key", "read"]
+
+RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
+MAX_LENGTH = 48
+PREDICTION_UNIT = 1e-3  # regression outputs are kept in thousandths
+
+Job = dict[str, Any]
+
+
+def key(job: Job) -> str:
+    """What makes a run that run; two equal keys are the same run."""
+    names = (
+        "arm",
+        "method",
+        "budget",
+        "settings",
+        "rates",
+        "head_rate",
+        "rate",
+        "task",
+        "rows",
+        "steps",
+        "seed",
+        "dtype",
+    )
+    return json.dumps({name: job.get(name) for name in names}, sort_keys=True)
+
+
+def read(stage: str) -> list[Job]:
+    """The stage's lines."""
+    path = RESULTS / f"{stage}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def encode_predictions(logits: np.ndarray) -> str:
+    """Class numbers, or regression outputs in thousandths, as base64 of little-endian int16."""
+    values = logits[:, 0] / PREDICTION_UNIT if logits.shape[1] == 1 else logits.argmax(1)
+    return base64.b64encode(np.clip(np.rint(values), -32768, 32767).astype("<i2").tobytes()).decode()
+
+
+def decode_predictions(text: str) -> np.ndarray:
+    """int16 [test rows], as `encode_predictions` wrote them."""
+    return np.frombuffer(base64.b64decode(text), dtype="<i2")
+
+
+@functools.cache
+def data(name: str):
+    task, tokenizer = load_task(name), AutoTokenizer.from_pretrained(minilm())
+    return task, tokenizer, {part: encode(task, part, tokenizer, MAX_LENGTH) for part in ("train", "dev", "test")}
+
+
+def run(job: Job) -> Job:
+    """One training run; returns the job with what came of it. The test part is read by final stages alone."""
+    torch.set_num_threads(1)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT's
+    started = time.perf_counter()
+    task, tokenizer, parts = data(job["task"])
+    rows = parts["train"]
+    if job["rows"] is not None and job["rows"] < len(rows):
+        # Another seed draws other rows; the same rows for all arms at a seed.
+        rows = [rows[i] for i in np.random.default_rng(job["seed"]).permutation(len(rows))[: job["rows"]]]
+    set_seed(job["seed"])
+    model, groups = build(
+        job["method"], minilm(), task.num_labels, task.problem_type, budget=job["budget"], rate=job["rate"],
+        tokenizer=tokenizer, token_counts=token_counts(rows, len(tokenizer)),
+        settings=job.get("settings"), rates=job.get("rates"), head_rate=job.get("head_rate", 0.02),
+        dtype=getattr(torch, job["dtype"]),
+    )  # fmt: skip
+    trace = fit(model, groups, rows, tokenizer, steps=job["steps"], seed=job["seed"])
+    part = "test" if job["reads_test"] else "dev"
+    logits = predict(model, parts[part], tokenizer)
+    result = {
+        "score": score(task, logits, part),
+        "train_loss": statistics.mean(trace.losses[-5:]),
+        "trained_parameters": sum(p.numel() for group in groups for p in group["params"]),
+        "step_seconds": statistics.median(trace.step_seconds),
+        "seconds": time.perf_counter() - started,
+    }
+    if job["reads_test"]:
+        result["predictions"] = encode_predictions(logits)
+    if isinstance(model, EPTModel):
+        result |= _look(model)
+    return job | result
+
+
+@torch.no_grad()
+def _look(model: EPTModel) -> dict[str, float]:
+    """Whether the gate is alive and the spaces differ."""
+    weights = model.gate_weights()
+    if weights is None:
+        return {}
+    entropy = -(weights * weights.clamp_min(1e-12).log()).sum(1).mean() / np.log(max(2, weights.shape[1]))
+    return {"gate_entropy": float(entropy), "gate_largest": float(weights.max(1).values.mean())}
+
+
+def run_stage(name: str, processes: int, minutes: float) -> None:
+    jobs = STAGES[name]()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    done = {key(record) for record in read(name)}
+    missing = [job for job in jobs if key(job) not in done]
+    for task in {job["task"] for job in missing}:
+        load_task(task)  # downloads once, before the processes start
+    deadline = time.monotonic() + 60 * minutes
+    machine = describe()
+    waiting, pending = iter(missing), set()
+    with (
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        tqdm(total=len(missing), desc=name, unit="run") as bar,
+    ):
+        while True:
+            while len(pending) < processes and time.monotonic() < deadline and (job := next(waiting, None)) is not None:
+                pending.add(pool.submit(run, job))
+            if not pending:
+                break
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in finished:
+                with open(RESULTS / f"{name}.jsonl", "a") as file:
+                    file.write(json.dumps(future.result() | {"machine": machine}) + "\n")
+                bar.update()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.study", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    options = parser.parse_args()
+    run_stage(options.stage, options.processes, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
