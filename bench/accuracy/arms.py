@@ -37,6 +37,49 @@ def explore() -> list[Job]:
     ]
 
 
+def regularise() -> list[Job]:
+    """What keeps the token-conditioned update from learning the training rows by heart."""
+    q24 = {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}
+    variants: dict[str, dict[str, Any]] = {
+        "head only": {"method": "head only", "rate": 0.02},
+        "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.005},
+        "q=24 up .0045": {"settings": q24, "rates": {"learning_rate": 0.0045}},
+        "q=24 up .0045 head .005": {"settings": q24, "rates": {"learning_rate": 0.0045}, "head_rate": 0.005},
+        "q=24 rate .25 head .005": {"settings": q24, "rate": 0.25, "head_rate": 0.005},
+        "q=8": {"settings": q24 | {"token_rank": 8}},
+        "q=8 up .0045": {"settings": q24 | {"token_rank": 8}, "rates": {"learning_rate": 0.0045}},
+    }
+    return [
+        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0} | changes)
+        for name, changes in variants.items()
+        for task in ("movies", "tweets", "authors")
+    ]
+
+
+def combine() -> list[Job]:
+    """The head's rate, for EPT and its peers, with what helped before."""
+    q24 = {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}
+    fast = {"down_learning_rate": 0.004}
+    variants: dict[str, dict[str, Any]] = {
+        "s=2 q=24": {"settings": q24},
+        "s=2 q=24, down .004": {"settings": q24, "rates": fast},
+        "LoRA .005": {"method": "LoRA", "rate": 0.005},
+        "s=4 q=47, down .004": {"settings": q24 | {"prompt_length": 4, "token_rank": 47}, "rates": fast},
+        "default, down .004": {"rates": fast},
+        "s=2 q=49": {"settings": q24 | {"token_rank": 49}},
+        "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.005},
+        "LoRA .002": {"method": "LoRA", "rate": 0.002},
+        "s=2 q=24, down .004, prompt .3": {"settings": q24, "rates": fast | {"prompt_learning_rate": 0.3}},
+        "s=2 q=24, down .016": {"settings": q24, "rates": {"down_learning_rate": 0.016}},
+        "s=2 q=24, relu": {"settings": q24 | {"activation": "relu"}, "rates": fast},
+    }
+    return [
+        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0, "head_rate": 0.005} | changes)
+        for name, changes in variants.items()
+        for task in ("movies", "tweets", "authors")
+    ]
+
+
 def precision() -> list[Job]:
     """Whether a bfloat16 encoder changes what is learnt."""
     return [
@@ -47,4 +90,4 @@ def precision() -> list[Job]:
     ]
 
 
-STAGES = {"explore": explore, "precision": precision}
+STAGES = {"explore": explore, "regularise": regularise, "combine": combine, "precision": precision}

@@ -123,7 +123,7 @@ def run(job: Job) -> Job:
 def _look(model: EPTModel) -> dict[str, float]:
     """Whether the gate is alive and the spaces differ."""
     weights = model.gate_weights()
-    if weights is None:
+    if weights is None or weights.shape[1] == 0:
         return {}
     entropy = -(weights * weights.clamp_min(1e-12).log()).sum(1).mean() / np.log(max(2, weights.shape[1]))
     return {"gate_entropy": float(entropy), "gate_largest": float(weights.max(1).values.mean())}

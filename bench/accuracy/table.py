@@ -1,0 +1,143 @@
+"""The accuracy study's table and picture, from the lines of its final runs alone.
+
+    python -m bench.accuracy.table [--draws 2000]
+
+Writes table.md and accuracy.png into bench/results/accuracy/.
+"""
+
+import argparse
+import statistics
+from collections import defaultdict
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from ..real_text import load_task
+from .arms import COMPARISONS, TASKS
+from .study import RESULTS, decode_predictions, read
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+Runs = dict[str, dict[int, np.ndarray]]  # task -> seed -> predictions [test rows]
+
+
+def _scores(predictions: np.ndarray, labels: np.ndarray, is_regression: bool) -> np.ndarray:
+    """[…] accuracy or Pearson's correlation over the last axis of predictions and labels [… , rows]."""
+    if not is_regression:
+        return (predictions == labels).mean(-1)
+    x = predictions - predictions.mean(-1, keepdims=True)
+    y = labels - labels.mean(-1, keepdims=True)
+    return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+
+
+def bootstrap(first: Runs, second: Runs, draws: int) -> tuple[float, float, float, int]:
+    """The difference of the means over tasks and seeds, its 95 % interval, and the number of pairs of runs.
+
+    Paired: only (task, seed) that both have count, and a draw takes the same test rows for both and all seeds.
+    """
+    rng = np.random.default_rng(0)
+    by_task, pairs = [], 0
+    for name in sorted(first.keys() & second.keys()):
+        task = load_task(name)
+        is_regression = task.problem_type == "regression"
+        labels = np.asarray(task.labels["test"], dtype=float)
+        seeds = sorted(first[name].keys() & second[name].keys())
+        if not seeds:
+            continue
+        pairs += len(seeds)
+        rows = np.concatenate([np.arange(len(labels))[None], rng.integers(len(labels), size=(draws, len(labels)))])
+        differences = np.zeros(draws + 1)
+        for seed in seeds:
+            a, b = (runs[name][seed].astype(float)[rows] for runs in (first, second))
+            differences += _scores(a, labels[rows], is_regression) - _scores(b, labels[rows], is_regression)
+        by_task.append(differences / len(seeds))
+    mean = np.mean(by_task, axis=0)  # [1 + draws]; the first is the rows as they are
+    low, high = np.quantile(mean[1:], (0.025, 0.975))
+    return float(mean[0]), float(low), float(high), pairs
+
+
+def _table(records: list[dict[str, Any]], rows: int) -> list[str]:
+    by_arm: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        by_arm[record["arm"]][record["task"]].append(record)
+    lines = [f"| arm | trained | {' | '.join(TASKS)} | mean |", "|---" * (len(TASKS) + 3) + "|"]
+    means = {}
+    for arm, tasks in by_arm.items():
+        cells, task_means = [], []
+        for task in TASKS:
+            scores = [record["score"] for record in tasks[task]]
+            if not scores:
+                cells.append("–")
+                continue
+            spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+            count = "" if len(scores) == 3 else f" ({len(scores)})"
+            cells.append(f"{statistics.mean(scores):.3f}{spread}{count}")
+            task_means.append(statistics.mean(scores))
+        whole = len(task_means) == len(TASKS)
+        means[arm] = statistics.mean(task_means) if whole else -1.0
+        trained = next(iter(next(iter(tasks.values()))), None)
+        trained = max(r["trained_parameters"] for runs in tasks.values() for r in runs)
+        lines.append(f"| {arm} | {trained:,} | {' | '.join(cells)} | {f'{means[arm]:.4f}' if whole else '–'} |")
+    return lines
+
+
+def _comparisons(records: list[dict[str, Any]], draws: int) -> list[str]:
+    runs: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        runs[record["arm"]][record["task"]][record["seed"]] = decode_predictions(record["predictions"])
+    lines = ["| difference of the means | points | 95 % interval | pairs of runs |", "|---|---|---|---|"]
+    for first, second in COMPARISONS:
+        if runs[first].keys() & runs[second].keys() == set(TASKS):
+            mean, low, high, pairs = bootstrap(runs[first], runs[second], draws)
+            lines.append(
+                f"| {first} − {second} | {100 * mean:+.2f} | {100 * low:+.2f} … {100 * high:+.2f} | {pairs} |"
+            )
+    return lines
+
+
+def _picture(records: list[dict[str, Any]]) -> None:
+    """One panel for each training-set size: mean over the tasks against trained parameters."""
+    sizes = sorted({record["rows"] for record in records})
+    figure, axes = pyplot.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4), squeeze=False)
+    for axis, rows in zip(axes[0], sizes, strict=True):
+        scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        trained = defaultdict(int)
+        for record in (r for r in records if r["rows"] == rows):
+            scores[record["arm"]][record["task"]].append(record["score"])
+            trained[record["arm"]] = max(trained[record["arm"]], record["trained_parameters"])
+        for arm, tasks in scores.items():
+            if tasks.keys() == set(TASKS):
+                mean = statistics.mean(statistics.mean(values) for values in tasks.values())
+                axis.plot(trained[arm], mean, "o", color="C3" if arm.startswith("EPT") else "C0")
+                axis.annotate(arm, (trained[arm], mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axis.set(xscale="log", xlabel="trained parameters, with the head", ylabel="mean over the tasks")
+        axis.set_title(f"{rows:,} training rows")
+        axis.margins(x=0.15)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "accuracy.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.table", description=__doc__.splitlines()[0])
+    parser.add_argument("--draws", type=int, default=2000)
+    options = parser.parse_args()
+    records = [record for record in read("final") if record["reads_test"]]
+    if not records:
+        raise SystemExit("no final runs yet: python -m bench.accuracy.study final")
+    lines = []
+    for rows in sorted({record["rows"] for record in records}, reverse=True):
+        chosen = [record for record in records if record["rows"] == rows]
+        lines += [f"## {rows:,} training rows", "", *_table(chosen, rows), "", *_comparisons(chosen, options.draws), ""]
+    machines = sorted({tuple(sorted(record["machine"].items())) for record in records})
+    lines += ["Mean ± deviation over seeds (number of seeds where it is not 3); protocol in `bench/accuracy/README.md`."]
+    lines += ["; ".join(f"{name} {value}" for name, value in machine) for machine in machines]
+    text = "\n".join(lines)
+    (RESULTS / "table.md").write_text(text + "\n", encoding="utf-8")
+    _picture(records)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
