@@ -24,7 +24,9 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "DePT": ("short prompt and low-rank update only", (0.5, 1.0, 2.0)),
     "prompt tuning 20": ("PEFT PromptTuning, 20 rows, embeddings of sampled words", (0.0025, 0.005, 0.01)),
     "prompt tuning 100": ("PEFT PromptTuning, 100 rows, embeddings of sampled words", (0.0025, 0.005, 0.01)),
-    "LoRA": ("PEFT LoRA r = 4 on query and value", (0.001, 0.002, 0.005)),
+    "LoRA": ("PEFT LoRA on query and value, of the rank that the budget holds", (0.001, 0.002, 0.005)),
+    "BitFit": ("all biases of the encoder", (0.001, 0.002, 0.005)),
+    "full": ("all weights of the encoder", (0.00005, 0.0001, 0.0002)),
 }
 
 
@@ -52,6 +54,11 @@ def build(
     if method == "head only":
         base.encoder.requires_grad_(False)
         return base, [{"params": list(base.classifier.parameters()), "lr": rate}]
+    if method in ("BitFit", "full"):
+        for name, parameter in base.encoder.named_parameters():
+            parameter.requires_grad_(method == "full" or name.endswith("bias"))
+        own = [parameter for parameter in base.encoder.parameters() if parameter.requires_grad]
+        return base, [{"params": own, "lr": rate}, {"params": list(base.classifier.parameters()), "lr": head_rate}]
     if method in ("EPT", "EPT paper", "DePT"):
         settings = settings or {}
         if method == "EPT":
@@ -71,12 +78,19 @@ def build(
             prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
         )  # fmt: skip
     elif method == "LoRA":
-        peft_config = LoraConfig(
-            task_type=TaskType.SEQ_CLS, r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["query", "value"]
-        )
+        peft_config = _lora(budget, base.config.num_hidden_layers, d)
     else:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     model = get_peft_model(base, peft_config)
     own = [p for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n]
     head = [p for n, p in model.named_parameters() if p.requires_grad and "classifier" in n]
     return model, [{"params": own, "lr": rate}, {"params": head, "lr": head_rate}]
+
+
+def _lora(budget: int, layers: int, d: int) -> LoraConfig:
+    """Query and value of all layers where the budget holds a rank of them, else the query of as many last layers."""
+    rank, where = budget // (4 * d * layers), dict(target_modules=["query", "value"])
+    if rank == 0:
+        rank, deep = 1, min(layers, budget // (2 * d))
+        where = dict(target_modules=["query"], layers_to_transform=list(range(layers - deep, layers)))
+    return LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **where)

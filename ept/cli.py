@@ -37,6 +37,8 @@ COMMANDS = {
     "train": ("ept.cli:train", "tune a model on labelled text and save the adapter"),
     "eval": ("ept.cli:evaluate", "evaluate an adapter on labelled text"),
     "predict": ("ept.cli:predict", "label texts, one a line"),
+    "fold": ("ept.folding:run", "fold an adapter for inference, as a PEFT adapter where that can hold it"),
+    "import": ("ept.peft_format:run", "read a PEFT prompt-tuning adapter or a DePT checkpoint"),
 }
 
 USAGE = """usage: ept COMMAND [options]

@@ -17,6 +17,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .folding import FoldedLayer
 from .model import EPTModel
 from .saving import read_adapter
 
@@ -83,6 +84,8 @@ def parameter_groups(
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """The optimiser's groups: the prompt, what starts at zero, what feeds it, and the head; no decay on P and biases."""
+    if isinstance(model.ept, FoldedLayer):
+        raise ValueError("the adapter is folded, for inference only: train the adapter that it was folded from")
     head = [(name, p) for name, p in model.base_model.named_parameters() if p.requires_grad]
     named = dict(model.ept.named_parameters())
     groups = [

@@ -20,7 +20,7 @@ def test_a_damaged_download_is_an_error_that_says_what_to_delete(tmp_path, monke
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match="choose one of movies, tweets, news"):
+    with pytest.raises(ValueError, match="choose one of movies, rating, tweets, news, authors"):
         real_text.load_task("movie")
 
 
