@@ -23,11 +23,13 @@ from transformers.models.auto.modeling_auto import (
 from ept_kernels.reference import text_positions
 
 from .config import EPTConfig
+from .folding import FoldedLayer, fold_layer
 from .heads import MeanPoolingForSequenceClassification
 from .layer import EPTLayer
 from .saving import backbone_fingerprint, check_fingerprint, check_weights, read_adapter, write_adapter
+from .sharding import spread_like, whole
 
-__all__ = ["EPTModel", "get_ept_model", "max_text_tokens"]
+__all__ = ["EPTModel", "get_ept_model", "head_names", "max_text_tokens"]
 
 IGNORE_INDEX = -100  # what transformers' losses skip
 RELATIVE_POSITIONS = ("bloom", "mpt", "falcon")  # causal models without position_ids to whom only distances matter
@@ -113,7 +115,7 @@ class EPTModel(nn.Module):
         if not weight.is_meta:
             self.ept.to(weight.device)
         model.requires_grad_(False)
-        self.head_names = _head_names(model)
+        self.head_names = head_names(model)
         for head in self._heads():
             head.requires_grad_(True)
             if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
@@ -274,8 +276,33 @@ class EPTModel(nn.Module):
         print("  " + ", ".join(f"{part}: {count:,}" for part, count in parts.items()))
 
     @torch.no_grad()
+    def prompt_embeds(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """What the backbone (a T5's encoder) reads in place of the text: [batch, s + L, d] in the embeddings' dtype.
+
+        For vLLM's `prompt_embeds` and for any other program that takes embeddings (docs/vllm.md). Rows of an encoder
+        come padded on the right. A causal model's padding stays on its side, the prompt directly before the text.
+
+        Args:
+            input_ids: [batch, L], or `inputs_embeds` [batch, L, d] in their place.
+            attention_mask: [batch, L], 1 on text; None where there is no padding.
+        """
+        self._check_inputs(input_ids, inputs_embeds, attention_mask, None, None, None, {})
+        return self._prepare(input_ids, inputs_embeds, attention_mask, None, None, None)[0]["inputs_embeds"]
+
+    def fold(self) -> "EPTModel":
+        """Puts the constants P* and C in the EPT layer's place: from now on for inference only. Returns self."""
+        self._put_folded(fold_layer(self.ept))
+        return self
+
+    @torch.no_grad()
     def gate_weights(self) -> Tensor:
-        """The gate's weights [s, K]: one row per prompt row, each summing to 1. Empty where the spaces are off."""
+        """The gate's weights [s, K]: one row per prompt row, each summing to 1. Empty where the spaces are off or folded."""
         return self.ept.reconstruct()[1]
 
     def plot_gates(self, path: str | os.PathLike | None = None, before: Tensor | None = None):
@@ -286,12 +313,14 @@ class EPTModel(nn.Module):
 
     # ------------------------------------------------------------------ files
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True) -> None:
         """Writes adapter_config.json and adapter_model.safetensors: the adapter and the head, never the backbone.
 
+        Where the model is spread over processes, every one of them calls this, and one has `is_main_process`.
         Raises FloatingPointError, and writes nothing, if a tensor holds NaN or infinity.
         """
-        for name, tensor in self.adapter_tensors().items():
+        tensors = self.adapter_tensors()
+        for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise FloatingPointError(
                     f"{name} holds NaN or infinity: the training diverged, lower the learning rate"
@@ -306,13 +335,16 @@ class EPTModel(nn.Module):
             "problem_type": getattr(self.config, "problem_type", None) if self.head_names else None,
             "backbone": backbone_fingerprint(self.config, self.base_model.get_input_embeddings()),
         }
-        write_adapter(save_directory, settings, self.adapter_tensors())
+        if isinstance(self.ept, FoldedLayer):
+            settings |= self.ept.facts()
+        if is_main_process:
+            write_adapter(save_directory, settings, tensors)
 
     @classmethod
     def from_pretrained(
         cls, model: PreTrainedModel, path: str | os.PathLike, *, ignore_backbone_mismatch: bool = False
     ) -> "EPTModel":
-        """The adapter in the directory `path` on the backbone `model`; it can be used and trained on.
+        """The adapter in the directory `path` on the backbone `model`; it can be used and (unless folded) trained on.
 
         Raises:
             FileNotFoundError, ValueError: the directory is incomplete or damaged, or belongs to another backbone
@@ -324,21 +356,22 @@ class EPTModel(nn.Module):
         if not ignore_backbone_mismatch and facts["backbone"] is not None:
             check_fingerprint(facts["backbone"], backbone_fingerprint(model.config, model.get_input_embeddings()))
         wrapped = cls(model, config)
+        if facts["folded"]:
+            layer = FoldedLayer(wrapped.ept_config, wrapped.ept.embed_dim, wrapped.ept.prompt_start)
+            layer.sha256 = facts["prompt_sha256"]
+            wrapped._put_folded(layer.to(wrapped.ept.prompt.device))
         wrapped.load_adapter_tensors(tensors, source=str(path))
         check_weights(path)
         return wrapped
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """What is saved: the EPT tensors by name, the head's under "head."."""
-        tensors = dict(self.ept.named_parameters())
-        for name, head in zip(self.head_names, self._heads(), strict=True):
-            tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict().items()}
-        return tensors
+        """What is saved: the EPT tensors by name, the head's under "head.". Whole, also where they are sharded."""
+        return {name: whole(tensor) for name, tensor in self._adapter_tensors().items()}
 
     @torch.no_grad()
     def load_adapter_tensors(self, tensors: dict[str, Tensor], source: str = "the given tensors") -> None:
         """Copies tensors into the layer and the head. ValueError if any is missing, extra or of another shape."""
-        own = self.adapter_tensors()
+        own = self._adapter_tensors()
         missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
         if missing or extra:
             said = [
@@ -351,7 +384,7 @@ class EPTModel(nn.Module):
                     f"{source}: {name} is {tuple(tensors[name].shape)}, but must be {tuple(tensor.shape)} for this model"
                 )
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(spread_like(tensors[name], tensor))
 
     def __getattr__(self, name: str) -> Any:
         """What EPTModel does not have is asked of the wrapped model (device, dtype, generation_config, …)."""
@@ -367,6 +400,17 @@ class EPTModel(nn.Module):
     def _get_name(self) -> str:
         """The wrapped model's class: transformers' Trainer knows by it whether labels are shifted."""
         return type(self.base_model).__name__
+
+    def _put_folded(self, layer: FoldedLayer) -> None:
+        self.ept = layer
+        self.requires_grad_(False)
+
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors as this process holds them."""
+        tensors = self.ept.state_dict()
+        for name, head in zip(self.head_names, self._heads(), strict=True):
+            tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict().items()}
+        return tensors
 
     def _heads(self) -> list[nn.Module]:
         return [self.base_model.get_submodule(name) for name in self.head_names]
@@ -672,6 +716,7 @@ class EPTModel(nn.Module):
 # Keys of adapter_config.json that are facts about the run, not settings of EPTConfig.
 _FACTS = (
     "method", "base_model_name_or_path", "base_model_class", "head", "num_labels", "label_names", "problem_type", "backbone",
+    "folded", "prompt_sha256",
 )  # fmt: skip
 
 
@@ -725,7 +770,7 @@ def _leading_padding(attention_mask: Tensor) -> Tensor:
     return ((attention_mask != 0).cumsum(1) == 0).sum(1)
 
 
-def _head_names(model: PreTrainedModel) -> list[str]:
+def head_names(model: PreTrainedModel) -> list[str]:
     """Children beside the backbone that train: those of a classification model, none of a language model."""
     if model.base_model is model or model.get_output_embeddings() is not None:
         return []

@@ -2,17 +2,18 @@
 
 from typing import Any
 
-__all__ = ["STAGES", "TASKS"]
+__all__ = ["ARMS", "COMPARISONS", "STAGES", "TASKS"]
 
 TASKS = ("movies", "rating", "tweets", "news", "authors")
 BUDGET = 38_400  # a soft prompt of 100 tokens at d = 384
+HEAD_RATE = 0.005
 STEPS = {500: 150, 2000: 150, None: 300}  # training rows (None: all) -> steps of 32 rows
 
 Job = dict[str, Any]
 
 
 def job(arm: str, method: str, rate: float, task: str, rows: int | None, seed: int, **more: Any) -> Job:
-    common = {"budget": BUDGET, "steps": STEPS[rows], "reads_test": False, "dtype": "bfloat16"}
+    common = {"budget": BUDGET, "steps": STEPS[rows], "reads_test": False, "dtype": "bfloat16", "head_rate": HEAD_RATE}
     return {"arm": arm, "method": method, "rate": rate, "task": task, "rows": rows, "seed": seed} | common | more
 
 
@@ -31,7 +32,7 @@ def explore() -> list[Job]:
         "up .009": {"rates": {"learning_rate": 0.009}},
     }
     return [
-        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0} | changes)
+        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0, "head_rate": 0.02} | changes)
         for name, changes in variants.items()
         for task in ("movies", "tweets", "authors")
     ]
@@ -50,7 +51,7 @@ def regularise() -> list[Job]:
         "q=8 up .0045": {"settings": q24 | {"token_rank": 8}, "rates": {"learning_rate": 0.0045}},
     }
     return [
-        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0} | changes)
+        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0, "head_rate": 0.02} | changes)
         for name, changes in variants.items()
         for task in ("movies", "tweets", "authors")
     ]
@@ -74,7 +75,7 @@ def combine() -> list[Job]:
         "s=2 q=24, relu": {"settings": q24 | {"activation": "relu"}, "rates": fast},
     }
     return [
-        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0, "head_rate": 0.005} | changes)
+        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0} | changes)
         for name, changes in variants.items()
         for task in ("movies", "tweets", "authors")
     ]
@@ -90,4 +91,58 @@ def precision() -> list[Job]:
     ]
 
 
-STAGES = {"explore": explore, "regularise": regularise, "combine": combine, "precision": precision}
+def search() -> list[Job]:
+    """Three learning rates for each method, on the dev parts of two tasks."""
+    rates = {
+        "LoRA": (0.005, 0.002, 0.01), "prompt tuning 20": (0.005, 0.0025, 0.01), "EPT": (1.0, 0.5, 2.0),
+        "EPT paper": (1.0, 0.5, 2.0), "BitFit": (0.002, 0.001, 0.005), "head only": (0.005, 0.02, 0.05),
+    }  # fmt: skip
+    return [
+        job(f"{method} {rate:g}", method, rate, task, 2000, 0, dtype="float32" if method == "BitFit" else "bfloat16")
+        for method, tried in rates.items()
+        for rate in tried
+        for task in ("movies", "tweets")
+    ]
+
+
+# Arm -> method and what it is built with; the rates are those that `search` chose.
+ARMS: dict[str, dict[str, Any]] = {
+    "EPT": {"method": "EPT", "rate": 1.0},
+    "LoRA r=4": {"method": "LoRA", "rate": 0.005},
+    "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.005},
+    "EPT, half": {"method": "EPT", "rate": 1.0, "budget": 19_200},
+    "head only": {"method": "head only", "rate": 0.02},
+    "EPT paper": {"method": "EPT paper", "rate": 1.0},
+    "LoRA, a tenth": {"method": "LoRA", "rate": 0.005, "budget": 3_840},
+    "EPT, a tenth": {"method": "EPT", "rate": 1.0, "budget": 3_840},
+    "prompt tuning 10": {"method": "prompt tuning 10", "rate": 0.005},
+    "BitFit": {"method": "BitFit", "rate": 0.002, "dtype": "float32"},
+    "prompt tuning 100": {"method": "prompt tuning 100", "rate": 0.005},
+    "DePT": {"method": "DePT", "rate": 1.0},
+    "full fine-tuning": {"method": "full", "rate": 0.0001, "dtype": "float32"},
+}
+FIRST = 5  # arms whose runs with all seeds and both sizes come first
+COMPARISONS = [
+    ("EPT", "prompt tuning 20"), ("EPT", "prompt tuning 100"), ("EPT", "DePT"), ("EPT", "EPT paper"),
+    ("EPT", "LoRA r=4"), ("EPT, half", "LoRA r=4"), ("EPT", "EPT, half"), ("EPT", "head only"),
+    ("EPT, a tenth", "LoRA, a tenth"), ("EPT, a tenth", "prompt tuning 10"),
+]  # fmt: skip
+
+
+def final() -> list[Job]:
+    """Three seeds, the test parts; what matters most first."""
+    arms = list(ARMS)
+    order = [(arm, 2000, seed) for seed in range(3) for arm in arms[:FIRST]]
+    order += [(arm, 500, seed) for seed in range(3) for arm in arms[:FIRST]]
+    order += [(arm, rows, seed) for rows in (2000, 500) for arm in arms[FIRST:] for seed in range(3)]
+    return [
+        job(arm, **{"task": task, "rows": rows, "seed": seed, "reads_test": True} | ARMS[arm])
+        for arm, rows, seed in order
+        for task in TASKS
+    ]
+
+
+STAGES = {
+    "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
+    "search": search, "final": final,
+}  # fmt: skip

@@ -91,9 +91,7 @@ def _comparisons(records: list[dict[str, Any]], draws: int) -> list[str]:
     for first, second in COMPARISONS:
         if runs[first].keys() & runs[second].keys() == set(TASKS):
             mean, low, high, pairs = bootstrap(runs[first], runs[second], draws)
-            lines.append(
-                f"| {first} − {second} | {100 * mean:+.2f} | {100 * low:+.2f} … {100 * high:+.2f} | {pairs} |"
-            )
+            lines.append(f"| {first} − {second} | {100 * mean:+.2f} | {100 * low:+.2f} … {100 * high:+.2f} | {pairs} |")
     return lines
 
 
@@ -131,7 +129,9 @@ def main() -> None:
         chosen = [record for record in records if record["rows"] == rows]
         lines += [f"## {rows:,} training rows", "", *_table(chosen, rows), "", *_comparisons(chosen, options.draws), ""]
     machines = sorted({tuple(sorted(record["machine"].items())) for record in records})
-    lines += ["Mean ± deviation over seeds (number of seeds where it is not 3); protocol in `bench/accuracy/README.md`."]
+    lines += [
+        "Mean ± deviation over seeds (number of seeds where it is not 3); protocol in `bench/accuracy/README.md`."
+    ]
     lines += ["; ".join(f"{name} {value}" for name, value in machine) for machine in machines]
     text = "\n".join(lines)
     (RESULTS / "table.md").write_text(text + "\n", encoding="utf-8")
