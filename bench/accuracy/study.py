@@ -42,22 +42,9 @@ Job = dict[str, Any]
 
 
 def key(job: Job) -> str:
-    """What makes a run that run; two equal keys are the same run."""
-    names = (
-        "arm",
-        "method",
-        "budget",
-        "settings",
-        "rates",
-        "head_rate",
-        "rate",
-        "task",
-        "rows",
-        "steps",
-        "seed",
-        "dtype",
-    )
-    return json.dumps({name: job.get(name) for name in names}, sort_keys=True)
+    """What makes a run that run, whatever its stage and its arm's name."""
+    names = ("method", "budget", "settings", "rates", "head_rate", "rate", "task", "rows", "steps", "seed", "dtype")
+    return json.dumps({name: job.get(name) for name in (*names, "reads_test")}, sort_keys=True)
 
 
 def read(stage: str) -> list[Job]:
