@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,12 +29,11 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from ept import EPTConfig, EPTModel, MeanPoolingForSequenceClassification, get_ept_model
-from ept.training import parameter_groups
+from ept import EPTModel, MeanPoolingForSequenceClassification
+from ept.peers import adapt
 
 from .fit import encode
 from .memory import own_bytes, peak_bytes, predicted_own_bytes
-from .methods import NO_DROPOUT
 from .real_text import load_task, minilm
 from .step_time import floor_step, interleaved, quartiles, training_step
 
@@ -105,14 +104,16 @@ SHAPES = (
 
 
 def backbone(shape: Shape, device: str) -> PreTrainedModel:
+    """The frozen model of a shape, in evaluation mode: dropout is off for every method."""
     if shape.config is None:
         kind = "single_label_classification"
-        return MeanPoolingForSequenceClassification.from_encoder(str(minilm()), 2, kind, **NO_DROPOUT).to(device)
+        return MeanPoolingForSequenceClassification.from_encoder(str(minilm()), 2, kind).eval().to(device)
     auto = AutoModelForCausalLM if shape.task == TaskType.CAUSAL_LM else AutoModelForSeq2SeqLM
     with no_init_weights():
         model = auto.from_config(shape.config(device), dtype=shape.dtype)
+    model.tie_weights()
     _fill(model)
-    return model.to(device)
+    return model.requires_grad_(False).eval().to(device)
 
 
 @torch.no_grad()
@@ -174,26 +175,19 @@ def _spread(names: list[str], count: int) -> list[str]:
     return [names[i * len(names) // count] for i in range(count)]
 
 
-def _ept_config(method: str, d: int) -> EPTConfig:
-    budget = BUDGET_ROWS * d
-    if method == "DePT":
-        off = dict(fusion=False, spaces=False, num_spaces=0)
-        return EPTConfig.for_budget(budget, d, preset="paper", **off)
-    return EPTConfig.for_budget(budget, d, preset="paper" if method == "EPT paper" else "default")
+def build(method: str, shape: Shape, base: PreTrainedModel) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """A method on the shared weights of `base`, and its optimiser groups.
 
-
-def build(method: str, shape: Shape, base: PreTrainedModel) -> nn.Module:
-    """A method on the shared weights of `base`."""
-    model, d = _sharing(base), base.get_input_embeddings().embedding_dim
+    LoRA is spread over the depth where `ept.peers` would take the last layers alone: its gradient then has as far to go
+    as that of a LoRA with more parameters.
+    """
+    model, budget = _sharing(base), BUDGET_ROWS * base.get_input_embeddings().embedding_dim
     torch.manual_seed(0)
-    if method in ("EPT", "EPT paper", "DePT"):
-        return get_ept_model(model, _ept_config(method, d))
-    if method == "LoRA":
-        return get_peft_model(model, lora_config(model, shape.targets, BUDGET_ROWS * d, shape.task))
-    config = PromptTuningConfig(
-        task_type=shape.task, num_virtual_tokens=BUDGET_ROWS, token_dim=d, num_transformer_submodules=1
-    )
-    return get_peft_model(model, config)
+    if method != "LoRA":
+        return adapt(method, model, budget=budget, rate=1.0)
+    model.train = lambda mode=True: model  # as `adapt` does, so that dropout stays off
+    model = get_peft_model(model, lora_config(model, shape.targets, budget, shape.task))
+    return model, [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
 
 # ---------------------------------------------------------------------- training
@@ -204,12 +198,13 @@ def training(shape: Shape, device: str, rounds: int) -> tuple[list[dict[str, Any
     base = backbone(shape, device)
     batch = batch_of(shape, base, device)
     names = ["EPT", *(["EPT paper"] if shape.paper else []), PROMPT_TUNING, "DePT", "LoRA"]
-    models = {name: build(name, shape, base) for name in names}
+    built = {name: build(name, shape, base) for name in names}
+    models, groups = ({name: pair[i] for name, pair in built.items()} for i in (0, 1))
     steps: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
         if name.startswith("EPT"):  # beside its floor, so that the two see the same moments
             steps[_floor_of(name)] = _floor(shape, models[name], batch)
-        steps[name] = training_step(model, _groups(model), [_batch_for(name, shape, batch)])
+        steps[name] = training_step(model, groups[name], [_batch_for(name, shape, batch)])
     steps = {name: _settled(step, device) for name, step in steps.items()}
     seconds = interleaved(steps, rounds, warmup=1, description=f"{shape.name}, training")
     rows = []
@@ -229,12 +224,6 @@ def training(shape: Shape, device: str, rounds: int) -> tuple[list[dict[str, Any
 
 def _floor_of(name: str) -> str:
     return FLOOR if name == "EPT" else f"{FLOOR} of {name}"
-
-
-def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    if isinstance(model, EPTModel):
-        return parameter_groups(model)
-    return [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
 
 def _batch_for(method: str, shape: Shape, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -312,9 +301,9 @@ def by_length(device: str, rounds: int) -> list[dict[str, Any]]:
     starts = [len(rows) * part // 6 - shape.batch // 2 for part in (1, 3, 5)]
     steps = {}
     for name, pad in (("EPT", None), ("DePT", columns)):
-        model = build(name, shape, base)
+        model, groups = build(name, shape, base)
         batches = [_padded(rows[start : start + shape.batch], pad, device) for start in starts]
-        steps[name] = _settled(_all_of(training_step(model, _groups(model), batches), len(batches)), device)
+        steps[name] = _settled(_all_of(training_step(model, groups, batches), len(batches)), device)
     seconds = interleaved(steps, rounds, warmup=1, description=f"{shape.name}, training")
     return [_ratio(shape, "EPT by length", "DePT padded to 256", seconds["EPT"], seconds["DePT"])]
 
@@ -343,7 +332,7 @@ def inference(shape: Shape, device: str, rounds: int) -> list[dict[str, Any]]:
     """A folded EPT over the bare backbone on as many columns of ordinary ids: one row of ratios.csv."""
     base = backbone(shape, device)
     batch = batch_of(shape, base, device)
-    folded = build("EPT", shape, base).fold().eval()
+    folded = build("EPT", shape, base)[0].fold().eval()
     s = folded.ept_config.prompt_length
     longer = {"input_ids": batch["input_ids"][:, :1].expand(-1, s), "attention_mask": batch["attention_mask"][:, :s]}
     bare = batch | {name: torch.cat([more, batch[name]], 1) for name, more in longer.items()}

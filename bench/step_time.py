@@ -72,12 +72,14 @@ def interleaved_seconds(
 
 
 def floor_step(model: nn.Module, embeds: Tensor, labels: Tensor) -> Callable[[], None]:
-    """A step of the backbone alone on ready-made embeddings [batch, columns, d], which ask for their gradient."""
+    """A step of the backbone alone on ready-made embeddings [batch, columns, d], which ask for their gradient.
+
+    The model stays in the mode that it is in: in evaluation mode its dropout is off, as it is behind EPT.
+    """
     embeds = embeds.detach().requires_grad_()
     mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
 
     def step() -> None:
-        model.train()
         model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss.backward()
         embeds.grad = None
         model.zero_grad()

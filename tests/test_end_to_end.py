@@ -75,7 +75,7 @@ def test_inference_compares_the_same_number_of_columns(monkeypatch):
 
 def test_methods_share_the_frozen_weights_and_no_head():
     base = end_to_end.backbone(TINY["seq2seq"], "cpu")
-    models = [end_to_end.build(name, TINY["seq2seq"], base) for name in ("EPT", "LoRA", "prompt tuning 100")]
+    models = [end_to_end.build(name, TINY["seq2seq"], base)[0] for name in ("EPT", "LoRA", "prompt tuning 100")]
     tables = [model.get_input_embeddings().weight for model in (models[0].base_model, *models[1:])]
     assert all(table.data_ptr() == base.get_input_embeddings().weight.data_ptr() for table in tables)
     assert not any(p.requires_grad for p in base.parameters())
@@ -134,3 +134,14 @@ def test_the_peak_counts_what_is_alive_at_one_time():
     assert memory.peak_bytes(lambda: big.view(100, 100).t()) == 0  # views allocate nothing
     assert memory.peak_bytes(lambda: big.add_(1)) == 0
     assert memory.peak_bytes(lambda: [big + 1 for _ in range(3)]) == 120_000
+
+
+def test_dropout_is_off_for_every_method_and_for_the_floor():
+    base = backbone("bert").requires_grad_(False)  # its config asks for dropout
+    shape = dataclasses.replace(TINY["causal"], targets=("query", "value"), task=TaskType.FEATURE_EXTRACTION)
+    for name in ("EPT", "LoRA"):
+        model, _ = end_to_end.build(name, shape, base)
+        model.train()
+        dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
+        assert dropouts and not any(module.training for module in dropouts)
+    assert not any(module.training for module in base.modules())
