@@ -28,6 +28,7 @@ from . import __version__
 from .config import EPTConfig
 from .console import bad_input_is_one_line, fail, say
 from .model import EPTModel, get_ept_model
+from .peft_format import read_soft_prompt
 from .saving import CONFIG_NAME, read_adapter
 
 __all__ = ["main"]
@@ -38,6 +39,8 @@ COMMANDS = {
     "eval": ("ept.cli:evaluate", "evaluate an adapter on labelled text"),
     "predict": ("ept.cli:predict", "label texts, one a line"),
     "fold": ("ept.folding:run", "fold an adapter for inference, as a PEFT adapter where that can hold it"),
+    "inspect": ("ept.inspection:run", "show what is in an adapter"),
+    "doctor": ("ept.doctor:run", "check this installation: versions, devices, implementations"),
     "import": ("ept.peft_format:run", "read a PEFT prompt-tuning adapter or a DePT checkpoint"),
 }
 
@@ -152,7 +155,10 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     if config.init == "vocab":
         ids = torch.tensor(list(itertools.chain.from_iterable(data["train"]["input_ids"])))
         counts = torch.bincount(ids, minlength=len(backbone.get_input_embeddings().weight))
-    model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts)
+    soft_prompt = None if sizes.soft_prompt is None else read_soft_prompt(sizes.soft_prompt)
+    model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts, soft_prompt=soft_prompt)
+    if soft_prompt is not None:
+        say(f"{sizes.soft_prompt}: decomposed with a relative error of {model.ept.decomposition_error:.3g}")
     for split, rows in data.items():
         _check_prompt_start(model, rows, tables[split][1])
     if resume is not None:
@@ -313,9 +319,9 @@ def _tokens(table, source, columns, task, labels, tokenizer, limit, target_limit
 
 
 def _config(sizes: Any, embed_dim: int) -> EPTConfig:
-    given = {k: v for k, v in vars(sizes).items() if v is not None and k not in ("preset", "budget")}
-    if given.get("init") == "decompose":
-        raise ValueError("--init decompose starts from a soft prompt in memory: use get_ept_model(…, soft_prompt=…)")
+    given = {k: v for k, v in vars(sizes).items() if v is not None and k not in ("preset", "budget", "soft_prompt")}
+    if (given.get("init") == "decompose") != (sizes.soft_prompt is not None):
+        raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
     if sizes.budget is not None:
         return EPTConfig.for_budget(sizes.budget, embed_dim, preset=sizes.preset, **given)
     return EPTConfig.paper(**given) if sizes.preset == "paper" else EPTConfig(**given)

@@ -90,7 +90,7 @@ ADAPTER_HELP = {
     "token_update": "Whether the token-conditioned update is on.",
     "prompt_start": "Text column at which the prompt stands; by default 1 where the head reads the first token, else 0.",
     "embed_scale": "Unit of all that is trained; by default the RMS of the model's embeddings.",
-    "init": f"Start of the prompt: {', '.join(INITS[:-1])}.",
+    "init": f"Start of the prompt: {', '.join(INITS)} (needs --soft_prompt).",
     "init_text": "The words for --init text.",
     "backbone_dropout": "Whether the frozen model's dropout stays on in training.",
     "impl": "Implementation of the embedding step: auto, torch, reference or triton.",
@@ -112,6 +112,9 @@ AdapterArguments = make_dataclass(
     [
         ("preset", str, option("Sizes to start from: ours, or the paper's parts.", "default", choices=("default", "paper"))),
         ("budget", int | None, option("Choose the sizes that fill this many trained parameters (without a head).")),
+        ("soft_prompt", str | None, option(
+            "Trained prompt for --init decompose: a PEFT prompt-tuning adapter's directory, or a safetensors file with one matrix."
+        )),
         *(
             (name, kind if kind == kind | None else kind | None, option(_adapter_help(name)))
             for name, kind in get_type_hints(EPTConfig).items()
