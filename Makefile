@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test compare bench check-kernels gpu lint clean
+.PHONY: demo test compare bench bench-gpu check-kernels gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m bench.demo
@@ -16,7 +16,10 @@ compare: $(INSTALLED)
 	$(BIN)/python -m bench.compare
 
 bench: $(INSTALLED)
-	$(BIN)/python -m bench.step_time
+	$(BIN)/python -m bench cpu
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m bench gpu
 
 check-kernels: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_triton_interpreter.py tests/test_triton_emulator.py \

@@ -1,5 +1,6 @@
 """What a figure needs beside it: device, versions, commit."""
 
+import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -19,9 +20,18 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "transformers": transformers.__version__,
+        "peft": _version("peft"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu() -> str:

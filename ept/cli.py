@@ -25,7 +25,6 @@ import transformers
 from transformers.utils import is_liger_kernel_available
 
 from . import __version__
-from .config import EPTConfig
 from .console import bad_input_is_one_line, fail, say
 from .model import EPTModel, get_ept_model
 from .peft_format import read_soft_prompt
@@ -42,6 +41,7 @@ COMMANDS = {
     "inspect": ("ept.inspection:run", "show what is in an adapter"),
     "doctor": ("ept.doctor:run", "check this installation: versions, devices, implementations"),
     "import": ("ept.peft_format:run", "read a PEFT prompt-tuning adapter or a DePT checkpoint"),
+    "plan": ("ept.plan:run", "say what memory a training step takes, from the model's config"),
 }
 
 USAGE = """usage: ept COMMAND [options]
@@ -111,7 +111,7 @@ def train(argv: list[str]) -> None:
 
 def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, Any]]:
     """From the command line to a trainer, the checkpoint to resume from, the test rows and the record's beginning."""
-    from .options import train_parser
+    from .options import ept_config, train_parser
     from .tasks import best_metric, input_limit, is_text_to_text, load_backbone, load_tokenizer
 
     chosen = _given(argv)
@@ -145,7 +145,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     )
     if backbone.config.pad_token_id is None:
         backbone.config.pad_token_id = tokenizer.pad_token_id
-    config = _config(sizes, backbone.get_input_embeddings().embedding_dim)
+    config = ept_config(sizes, backbone.get_input_embeddings().embedding_dim)
     limit = input_limit(backbone, tokenizer, config.prompt_length, columns.max_seq_length)
     data = {
         split: _tokens(table, source, names, task, labels, tokenizer, limit, columns.max_target_length)
@@ -316,15 +316,6 @@ def _tokens(table, source, columns, task, labels, tokenizer, limit, target_limit
     if cut:
         say(f"{source}: {cut} of {len(data)} rows were cut to {limit} tokens")
     return data
-
-
-def _config(sizes: Any, embed_dim: int) -> EPTConfig:
-    given = {k: v for k, v in vars(sizes).items() if v is not None and k not in ("preset", "budget", "soft_prompt")}
-    if (given.get("init") == "decompose") != (sizes.soft_prompt is not None):
-        raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
-    if sizes.budget is not None:
-        return EPTConfig.for_budget(sizes.budget, embed_dim, preset=sizes.preset, **given)
-    return EPTConfig.paper(**given) if sizes.preset == "paper" else EPTConfig(**given)
 
 
 def _trainer(model, args, data, tokenizer, task: str, patience: int | None) -> Any:

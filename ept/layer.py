@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import ept_kernels
 
 from .config import EPTConfig
+from .sharding import whole
 
 __all__ = ["EPTLayer", "decompose"]
 
@@ -123,8 +124,9 @@ class EPTLayer(nn.Module):
         )  # fmt: skip
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
-        """P* [s, d] in the backbone's own size, and the gate's weights [s, K]."""
-        return ept_kernels.reconstruct_prompt(*self._prompt_tensors(), **self._prompt_settings())
+        """P* [s, d] in the backbone's own size, and the gate's weights [s, K]; also where they are sharded."""
+        tensors = (t if t is None else whole(t) for t in self._prompt_tensors())
+        return ept_kernels.reconstruct_prompt(*tensors, **self._prompt_settings())
 
     def _prompt_tensors(self) -> tuple[Tensor | None, ...]:
         return (self.prompt, self.lowrank_a, self.lowrank_b, self.space_down, self.space_up, self.gate_weight)

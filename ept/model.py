@@ -27,6 +27,7 @@ from .folding import FoldedLayer, fold_layer
 from .heads import MeanPoolingForSequenceClassification
 from .layer import EPTLayer
 from .saving import backbone_fingerprint, check_fingerprint, check_weights, read_adapter, write_adapter
+from .sharding import spread_like, whole
 
 __all__ = ["EPTModel", "get_ept_model", "head_names", "max_text_tokens"]
 
@@ -312,12 +313,14 @@ class EPTModel(nn.Module):
 
     # ------------------------------------------------------------------ files
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True) -> None:
         """Writes adapter_config.json and adapter_model.safetensors: the adapter and the head, never the backbone.
 
+        Where the model is spread over processes, every one of them calls this, and one has `is_main_process`.
         Raises FloatingPointError, and writes nothing, if a tensor holds NaN or infinity.
         """
-        for name, tensor in self.adapter_tensors().items():
+        tensors = self.adapter_tensors()
+        for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise FloatingPointError(
                     f"{name} holds NaN or infinity: the training diverged, lower the learning rate"
@@ -334,7 +337,8 @@ class EPTModel(nn.Module):
         }
         if isinstance(self.ept, FoldedLayer):
             settings |= self.ept.facts()
-        write_adapter(save_directory, settings, self.adapter_tensors())
+        if is_main_process:
+            write_adapter(save_directory, settings, tensors)
 
     @classmethod
     def from_pretrained(
@@ -361,16 +365,13 @@ class EPTModel(nn.Module):
         return wrapped
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """What is saved: the EPT tensors by name, the head's under "head."."""
-        tensors = self.ept.state_dict()
-        for name, head in zip(self.head_names, self._heads(), strict=True):
-            tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict().items()}
-        return tensors
+        """What is saved: the EPT tensors by name, the head's under "head.". Whole, also where they are sharded."""
+        return {name: whole(tensor) for name, tensor in self._adapter_tensors().items()}
 
     @torch.no_grad()
     def load_adapter_tensors(self, tensors: dict[str, Tensor], source: str = "the given tensors") -> None:
         """Copies tensors into the layer and the head. ValueError if any is missing, extra or of another shape."""
-        own = self.adapter_tensors()
+        own = self._adapter_tensors()
         missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
         if missing or extra:
             said = [
@@ -383,7 +384,7 @@ class EPTModel(nn.Module):
                     f"{source}: {name} is {tuple(tensors[name].shape)}, but must be {tuple(tensor.shape)} for this model"
                 )
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(spread_like(tensors[name], tensor))
 
     def __getattr__(self, name: str) -> Any:
         """What EPTModel does not have is asked of the wrapped model (device, dtype, generation_config, …)."""
@@ -403,6 +404,13 @@ class EPTModel(nn.Module):
     def _put_folded(self, layer: FoldedLayer) -> None:
         self.ept = layer
         self.requires_grad_(False)
+
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors as this process holds them."""
+        tensors = self.ept.state_dict()
+        for name, head in zip(self.head_names, self._heads(), strict=True):
+            tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict().items()}
+        return tensors
 
     def _heads(self) -> list[nn.Module]:
         return [self.base_model.get_submodule(name) for name in self.head_names]

@@ -16,7 +16,15 @@ from .config import INITS, EPTConfig
 from .tasks import HEADS, TASKS
 from .training import EPTSeq2SeqTrainingArguments
 
-__all__ = ["AdapterArguments", "OptionParser", "eval_parser", "predict_parser", "train_parser"]
+__all__ = [
+    "AdapterArguments",
+    "OptionParser",
+    "ept_config",
+    "eval_parser",
+    "plan_parser",
+    "predict_parser",
+    "train_parser",
+]
 
 
 def option(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -113,7 +121,7 @@ AdapterArguments = make_dataclass(
         ("preset", str, option("Sizes to start from: ours, or the paper's parts.", "default", choices=("default", "paper"))),
         ("budget", int | None, option("Choose the sizes that fill this many trained parameters (without a head).")),
         ("soft_prompt", str | None, option(
-            "Trained prompt for --init decompose: a PEFT prompt-tuning adapter's directory, or a safetensors file with one matrix."
+            "Trained prompt for --init decompose: a PEFT prompt-tuning adapter, or a safetensors file with one matrix."
         )),
         *(
             (name, kind if kind == kind | None else kind | None, option(_adapter_help(name)))
@@ -122,6 +130,16 @@ AdapterArguments = make_dataclass(
     ],
     namespace={"_argument_group_name": "adapter"},
 )  # fmt: skip
+
+
+def ept_config(sizes: Any, embed_dim: int) -> EPTConfig:
+    """The settings that the adapter's options say, for embeddings of width `embed_dim`."""
+    given = {k: v for k, v in vars(sizes).items() if v is not None and k not in ("preset", "budget", "soft_prompt")}
+    if (given.get("init") == "decompose") != (sizes.soft_prompt is not None):
+        raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
+    if sizes.budget is not None:
+        return EPTConfig.for_budget(sizes.budget, embed_dim, preset=sizes.preset, **given)
+    return EPTConfig.paper(**given) if sizes.preset == "paper" else EPTConfig(**given)
 
 
 @dataclass
@@ -166,6 +184,27 @@ class PredictArguments:
     max_target_length: int = option("Write at most this many tokens (text2text).", 128)
 
 
+@dataclass
+class PlanArguments:
+    _argument_group_name = "what is planned"
+
+    model: str = field(
+        metadata={"help": "Hub name or directory of the model, or a config.json; its weights are not read."}
+    )
+    batch: int = option("Rows at a time on one device.", 32)
+    length: int = option("Tokens of the longest row: rows are padded to it.", 128)
+    target_length: int | None = option("Tokens of the longest text to write (encoder-decoder); by default as --length.")
+    task: str | None = option(
+        "classification or text2text; by default text2text where the model writes text.",
+        choices=("classification", "text2text"),
+    )
+    dtype: str | None = option(
+        "Type of the frozen weights; by default a row for each but float16.",
+        choices=("float32", "bfloat16", "float16", "8bit", "4bit"),
+    )
+    gpu: str | None = option("What must hold it: a name (h100, a100-40, rtx4090, …) or a size (24GB).")
+
+
 # The training arguments that the help explains; the others are listed by name.
 EXPLAINED = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -189,7 +228,8 @@ HELP = {
 
 
 AT_LEAST_ONE = (
-    "max_seq_length", "max_target_length", "batch_size", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "batch", "length", "target_length", "max_seq_length", "max_target_length", "batch_size",
+    "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "eval_accumulation_steps", "generation_max_length", "generation_num_beams",
     "early_stopping_patience",
 )  # fmt: skip
@@ -288,4 +328,12 @@ def predict_parser() -> OptionParser:
         "predict",
         "Reads texts, one a line, and prints for each a line: label, tab, probability; or a value; or the written text.",
         AdapterDirArguments, PredictArguments,
+    )  # fmt: skip
+
+
+def plan_parser() -> OptionParser:
+    return OptionParser(
+        "plan",
+        "Says what memory a training step takes, from the model's config alone; the last line printed is JSON.",
+        PlanArguments, AdapterArguments,
     )  # fmt: skip

@@ -17,6 +17,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
+from .sharding import whole
+
 __all__ = [
     "CONFIG_NAME",
     "WEIGHTS_NAME",
@@ -127,7 +129,7 @@ def backbone_fingerprint(config: Any, embedding: nn.Module) -> dict[str, Any]:
     The embeddings' SHA-256 is compared where the dtype is the same; a sample of entries, to a bfloat16's precision,
     where it is not, so that an adapter trained beside a bf16 backbone loads onto the fp32 one.
     """
-    weight = embedding.weight.detach()
+    weight = whole(embedding.weight.detach())
     facts = {key: getattr(config, key) for key in _CONFIG_KEYS if getattr(config, key, None) is not None}
     facts["embedding_shape"] = list(weight.shape)
     if weight.is_meta:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .folding import FoldedLayer
 from .model import EPTModel
 from .saving import read_adapter
+from .sharding import load_optimizer_state, whole_optimizer_state
 
 __all__ = [
     "EPTSeq2SeqTrainer",
@@ -143,7 +144,7 @@ class _EPTTrainerMixin:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return _LengthGroupedByEpoch(sampler, seed)
+            return _LengthGroupedByEpoch(sampler, seed, self.args.world_size)
         return sampler
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -162,14 +163,41 @@ class _EPTTrainerMixin:
         (directory / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter; every process calls it, one writes."""
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
+        self.model.save_pretrained(output_dir, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
-        self.model.save_pretrained(output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # One form for any number of processes and any sharding: transformers would write a sharded backbone, too, and
+        # an optimiser that only as many processes can read.
+        if self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_deepspeed_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        files = [os.path.join(checkpoint, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
+        if all(map(os.path.isfile, files)):  # not there with save_only_model
+            state, schedule = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+            load_optimizer_state(self.optimizer, state)
+            self.lr_scheduler.load_state_dict(schedule)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_adapter(resume_from_checkpoint)
@@ -184,11 +212,12 @@ class _EPTTrainerMixin:
 class _LengthGroupedByEpoch(LengthGroupedSampler):
     """transformers' sampler with its order a function of seed and epoch, so that a resumed epoch has the same batches.
 
-    transformers draws the order from the global random state, which is another one after a resume.
+    transformers draws the order from the global random state, which is another one after a resume, and takes the batch
+    of one process; here it is that of all processes, so that the order is that of one with their batches together.
     """
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: int):
-        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, processes: int):
+        super().__init__(sampler.batch_size * processes, lengths=sampler.lengths, generator=torch.Generator())
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:

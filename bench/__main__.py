@@ -1,0 +1,53 @@
+"""The benchmarks: `python -m bench cpu | gpu | compare A B | plot`. See bench/README.md."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import records
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, said in (
+        ("cpu", "everything on this machine's CPU (make bench)"),
+        ("gpu", "everything on its GPU (make bench-gpu)"),
+    ):
+        command = commands.add_parser(name, help=said)
+        command.add_argument("--parts", nargs="+", default=["micro", "end_to_end"], choices=["micro", "end_to_end"])
+        command.add_argument("--points", help="only microbenchmarks whose name holds this, e.g. base or prompt_embed")
+        command.add_argument("--shapes", nargs="+", help="only these shapes end to end, e.g. MiniLM T5-small")
+        command.add_argument("--rounds", type=float, default=1.0, help="times the usual number of rounds end to end")
+        command.add_argument("--output_dir", type=Path, help="default: bench/results/<device>")
+        if name == "cpu":
+            command.add_argument("--threads", type=int, help="default: one for each core, at most 2")
+    command = commands.add_parser("compare", help="what became slower from A to B, beyond the noise of both")
+    command.add_argument("a", type=Path, metavar="A", help="a result table (CSV), or a directory of them")
+    command.add_argument("b", type=Path, metavar="B")
+    command = commands.add_parser("plot", help="draws all figures from the tables alone")
+    command.add_argument(
+        "directories", type=Path, nargs="*", help="default: every one in bench/results that has tables"
+    )
+    command.add_argument("--output_dir", type=Path, default=Path("runs/figures"))
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "compare":
+            from .slower import report
+
+            return int(report(options.a, options.b) > 0)
+        if options.command == "plot":
+            from .figures import draw_all
+
+            directories = options.directories or sorted({path.parent for path in records.RESULTS.glob("*/*.csv")})
+            return draw_all(directories, options.output_dir)
+        from .everything import on_cpu, on_gpu
+
+        return {"cpu": on_cpu, "gpu": on_gpu}[options.command](options)
+    except ValueError as error:
+        print(f"python -m bench {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What `make bench` and `make bench-gpu` run, one part after another, and the headline at their end."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import micro, records
+from .machine import describe
+
+__all__ = ["on_cpu", "on_gpu"]
+
+
+def on_cpu(options: argparse.Namespace) -> int:
+    """Everything on the CPU. Returns 1 if a result was wrong."""
+    threads = options.threads or min(2, os.cpu_count() or 1)
+    torch.set_num_threads(threads)
+    started, machine = time.time(), describe()  # before the first table: the commit is that of what runs
+    directory = options.output_dir or records.directory(machine["device"])
+    headline: dict[str, Any] = dict(machine)
+    failed = False
+    if "micro" in options.parts:
+        points = _named("cpu", options.points)
+        rows, failed = _micro_on_cpu(options.points, threads)
+        records.write(directory / "micro.csv", [row | machine for row in rows])
+        headline["micro"] = {"timed": len(rows), "of": 3 * len(points), "wrong": failed}
+    headline |= {"seconds": round(time.time() - started), "load": [round(x, 2) for x in os.getloadavg()]}
+    print(json.dumps(headline))
+    return int(failed)
+
+
+def _named(device: str, part: str | None) -> list[micro.Point]:
+    found = [point for point in micro.points(device) if part is None or part in str(point)]
+    if not found:
+        raise ValueError(f"--points {part}: no microbenchmark has this in its name")
+    return found
+
+
+def _micro_on_cpu(part: str | None, threads: int) -> tuple[list[dict[str, Any]], bool]:
+    """Rows of the microbenchmarks as pytest-benchmark times them in a process of its own; whether a result was wrong."""
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "benchmark.json"
+        command = [
+            sys.executable, "-m", "pytest", str(Path(micro.__file__).with_name("micro_benchmark.py")), "-q", "-rfs",
+            "-p", "no:cacheprovider", "--benchmark-disable-gc", "--benchmark-columns=median,iqr,rounds",
+            f"--benchmark-json={result}", *(["-k", part] if part else []),
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, env=environment, cwd=Path(micro.__file__).parents[1])
+        entries = json.loads(result.read_text())["benchmarks"] if result.exists() else []
+    if not entries:
+        raise ValueError("pytest-benchmark timed nothing: see its messages above")
+    return [timed_entry(entry) for entry in entries], done.returncode != 0
+
+
+def timed_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """A row of micro.csv from a benchmark in pytest-benchmark's JSON."""
+    stats = entry["stats"]
+    return micro.timed(entry["extra_info"], stats["q1"], stats["median"], stats["q3"], stats["rounds"])
+
+
+def on_gpu(options: argparse.Namespace) -> int:
+    """Everything on the GPU. ValueError without one. Returns 1 if a result was wrong."""
+    if not torch.cuda.is_available():
+        raise ValueError("no GPU here: `make bench` measures on the CPU")
+    from .gpu import microbenchmarks
+
+    started, machine = time.time(), describe()
+    directory = options.output_dir or records.directory(machine["device"])
+    headline: dict[str, Any] = dict(machine)
+    wrong: list[str] = []
+    if "micro" in options.parts:
+        points = _named("cuda", options.points)
+        rows, wrong, skipped = microbenchmarks(points, "cuda")
+        for line in wrong + skipped:
+            print(line)
+        records.write(directory / "micro.csv", [row | machine for row in rows])
+        headline["micro"] = {"timed": len(rows), "of": 3 * len(points), "wrong": bool(wrong)}
+    headline |= {"seconds": round(time.time() - started)}
+    print(json.dumps(headline))
+    return int(bool(wrong))

@@ -1,0 +1,49 @@
+"""The microbenchmarks on a CPU, by pytest-benchmark: `make bench` runs this file and makes a table of its JSON.
+
+A point whose results are wrong fails here and has no time; one that cannot run is skipped with the reason.
+"""
+
+import functools
+import time
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from . import micro
+
+SECONDS = 0.1  # for a point, at most
+FEWEST, MOST = 5, 30  # rounds
+
+
+@pytest.fixture(scope="session")
+def bandwidth() -> float:
+    return micro.copy_bandwidth("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("way", micro.WAYS)
+@pytest.mark.parametrize("point", micro.points("cpu"), ids=str)
+def test_micro(point: micro.Point, way: str, bandwidth: float, benchmark: BenchmarkFixture) -> None:
+    try:
+        work, error = checked(point)
+    except micro.CannotRun as reason:
+        pytest.skip(str(reason))
+    call = work.call(way)
+    call()
+    started = time.perf_counter()
+    call()
+    rounds = round(SECONDS / (time.perf_counter() - started))
+    benchmark.extra_info = micro.row(point, way, error, micro.launches(point, way, work, "cpu"), bandwidth)
+    benchmark.pedantic(call, rounds=min(MOST, max(FEWEST, rounds)), warmup_rounds=1)
+
+
+@functools.lru_cache(maxsize=1)  # the three ways of a point come one after another
+def checked(point: micro.Point) -> tuple[micro.Work, float]:
+    """A point's work, and its error over what is allowed."""
+    work = micro.work(point, "cpu")
+    return work, work.check()

@@ -1,0 +1,68 @@
+"""Result tables: one CSV per kind of measurement and device, in bench/results/<device>/.
+
+Every row says what was measured (`IDENTITY`), a median with its quartiles (`unit`, `median`, `low`, `high`, `rounds`),
+what belongs to it, and the machine (`bench.machine.describe`). Columns that a table has no use for are left out.
+"""
+
+import csv
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["IDENTITY", "RESULTS", "directory", "identity", "read", "write"]
+
+RESULTS = Path(__file__).parent / "results"
+# What a row is of. Two rows that agree in these were meant to measure the same.
+IDENTITY = (
+    "stem", "figure", "shape", "method", "over", "impl", "way", "axis",
+    "batch", "length", "d", "s", "n", "r", "k", "h", "q", "dtype", "unit", "device", "threads",
+)  # fmt: skip
+
+
+def directory(device: str) -> Path:
+    """Where a device's tables are: its name in small letters, anything else than letters and digits as a dash."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def identity(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row.get(column, "")) for column in IDENTITY)
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes the table over what stands there, whole or not at all. ValueError if there are no rows."""
+    rows = list(rows)
+    if not rows:
+        raise ValueError(f"nothing to write to {path}: no row was measured")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    with open(fresh, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows({name: _short(value) for name, value in row.items()} for row in rows)
+    fresh.replace(path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table, its figures as floats. ValueError if the file is not one of ours."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: `make bench` writes the tables of this machine") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}") from error
+    if not rows or not {"median", "low", "high", "unit"} <= rows[0].keys():
+        raise ValueError(f"{path} is not a result table: it needs rows with median, low, high and unit")
+    for number, row in enumerate(rows, 2):
+        for name in ("median", "low", "high"):
+            try:
+                row[name] = float(row[name])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {name} is {row[name]!r}, not a number") from error
+    return rows
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -1,0 +1,136 @@
+"""`ept plan`: what it predicts from a config is what a training step takes, on tiny models of every kind."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+
+from ept import EPTConfig, get_ept_model
+from ept.cli import main
+from ept.plan import StorageCounter, gpu_memory, plan_step
+from tiny_models import CONFIGS, VOCAB, all_parts, ids
+
+AUTO = {
+    "bert": hf.AutoModelForSequenceClassification,
+    "llama": hf.AutoModelForCausalLM,
+    "gpt2": hf.AutoModelForCausalLM,
+    "t5": hf.AutoModelForSeq2SeqLM,
+    "bart": hf.AutoModelForSeq2SeqLM,
+}
+BATCH, LENGTH = 6, 40
+
+
+def measured(name: str, dtype: torch.dtype, checkpointing: bool) -> dict[str, int]:
+    """Bytes of a real step: the storages that were alive at once, and what was there before."""
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    config.use_cache = False
+    model = get_ept_model(AUTO[name].from_config(config, dtype=dtype), all_parts()).train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    held = list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    with RealCounter(held) as counter:
+        batch, mask = ids(BATCH, LENGTH), torch.ones(BATCH, LENGTH, dtype=torch.int64)
+        mask[-1, 20:] = 0
+        labels = batch.clone() if name != "bert" else torch.zeros(BATCH, dtype=torch.int64)
+        model(input_ids=batch, attention_mask=mask, labels=labels).loss.backward()
+    return {"peak": counter.peak, "weights": sum(t.nbytes for t in held if not t.requires_grad)}
+
+
+class RealCounter(StorageCounter):
+    """With real values: questions about them are answered by them."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return function(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", AUTO)
+def test_the_predicted_peak_is_that_of_a_real_step(name, checkpointing):
+    dtype = "bfloat16" if name == "llama" else "float32"
+    real = measured(name, getattr(torch, dtype), checkpointing)
+    planned = plan_step(
+        CONFIGS[name](), all_parts(), batch=BATCH, length=LENGTH, dtype=dtype, checkpointing=checkpointing
+    )
+    # On fakes transformers always makes a decoder's causal mask, which is a twentieth of the smallest model here.
+    assert planned["activations"] + planned["logits"] == pytest.approx(real["peak"], rel=0.07)
+    assert planned["weights"] == pytest.approx(real["weights"], rel=0.001)
+    assert planned["peak"] == sum(planned[part] for part in ("weights", "adapter", "activations", "logits"))
+    if name == "llama":
+        assert planned["logits"] >= BATCH * LENGTH * VOCAB * 4  # the loss is computed in fp32
+
+
+def test_checkpointing_saves_activations_and_half_precision_halves_the_weights():
+    config, given = CONFIGS["bert"](), dict(batch=8, length=32)
+    plain = plan_step(config, EPTConfig(), **given)
+    assert plan_step(config, EPTConfig(), **given, checkpointing=True)["activations"] < 0.8 * plain["activations"]
+    half = plan_step(config, EPTConfig(), **given, dtype="bfloat16")
+    assert half["weights"] < 0.51 * plain["weights"] and half["activations"] < 0.6 * plain["activations"]
+    assert plain["adapter"] == 3 * 4 * plain["trained"] == half["adapter"]
+
+
+def test_quantised_weights_take_their_bits_and_their_scales():
+    config = hf.LlamaConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )  # fmt: skip
+    given = dict(batch=2, length=16)
+    whole, eight, four = (
+        plan_step(config, EPTConfig(), **given, dtype=d)["weights"] for d in ("bfloat16", "8bit", "4bit")
+    )
+    quantised = 2 * (4 * 256 * 256 + 3 * 256 * 512)
+    rows = 2 * (5 * 256 + 2 * 512)
+    assert whole - eight == quantised - 4 * rows
+    assert whole - four == quantised * 3 // 2 - 4 * quantised // 64
+
+
+def test_the_backbones_config_is_left_as_it_is():
+    config = CONFIGS["gpt2"]()
+    before = config.to_dict()
+    plan_step(config, EPTConfig(), batch=1, length=4, task="classification", checkpointing=True)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("said, size", [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("H100", 80 * 10**9)])
+def test_a_gpu_is_named_or_given_by_its_memory(said, size):
+    assert gpu_memory(said) == size
+
+
+def plan(*argv) -> int:
+    return main(["plan", *map(str, argv)])
+
+
+def test_the_command_prints_a_table_and_says_what_fits(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(CONFIGS["bert"]().to_dict()))
+    assert plan("--model", file, "--batch", 4, "--length", 16, "--gpu", "24GB", "--preset", "paper") == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    assert [(row["dtype"], row["checkpointing"]) for row in rows] == [
+        (dtype, ck) for dtype in ("float32", "bfloat16", "8bit", "4bit") for ck in (False, True)
+    ]
+    assert len(table) == 9 and all(row["fits"] for row in rows) and table[0].split()[-2:] == ["fits", "24GB"]
+    assert plan("--model", file, "--dtype", "float32", "--gpu", "1GB", "--batch", 4, "--length", 16) == 0
+    # A gigabyte is set aside for the driver's context, so that nothing fits into one.
+    assert not any(row["fits"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"])
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (("--gpu", "abacus"), "--gpu abacus is unknown: give its memory (24GB), or one of t4,"),
+        (("--length", 64), "length 64 does not fit: the model has positions for 60 tokens"),
+        (("--task", "text2text"), "a distilbert writes no text: use the task classification"),
+        (("--batch", 0), "--batch 0 must be at least 1"),
+        (("--model", "./nowhere"), "./nowhere: no such directory or file"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(argv, said, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(CONFIGS["distilbert"]().to_dict()))
+    with pytest.raises(SystemExit) as stopped:
+        plan("--model", file, *argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
