@@ -48,7 +48,7 @@ def test_every_method_is_timed_beside_its_floor_at_no_more_than_the_budget(kind)
 def test_inference_compares_the_same_number_of_columns(monkeypatch):
     seen = {}
 
-    def steps(given, rounds, description):
+    def steps(given, rounds, description, clock):
         for name, step in given.items():
             step()
             seen[name] = 1
