@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers as hf
+from test_model import WINDOWED
 from torch.nn import functional as F
 
-from test_model import WINDOWED
 from tiny_models import CAUSAL, VOCAB, all_parts, backbone, ids, shake, wrapped
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)  # as in test_model
