@@ -38,7 +38,7 @@ from .memory import own_bytes, peak_bytes, predicted_own_bytes
 from .real_text import load_task, minilm
 from .step_time import floor_step, interleaved, quartiles, training_step
 
-__all__ = ["GOALS", "SHAPES", "Shape", "by_length", "inference", "lora_config", "training"]
+__all__ = ["GOALS", "SHAPES", "Shape", "by_length", "inference", "lora_config", "mixed", "training"]
 
 Clock = Callable[[], float]
 BUDGET_ROWS = 100
@@ -346,6 +346,26 @@ def inference(shape: Shape, device: str, rounds: int, clock: Clock = time.perf_c
     }
     seconds = interleaved(steps, rounds, description=f"{shape.name}, inference", clock=clock)
     return [_ratio(shape, "EPT folded", "backbone", seconds["EPT folded"], seconds["backbone"])]
+
+
+def mixed(
+    shape: Shape, device: str, rounds: int, clock: Clock = time.perf_counter, adapters: int = 8
+) -> list[dict[str, Any]]:
+    """A batch whose rows belong to several adapters in turn over the same batch of one adapter, both unfolded."""
+    model, _ = build("EPT", shape, backbone(shape, device))
+    batch = batch_of(shape, model.base_model, device)
+    names = [model.active_adapter, *(f"adapter {i}" for i in range(1, adapters))]
+    for name in names[1:]:
+        model.add_adapter(name, model.ept_config)
+    model.eval()
+    rows = [names[row % adapters] for row in range(shape.batch)]
+    mixture, alone = f"mixed batch of {adapters} adapters", "batch of one adapter"
+    steps = {
+        alone: _settled(_evaluation(model, batch), device),
+        mixture: _settled(_evaluation(model, batch | {"adapter_ids": rows}), device),
+    }
+    seconds = interleaved(steps, rounds, description=f"{shape.name}, mixed batch", clock=clock)
+    return [_ratio(shape, mixture, alone, seconds[mixture], seconds[alone])]
 
 
 def _evaluation(model: nn.Module, batch: dict[str, Any]) -> Callable[[], Any]:

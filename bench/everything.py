@@ -64,6 +64,7 @@ def _end_to_end(device: str, options: argparse.Namespace, directory: Path, machi
         ratios += of_pairs
         if shape.paper:
             ratios += end_to_end.inference(shape, device, rounds(2 * shape.rounds), clock)
+            ratios += end_to_end.mixed(shape, device, rounds(2 * shape.rounds), clock)
         if shape.name == "MiniLM":
             ratios += end_to_end.by_length(device, rounds(end_to_end.BY_LENGTH.rounds), clock)
         # After each shape, so that an interrupted run leaves what it has.
