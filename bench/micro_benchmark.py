@@ -19,8 +19,9 @@ NAMED = "EPT_BENCH_POINTS"  # environment variable: only points whose name holds
 
 
 @pytest.fixture(scope="session")
-def bandwidth() -> float:
-    return micro.copy_bandwidth("cpu")
+def bandwidth(pytestconfig: pytest.Config) -> float:
+    timer = str(pytestconfig.getoption("benchmark_timer"))  # "time.perf_counter" or "time.process_time"
+    return micro.copy_bandwidth("cpu", getattr(time, timer.removeprefix("time.")))
 
 
 @pytest.fixture(scope="session", autouse=True)
