@@ -67,7 +67,10 @@ def test_a_quantised_cache_generates():
     model = causal()
     row = ids(2, 9)
     out = model.generate(
-        row, cache_implementation="quantized", cache_config={"nbits": 4, "backend": "quanto", "q_group_size": 16}, **GREEDY
+        row,
+        cache_implementation="quantized",
+        cache_config={"nbits": 4, "backend": "quanto", "q_group_size": 16},
+        **GREEDY,
     )
     assert out.shape == (2, 15)
 
