@@ -62,6 +62,7 @@ def test_every_kind_of_cache_gives_the_same_tokens(name, kind):
     assert torch.equal(model.generate(batch, mask, cache_implementation=kind, **GREEDY), want)
 
 
+@pytest.mark.full  # optimum-quanto compiles its C++ first
 @QUANTISED
 def test_a_quantised_cache_generates():
     model = causal()
