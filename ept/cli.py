@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -91,17 +92,22 @@ def train(argv: list[str]) -> None:
     metrics: dict[str, float] = {}
     try:
         trainer.train(resume_from_checkpoint=resume)
+        if trainer.terminated:
+            say(f"stopped by SIGTERM after step {trainer.state.global_step}: go on with --resume_from_checkpoint true")
+            raise SystemExit(128 + signal.SIGTERM)
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()
         if test is not None:
             metrics |= trainer.evaluate(test, metric_key_prefix="test")
         trainer.save_model(output_dir)
-    except FloatingPointError as error:  # the training diverged: what save_pretrained refuses, nothing overwrites
+        trainer.save_state()
+        record |= {"metrics": metrics, "steps": trainer.state.global_step}
+        if trainer.is_world_process_zero():
+            _write_record(output_dir, record)
+    except (FloatingPointError, OSError) as error:
+        # The training diverged (what save_pretrained refuses, nothing overwrites), or a file cannot be written.
         fail("train", str(error))
-    trainer.save_state()
-    record |= {"metrics": metrics, "steps": trainer.state.global_step}
     if trainer.is_world_process_zero():
-        _write_record(output_dir, record)
         say(f"saved the adapter in {output_dir}")
         print(json.dumps(metrics))
 
@@ -118,7 +124,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     if "output_dir" not in chosen:
         raise ValueError("say where the adapter goes with --output_dir")
     resume = _checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if resume is None and not run.overwrite_output_dir:
+    if resume is None and not run.overwrite_output_dir and args.resume_from_checkpoint != "auto":
         _refuse_used(args.output_dir)
     if run.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and --validation_file to judge by")
@@ -223,14 +229,14 @@ def _strategies(chosen: dict[str, str]) -> list[str]:
 
 
 def _checkpoint(output_dir: str, wanted: str | None) -> str | None:
-    """The directory to resume from; ValueError if it is not a whole checkpoint."""
+    """The directory to resume from (None: from the start); ValueError if it is not a whole checkpoint."""
     from .training import last_checkpoint
 
     if wanted is None or wanted.lower() == "false":
         return None
-    if wanted.lower() == "true":
+    if wanted.lower() in ("true", "auto"):
         found = last_checkpoint(output_dir)
-        if found is None:
+        if found is None and wanted.lower() == "true":
             raise ValueError(
                 f"{output_dir} holds no whole checkpoint to resume from: leave out --resume_from_checkpoint"
             )

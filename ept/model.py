@@ -27,7 +27,7 @@ from .folding import FoldedLayer, fold_layer
 from .heads import MeanPoolingForSequenceClassification
 from .layer import EPTLayer
 from .saving import backbone_fingerprint, check_fingerprint, check_weights, read_adapter, write_adapter
-from .sharding import spread_like, whole
+from .sharding import put, whole, whole_shape
 
 __all__ = ["EPTModel", "get_ept_model", "head_names", "max_text_tokens"]
 
@@ -78,6 +78,8 @@ class EPTModel(nn.Module):
 
     Attributes: `base_model` (the wrapped model), `ept` (the EPTLayer), `ept_config`; `config` is the wrapped model's.
     """
+
+    is_quantized = False  # transformers' Trainer refuses to train quantised weights: here they stay frozen
 
     def __init__(self, model: PreTrainedModel, config: EPTConfig):
         super().__init__()
@@ -366,7 +368,7 @@ class EPTModel(nn.Module):
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """What is saved: the EPT tensors by name, the head's under "head.". Whole, also where they are sharded."""
-        return {name: whole(tensor) for name, tensor in self._adapter_tensors().items()}
+        return {name: whole(tensor).detach() for name, tensor in self._adapter_tensors().items()}
 
     @torch.no_grad()
     def load_adapter_tensors(self, tensors: dict[str, Tensor], source: str = "the given tensors") -> None:
@@ -379,12 +381,12 @@ class EPTModel(nn.Module):
             ]
             raise ValueError(f"{source} {' and '.join(said)}: it does not fit this config and this model's head")
         for name, tensor in own.items():
-            if tensors[name].shape != tensor.shape:
+            if tensors[name].shape != whole_shape(tensor):
                 raise ValueError(
-                    f"{source}: {name} is {tuple(tensors[name].shape)}, but must be {tuple(tensor.shape)} for this model"
+                    f"{source}: {name} is {tuple(tensors[name].shape)}, but must be {tuple(whole_shape(tensor))} for this model"
                 )
         for name, tensor in own.items():
-            tensor.copy_(spread_like(tensors[name], tensor))
+            put(tensor, tensors[name])
 
     def __getattr__(self, name: str) -> Any:
         """What EPTModel does not have is asked of the wrapped model (device, dtype, generation_config, …)."""
@@ -406,10 +408,10 @@ class EPTModel(nn.Module):
         self.requires_grad_(False)
 
     def _adapter_tensors(self) -> dict[str, Tensor]:
-        """The adapter's tensors as this process holds them."""
-        tensors = self.ept.state_dict()
+        """The adapter's parameters (of a folded one its buffers) as this process holds them."""
+        tensors = self.ept.state_dict(keep_vars=True)
         for name, head in zip(self.head_names, self._heads(), strict=True):
-            tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict().items()}
+            tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict(keep_vars=True).items()}
         return tensors
 
     def _heads(self) -> list[nn.Module]:

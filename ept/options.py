@@ -31,7 +31,7 @@ def option(help: str, default: Any = None, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help} | metadata)
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "8bit", "4bit")
 
 
 @dataclass
@@ -54,7 +54,9 @@ class ModelArguments:
         choices=HEADS,
     )
     dtype: str = option(
-        "Type of the frozen weights; auto: as saved. What is trained is float32.", "auto", choices=DTYPES
+        "Type of the frozen weights; auto: as saved; 8bit and 4bit need bitsandbytes. What is trained is float32.",
+        "auto",
+        choices=DTYPES,
     )
 
 
@@ -212,7 +214,8 @@ EXPLAINED = (
 )  # fmt: skip
 HELP = {
     "output_dir": "Where the adapter, its tokenizer and the checkpoints go.",
-    "resume_from_checkpoint": "true: go on from the last whole checkpoint in --output_dir; or a checkpoint's directory.",
+    "resume_from_checkpoint": "true: go on from the last whole checkpoint in --output_dir; auto: begin where there is none; "
+    "or a checkpoint's directory.",
     "lr_scheduler_type": "Schedule of the learning rates: linear, cosine, constant_with_warmup, …",
     "metric_for_best_model": "Which checkpoint is best; by default accuracy, pearson or (text2text) loss.",
     "gradient_accumulation_steps": "Batches per update.",

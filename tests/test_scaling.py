@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 
 import pytest
 import torch
@@ -35,20 +36,34 @@ RUNS = [
     {"name": "one, then fsdp2", "resume": True} | FSDP2,
     {"name": "fsdp2, then two", "steps": 3} | FSDP2,
     {"name": "fsdp2, then two", "resume": True} | TWO,
+    {"name": "one lost of two", "signal": [1, 4, SIGKILL], "ends": [1, -SIGKILL]} | TWO,
+    {"name": "one lost of two", "resume": True} | TWO,
+    {"name": "SIGTERM to one of two", "signal": [1, 3, SIGTERM], "ends": [143, 143]} | TWO,
+    {"name": "SIGTERM to one of two", "resume": True} | TWO,
+    {"name": "SIGTERM", "signal": [0, 1, SIGTERM], "ends": [143]} | ONE,
+    {"name": "SIGTERM", "resume": True} | ONE,
+    {"name": "no room for the adapter", "disk": [5, 3000], "ends": [1]} | ONE,
+    {"name": "no room for the adapter", "resume": True} | ONE,
+    {"name": "no room for the optimiser", "disk": [5, 12000], "ends": [1]} | ONE,
+    {"name": "no room for the optimiser", "resume": True} | ONE,
 ]
+
+
+def parallel(directory: Path, runs: list[dict]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, HERE / "parallel_run.py", directory, json.dumps(runs)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """Where each of RUNS has trained."""
     directory = tmp_path_factory.mktemp("parallel")
-    process = subprocess.run(
-        [sys.executable, HERE / "parallel_run.py", directory, json.dumps(RUNS)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    process = parallel(directory, [{key: run[key] for key in run if key != "ends"} for run in RUNS])
     assert process.returncode == 0, process.stderr
-    for run, status in zip(RUNS, json.loads(process.stdout.splitlines()[-1]), strict=True):
-        assert status == [0] * run["processes"], f"{run}: {process.stderr[-5000:]}"
+    for run, ended in zip(RUNS, json.loads(process.stdout.splitlines()[-1]), strict=True):
+        assert ended == run.get("ends", [0] * run["processes"]), f"{run}: {process.stderr[-5000:]}"
     return directory
 
 
@@ -62,3 +77,25 @@ def test_processes_give_the_weights_of_one_with_their_batches_together(name, dir
         # A gradient is summed over the rows in another order: a few units in the last place. Six steps of 0.001 carry
         # that into weights of up to 3, whose own last place is 2e-7.
         torch.testing.assert_close(got[key], want[key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "no room for the adapter", "no room for the optimiser"])
+def test_what_ended_a_run_in_between_changes_no_bit(name, directory):
+    want, got = (load_file(directory / n / "adapter_model.safetensors") for n in ("one", name))
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_sigterm_leaves_a_checkpoint_after_the_step_it_came_in(directory):
+    assert (directory / "SIGTERM" / "checkpoint-2").is_dir()
+    assert (directory / "SIGTERM to one of two" / "checkpoint-4").is_dir()
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path):
+    """From step 5 on no file can grow beyond some bytes, so that the second checkpoint fails in one of its files."""
+    runs = [{"name": f"{room}", "disk": [5, room]} | ONE for room in (0, 3000, 12000)]
+    process = parallel(tmp_path, runs)
+    assert json.loads(process.stdout.splitlines()[-1]) == [[1]] * 3
+    assert process.stderr.count("OSError: " + str(tmp_path)) == 3
+    for run in runs:
+        assert f"{tmp_path / run['name'] / 'checkpoint-6'} could not be written" in process.stderr
+        assert [path.name for path in (tmp_path / run["name"]).iterdir()] == ["checkpoint-3"]
