@@ -18,9 +18,9 @@ def whole(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if _is_partitioned(tensor):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed import zero
 
-        with GatheredParameters([tensor]):
+        with zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     return tensor
 
@@ -33,9 +33,9 @@ def whole_shape(tensor: Tensor) -> torch.Size:
 def put(tensor: Tensor, value: Tensor) -> None:
     """Copies `value`, whole and the same on every process, into a tensor that may be spread."""
     if _is_partitioned(tensor):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed import zero
 
-        with GatheredParameters([tensor], modifier_rank=0):
+        with zero.GatheredParameters([tensor], modifier_rank=0):
             tensor.copy_(value)
     else:
         tensor.copy_(_spread_like(value, tensor))

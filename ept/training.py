@@ -227,7 +227,7 @@ class _EPTTrainerMixin:
         # One form for any number of processes and any sharding: transformers would write a sharded backbone, too, and
         # an optimiser that only as many processes can read.
         if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            super()._save_optimizer_and_scheduler(output_dir)  # its own files, which hold the backbone's shards, too
             return
         state = whole_optimizer_state(self.optimizer)
         if self.args.should_save:

@@ -1,4 +1,4 @@
-"""Training in several processes: the same weights as in one, the same files, and going on in another number."""
+"""Training in several processes: the weights of one, the same files, going on in another number; what may befall a run."""
 
 import json
 import os
@@ -9,7 +9,13 @@ from signal import SIGKILL, SIGTERM
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
+
+import parallel_run
+from tiny_text import reviews, save_model, write_csv
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {
@@ -99,3 +105,72 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path):
     for run in runs:
         assert f"{tmp_path / run['name'] / 'checkpoint-6'} could not be written" in process.stderr
         assert [path.name for path in (tmp_path / run["name"]).iterdir()] == ["checkpoint-3"]
+
+
+# ---------------------------------------------------------------------- accelerate's configs
+
+CONFIGS = HERE.parent / "configs"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_takes_the_config(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes == {"one_gpu": 1, "two_cpu_processes": 2}.get(file.stem, 8)
+    args = launch_command_parser().parse_args(["--config_file", str(file), "-m", "ept", "train"])
+    args = _validate_launch_command(args)[0]
+    assert args.mixed_precision == "no" and args.training_script == "ept" and args.training_script_args == ["train"]
+    if file.stem == "fsdp2":
+        assert args.use_fsdp and str(args.fsdp_version) == "2"
+        told = prepare_multi_gpu_env(args)
+        tried = {name: value.lower() for name, value in parallel_run.FSDP2.items()}  # what the runs above were told
+        assert {name: told[name].lower() for name in tried} == tried
+
+
+@pytest.mark.full
+def test_two_processes_by_accelerate_launch_train_as_one_and_start_again_when_one_is_lost(tmp_path):
+    save_model(tmp_path / "bert")
+    write_csv(tmp_path / "train.csv", reviews(64))
+    given = [
+        "-m", "ept", "train", "--model_name_or_path", tmp_path / "bert", "--train_file", tmp_path / "train.csv",
+        "--max_steps", 6, "--save_steps", 2, "--use_cpu", "--disable_tqdm", "true", "--prompt_length", 4, "--token_rank", 6,
+        "--resume_from_checkpoint", "auto",
+    ]  # fmt: skip
+
+    def launch(name, batch, *launcher, **environment):
+        words = [*launcher, *given, "--output_dir", tmp_path / name, "--per_device_train_batch_size", batch]
+        return subprocess.run(
+            [sys.executable, *map(str, words)], env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300
+        )  # fmt: skip
+
+    two = ("-m", "accelerate.commands.launch", "--config_file", CONFIGS / "two_cpu_processes.yaml")
+    restarted = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--max_restarts", 1, "--standalone")
+    (tmp_path / "sitecustomize.py").write_text(LOSE_ONE)
+    with_a_loss = dict(
+        PYTHONPATH=os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]]), LOST=str(tmp_path / "lost")
+    )
+    for process in (launch("one", 8), launch("two", 4, *two), launch("lost", 4, *restarted, **with_a_loss)):
+        assert process.returncode == 0, process.stderr[-5000:]
+    assert (tmp_path / "lost" / "was_lost").is_file()
+    want = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    for name in ("two", "lost"):
+        got = load_file(tmp_path / name / "adapter_model.safetensors")
+        for key in want:
+            torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-5)
+
+
+# Python runs it at its start: the second process kills itself once, when the first checkpoint is there.
+LOSE_ONE = """
+import os, signal, threading, time
+from pathlib import Path
+
+def lose():
+    run = Path(os.environ["LOST"])
+    while not (run / "checkpoint-2" / "trainer_state.json").is_file():
+        time.sleep(0.01)
+    if not (run / "was_lost").is_file():
+        (run / "was_lost").write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=lose, daemon=True).start()
+"""
