@@ -63,6 +63,13 @@ class EPTArguments:
         default=DOWN_LEARNING_RATE, metadata={"help": "Rate of the tensors that feed them: A, U, D and the gate G."}
     )
     head_learning_rate: float = field(default=HEAD_LEARNING_RATE, metadata={"help": "Rate of a task head."})
+    include_num_input_tokens_seen: str = field(
+        default="non_padding",
+        metadata={
+            "help": "Log tokens and tokens per second: of text (non_padding), with padding (all), or not (no).",
+            "choices": ["non_padding", "all", "no"],
+        },
+    )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "The learning rates' schedule."})
     warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps; below 1 it is a share of all steps."})
     train_sampling_strategy: str = field(
@@ -189,6 +196,7 @@ class _EPTTrainerMixin:
         # run that resumes past an evaluation has the random state of one that evaluated.
         with torch.random.fork_rng(devices=[]):
             metrics = super().evaluate(*args, **kwargs)
+        metrics.pop("num_input_tokens_seen", None)  # of the training, put in by its log
         health = gate_health(self.model.gate_weights())
         if health:
             self.log(health)

@@ -1,0 +1,158 @@
+"""Training any model with given optimiser groups through transformers' Trainer: the same for EPT and for its peers."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
+
+__all__ = ["Fit", "collator", "fit", "in_batches", "predict_logits"]
+
+WARMUP = 0.06
+
+
+@dataclass
+class Fit:
+    """What a training run leaves behind: losses per logged step, seconds per step."""
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+
+
+class _Collator(DataCollatorWithPadding):
+    """Pads to the longest row; PEFT prompt tuning's head must be told which columns are text (its rows come first)."""
+
+    prompt_rows: int = 0
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = super().__call__([{k: v for k, v in f.items() if k != "length"} for f in features])
+        if self.prompt_rows:
+            mask = batch["attention_mask"]
+            batch["pooling_mask"] = torch.cat([mask.new_zeros(len(mask), self.prompt_rows), mask], dim=1)
+        return dict(batch)
+
+
+def collator(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> _Collator:
+    """The collator of classification and regression rows for a model of `ept.peers`."""
+    from .heads import MeanPoolingForSequenceClassification
+
+    collate = _Collator(tokenizer)
+    peft = getattr(model, "active_peft_config", None)
+    if peft is not None and peft.is_prompt_learning and isinstance(
+        model.base_model, MeanPoolingForSequenceClassification
+    ):  # fmt: skip
+        collate.prompt_rows = peft.num_virtual_tokens
+    return collate
+
+
+class _Watch(TrainerCallback):
+    """Fills a Fit and shows one progress bar with the loss."""
+
+    def __init__(self, fit: Fit, steps: int, description: str | None):
+        self.fit = fit
+        self.bar = tqdm(total=steps, desc=description, unit="step", disable=description is None)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.fit.step_seconds.append(time.perf_counter() - self.started)
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.fit.steps.append(state.global_step)
+            self.fit.losses.append(float(logs["loss"]))
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def fit(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    description: str | None = None,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
+) -> Fit:
+    """Trains with AdamW, a short warm-up and linear decay, in batches of similar length; a bar if described.
+
+    Args:
+        groups: the optimiser's, each with its learning rate.
+        rows: token ids, mask and labels of each row.
+        collate: makes a padded batch of rows; by default `collator`'s.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    scheduler = get_linear_schedule_with_warmup(optimizer, max(1, round(WARMUP * steps)), steps)
+    args = TrainingArguments(
+        output_dir=os.path.join(tempfile.gettempdir(), "ept-fit"), max_steps=steps,
+        per_device_train_batch_size=batch_size, seed=seed, data_seed=seed,
+        train_sampling_strategy="group_by_length", logging_steps=max(1, steps // 30), save_strategy="no",
+        report_to="none", disable_tqdm=True, remove_unused_columns=False, max_grad_norm=1.0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    result = Fit()
+    trainer = Trainer(
+        model, args, data_collator=collate or collator(model, tokenizer), train_dataset=rows,
+        optimizers=(optimizer, scheduler), callbacks=[_Watch(result, steps, description)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return result
+
+
+def in_batches(
+    rows: Any,
+    batch_size: int,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    run: Callable[[dict[str, Tensor]], Any],
+    description: str | None = None,
+) -> list[Any]:
+    """What `run` gives for each row, in the order of the rows; batches of similar length; a bar if described."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    results: list[Any] = [None] * len(rows)
+    for start in tqdm(range(0, len(order), batch_size), desc=description, unit="batch", disable=description is None):
+        index = order[start : start + batch_size]
+        for i, result in zip(index, run(collate([rows[i] for i in index])), strict=True):
+            results[i] = result
+    return results
+
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module,
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 64,
+    description: str | None = None,
+) -> np.ndarray:
+    """Logits [rows, labels] of a classification model, in the order of the rows; a bar if described."""
+    model.eval()
+    device = next(model.parameters()).device
+
+    def run(batch: dict[str, Tensor]) -> np.ndarray:
+        return model(**{k: v.to(device) for k, v in batch.items() if k != "labels"}).logits.float().cpu().numpy()
+
+    return np.stack(in_batches(rows, batch_size, collator(model, tokenizer), run, description))
