@@ -84,7 +84,8 @@ class DataArguments:
     dataset_name: str | None = option("Hub data set in place of the files; its splits train, validation and test.")
     dataset_config_name: str | None = option("Configuration of the hub data set.")
     streaming: bool = option(
-        "Read the training rows while training, in constant memory; needs a number of steps. Validation and test rows are read whole.",
+        "Read the training rows while training, in constant memory; needs a number of steps. Validation and test rows "
+        "are read whole.",
         False,
     )
     shuffle_buffer: int = option("With --streaming: rows that are read ahead and shuffled together.", 10_000)
