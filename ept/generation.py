@@ -62,6 +62,10 @@ class GenerationMixin(InputsMixin):
         for name, reason in UNSUPPORTED.items():
             if self._generation_setting(kwargs, name):
                 raise ValueError(reason)
+        if self._generation_setting(kwargs, "guidance_scale") not in (None, 1):
+            raise ValueError("classifier-free guidance is not supported with EPT: leave guidance_scale out")
+        if self._generation_setting(kwargs, "cache_implementation") == "paged":
+            raise ValueError('cache_implementation="paged" batches by paths of its own: take another, or leave it out')
         read_ids = input_ids if inputs_embeds is None else None
         self._check_inputs(read_ids, inputs_embeds, attention_mask, None, None, None, kwargs)
         text = input_ids if inputs_embeds is None else inputs_embeds

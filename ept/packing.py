@@ -58,14 +58,17 @@ class PackingMixin(InputsMixin):
 
     def _starts_of(self, position_ids, attention_mask, shape: torch.Size, kwargs: dict[str, Any]) -> Tensor | None:
         """`example_starts` of a call; takes the keywords of transformers' DataCollatorWithFlattening out of `kwargs`."""
-        if kwargs.get("seq_idx") is not None:
-            raise ValueError("seq_idx is not supported with EPT: leave it out (return_seq_idx=False)")
         given = [kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
         for name in ("max_length_q", "max_length_k"):
             kwargs.pop(name, None)  # follows from the lengths
         if given[0] is not None and given[1] is not None and not torch.equal(*given):
             raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: packed examples read themselves alone")
-        return example_starts(position_ids, attention_mask, given[0] if given[1] is None else given[1], shape)
+        starts = example_starts(position_ids, attention_mask, given[0] if given[1] is None else given[1], shape)
+        # For state-space layers; the probe finds a backbone that needs it.
+        numbers = kwargs.pop("seq_idx", None)
+        if starts is None and numbers is not None and (numbers != numbers[:, :1]).any():
+            raise ValueError("seq_idx numbers several examples: give position_ids that restart with them")
+        return starts
 
     def _prepare_packed(
         self,

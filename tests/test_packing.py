@@ -102,7 +102,7 @@ def test_transformers_flattening_collator_fits():
     shake(model)
     rows = [{"input_ids": e[0].tolist()} for e in EXAMPLES]
     with torch.no_grad():
-        for settings in (dict(), dict(return_flash_attn_kwargs=True)):
+        for settings in (dict(), dict(return_flash_attn_kwargs=True, return_seq_idx=True)):
             batch = hf.DataCollatorWithFlattening(return_tensors="pt", **settings)(rows)
             want = torch.cat([model(e).logits for e in EXAMPLES], 1)
             torch.testing.assert_close(model(**batch).logits, want, **CLOSE)
@@ -114,7 +114,11 @@ REFUSED = {
     "one label per row, causal": (lambda: backbone("llama", SEQ, pad_token_id=0), dict(), "one result per row"),
     "no positions": (lambda: backbone("bloom", hf.AutoModelForCausalLM), dict(), "takes no position_ids"),
     "a cache": (lambda: causal("llama"), dict(use_cache=True), "do not go together"),
-    "state-space rows": (lambda: causal("llama"), dict(seq_idx=torch.zeros(1, 12)), "seq_idx"),
+    "numbers alone": (
+        lambda: causal("llama"),
+        dict(seq_idx=torch.arange(12)[None], position_ids=None),
+        "seq_idx numbers several",
+    ),
     "wrong lengths": (lambda: causal("llama"), dict(cu_seq_lens_q=torch.tensor([0, 7, 11])), "must rise from 0"),
     "a 4-d mask": (lambda: causal("llama"), dict(attention_mask=torch.ones(1, 1, 12, 12)), "position_ids that restart"),
     "too long": (lambda: causal("gpt2"), dict(position_ids=torch.tensor([[*range(50, 62)]])), "positions 0 … 63"),
