@@ -281,7 +281,7 @@ class OptionParser(HfArgumentParser):
 
     def format_help(self) -> str:
         width = max(60, min(110, shutil.get_terminal_size().columns))
-        parts = [f"usage: {self.prog} [options]\n\n{textwrap.fill(self.description, width)}\n"]
+        parts = [f"usage: {self.prog} [options]\n\n{textwrap.fill(self.description or '', width)}\n"]
         for kind in self.dataclass_types:
             fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
             if kind is EPTSeq2SeqTrainingArguments:
