@@ -31,7 +31,7 @@ def option(help: str, default: Any = None, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help} | metadata)
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "8bit", "4bit")
 
 
 @dataclass
@@ -54,7 +54,9 @@ class ModelArguments:
         choices=HEADS,
     )
     dtype: str = option(
-        "Type of the frozen weights; auto: as saved. What is trained is float32.", "auto", choices=DTYPES
+        "Type of the frozen weights; auto: as saved; 8bit and 4bit need bitsandbytes. What is trained is float32.",
+        "auto",
+        choices=DTYPES,
     )
 
 
@@ -81,6 +83,12 @@ class DataArguments:
     test_file: str | None = option("Rows to evaluate on once, at the end.")
     dataset_name: str | None = option("Hub data set in place of the files; its splits train, validation and test.")
     dataset_config_name: str | None = option("Configuration of the hub data set.")
+    streaming: bool = option(
+        "Read the training rows while training, in constant memory; needs a number of steps. Validation and test rows "
+        "are read whole.",
+        False,
+    )
+    shuffle_buffer: int = option("With --streaming: rows that are read ahead and shuffled together.", 10_000)
 
 
 ADAPTER_HELP = {
@@ -215,7 +223,8 @@ EXPLAINED = (
 )  # fmt: skip
 HELP = {
     "output_dir": "Where the adapter, its tokenizer and the checkpoints go.",
-    "resume_from_checkpoint": "true: go on from the last whole checkpoint in --output_dir; or a checkpoint's directory.",
+    "resume_from_checkpoint": "true: go on from the last whole checkpoint in --output_dir; auto: begin where there is none; "
+    "or a checkpoint's directory.",
     "lr_scheduler_type": "Schedule of the learning rates: linear, cosine, constant_with_warmup, …",
     "metric_for_best_model": "Which checkpoint is best; by default accuracy, pearson or (text2text) loss.",
     "gradient_accumulation_steps": "Batches per update.",
@@ -228,7 +237,7 @@ HELP = {
 
 
 AT_LEAST_ONE = (
-    "batch", "length", "target_length", "max_seq_length", "max_target_length", "batch_size",
+    "shuffle_buffer", "batch", "length", "target_length", "max_seq_length", "max_target_length", "batch_size",
     "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "eval_accumulation_steps", "generation_max_length", "generation_num_beams",
     "early_stopping_patience",
