@@ -16,12 +16,18 @@ def main(argv: list[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=said)
         command.add_argument("--parts", nargs="+", default=["micro", "end_to_end"], choices=["micro", "end_to_end"])
-        command.add_argument("--points", help="only microbenchmarks whose name holds this, e.g. base or prompt_embed")
+        command.add_argument(
+            "--points", default="", help="only microbenchmarks whose name holds this, e.g. base or prompt_embed"
+        )
         command.add_argument("--shapes", nargs="+", help="only these shapes end to end, e.g. MiniLM T5-small")
         command.add_argument("--rounds", type=float, default=1.0, help="times the usual number of rounds end to end")
         command.add_argument("--output_dir", type=Path, help="default: bench/results/<device>")
         if name == "cpu":
             command.add_argument("--threads", type=int, help="default: one for each core, at most 2")
+            said = "wall, or on a shared machine the process's own CPU time: cpu (with --threads 1)"
+            command.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=said)
+        else:
+            command.set_defaults(clock="wall")
     command = commands.add_parser("compare", help="what became slower from A to B, beyond the noise of both")
     command.add_argument("a", type=Path, metavar="A", help="a result table (CSV), or a directory of them")
     command.add_argument("b", type=Path, metavar="B")
@@ -39,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.command == "plot":
             from .figures import draw_all
 
-            directories = options.directories or sorted({path.parent for path in records.RESULTS.glob("*/*.csv")})
-            return draw_all(directories, options.output_dir)
+            found = {path.parent for name in records.TABLES for path in records.RESULTS.glob(f"*/{name}.csv")}
+            return draw_all(options.directories or sorted(found), options.output_dir)
         from .everything import on_cpu, on_gpu
 
         return {"cpu": on_cpu, "gpu": on_gpu}[options.command](options)

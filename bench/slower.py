@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .records import identity, read
+from .records import identity, read, tables
 
 __all__ = ["compare", "report"]
 
@@ -81,18 +81,17 @@ def report(a: Path, b: Path) -> int:
 
 
 def _tables(path: Path) -> dict[str, list[dict[str, Any]]]:
-    if path.is_dir():
-        files = sorted(path.glob("*.csv"))
-        if not files:
-            raise ValueError(f"{path} holds no result table (*.csv)")
-        return {file.name: read(file) for file in files}
-    return {"table": read(path)}
+    return tables(path) if path.is_dir() else {"table": read(path)}
 
 
 def _devices(rows: list[dict[str, Any]]) -> str:
-    return " and ".join(sorted({f"{row.get('device')}, {row.get('threads')} threads" for row in rows}))
+    return " and ".join(
+        sorted({f"{row.get('device')}, {row.get('threads')} threads, {row.get('clock')} clock" for row in rows})
+    )
 
 
 def _words(row: dict[str, Any]) -> str:
     """What the row is of, without what all rows share."""
-    return " ".join(word for word in identity(row | {"device": "", "threads": "", "unit": ""}) if word not in ("", "0"))
+    return " ".join(
+        word for word in identity(row | {"device": "", "threads": "", "clock": "", "unit": ""}) if word not in ("", "0")
+    )

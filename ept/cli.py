@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers.utils import is_liger_kernel_available
 from . import __version__
 from .console import bad_input_is_one_line, fail, say
 from .model import EPTModel, get_ept_model
+from .peft_format import read_soft_prompt
 from .saving import CONFIG_NAME, read_adapter
 
 __all__ = ["main"]
@@ -37,6 +39,8 @@ COMMANDS = {
     "eval": ("ept.cli:evaluate", "evaluate an adapter on labelled text"),
     "predict": ("ept.cli:predict", "label texts, one a line"),
     "fold": ("ept.folding:run", "fold an adapter for inference, as a PEFT adapter where that can hold it"),
+    "inspect": ("ept.inspection:run", "show what is in an adapter"),
+    "doctor": ("ept.doctor:run", "check this installation: versions, devices, implementations"),
     "import": ("ept.peft_format:run", "read a PEFT prompt-tuning adapter or a DePT checkpoint"),
     "plan": ("ept.plan:run", "say what memory a training step takes, from the model's config"),
 }
@@ -86,22 +90,30 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> None:
     """`ept train`: prepares everything, trains, evaluates, saves the adapter and the record of the run."""
     with bad_input_is_one_line("train"):
+        from .streaming import StreamError
+
         trainer, resume, test, record = _prepare_training(argv)
     output_dir = trainer.args.output_dir
     metrics: dict[str, float] = {}
     try:
         trainer.train(resume_from_checkpoint=resume)
+        if trainer.terminated:
+            say(f"stopped by SIGTERM after step {trainer.state.global_step}: go on with --resume_from_checkpoint true")
+            raise SystemExit(128 + signal.SIGTERM)
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()
         if test is not None:
             metrics |= trainer.evaluate(test, metric_key_prefix="test")
         trainer.save_model(output_dir)
-    except FloatingPointError as error:  # the training diverged: what save_pretrained refuses, nothing overwrites
+        trainer.save_state()
+        record |= {"metrics": metrics, "steps": trainer.state.global_step}
+        if trainer.is_world_process_zero():
+            _write_record(output_dir, record)
+    except (FloatingPointError, OSError, StreamError) as error:
+        # The training diverged (what save_pretrained refuses, nothing overwrites), a file cannot be written, or a row
+        # that is read while training cannot be trained on.
         fail("train", str(error))
-    trainer.save_state()
-    record |= {"metrics": metrics, "steps": trainer.state.global_step}
     if trainer.is_world_process_zero():
-        _write_record(output_dir, record)
         say(f"saved the adapter in {output_dir}")
         print(json.dumps(metrics))
 
@@ -118,14 +130,15 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     if "output_dir" not in chosen:
         raise ValueError("say where the adapter goes with --output_dir")
     resume = _checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if resume is None and not run.overwrite_output_dir:
+    if resume is None and not run.overwrite_output_dir and args.resume_from_checkpoint != "auto":
         _refuse_used(args.output_dir)
     if run.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and --validation_file to judge by")
 
     text_to_text = is_text_to_text(model_args.model_name_or_path)
-    tables = _read_tables(files, columns.no_header)
-    task, labels, names = _labels(tables, columns, model_args.task or ("text2text" if text_to_text else None))
+    stream = _stream(files, columns.no_header, args) if files.streaming else None
+    tables = _read_tables(files, columns.no_header, stream)
+    task, labels, names = _labels(tables, stream, columns, model_args.task or ("text2text" if text_to_text else None))
     if args.eval_strategy != "no" and "validation" not in tables:
         raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs a --validation_file")
     if args.eval_on_start and "validation" not in tables:
@@ -152,9 +165,22 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     if config.init == "vocab":
         ids = torch.tensor(list(itertools.chain.from_iterable(data["train"]["input_ids"])))
         counts = torch.bincount(ids, minlength=len(backbone.get_input_embeddings().weight))
-    model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts)
+    soft_prompt = None if sizes.soft_prompt is None else read_soft_prompt(sizes.soft_prompt)
+    model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts, soft_prompt=soft_prompt)
+    if soft_prompt is not None:
+        say(f"{sizes.soft_prompt}: decomposed with a relative error of {model.ept.decomposition_error:.3g}")
     for split, rows in data.items():
         _check_prompt_start(model, rows, tables[split][1])
+    said = {split: f"{len(rows)} {split} rows" for split, rows in data.items()}
+    if stream is not None:
+        from .streaming import TokenStream
+
+        data["train"] = TokenStream(
+            stream, names, labels, tokenizer, max_length=limit, max_target_length=columns.max_target_length,
+            batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            shuffle_buffer=files.shuffle_buffer, seed=args.seed, shortest=model.ept.prompt_start,
+        )  # fmt: skip
+        said["train"] = "streamed train rows"
     if resume is not None:
         _check_same_run(resume, model)
 
@@ -176,7 +202,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     if resume is None and run.overwrite_output_dir and args.should_save:
         for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    say(f"{task}: " + ", ".join(f"{len(rows)} {split} rows" for split, rows in data.items()))
+    say(f"{task}: " + ", ".join(said.values()))
     model.print_trainable_parameters()
     record = {
         "command": shlex.join(["ept", "train", *argv]),
@@ -223,14 +249,14 @@ def _strategies(chosen: dict[str, str]) -> list[str]:
 
 
 def _checkpoint(output_dir: str, wanted: str | None) -> str | None:
-    """The directory to resume from; ValueError if it is not a whole checkpoint."""
+    """The directory to resume from (None: from the start); ValueError if it is not a whole checkpoint."""
     from .training import last_checkpoint
 
     if wanted is None or wanted.lower() == "false":
         return None
-    if wanted.lower() == "true":
+    if wanted.lower() in ("true", "auto"):
         found = last_checkpoint(output_dir)
-        if found is None:
+        if found is None and wanted.lower() == "true":
             raise ValueError(
                 f"{output_dir} holds no whole checkpoint to resume from: leave out --resume_from_checkpoint"
             )
@@ -265,12 +291,34 @@ def _check_same_run(checkpoint: str, model: EPTModel) -> None:
         raise ValueError(f"{checkpoint} was trained with the labels {saved.get('label_names')}, not {names}")
 
 
-def _read_tables(files: Any, no_header: bool) -> dict[str, tuple[Any, str]]:
-    """The rows and their source by split; "train" is always there."""
+def _stream(files: Any, no_header: bool, args: Any) -> Any:
+    """The training rows as a RowStream; ValueError if the other options do not go with one."""
+    from .streaming import RowStream
+
+    if args.max_steps < 1:
+        raise ValueError("--streaming needs --max_steps: how many rows there are is not known before the end")
+    if args.dataloader_num_workers > 1:
+        raise ValueError("--streaming reads in one process: --dataloader_num_workers 0 or 1")
+    # Every process reads the stream and takes its rows of each batch; by default one reads and sends whole batches of
+    # one shape, which batches of text are not.
+    args.accelerator_config.dispatch_batches = False
+    if files.train_file is not None:
+        return RowStream(files.train_file, header=not no_header)
+    if files.dataset_name is None:
+        raise ValueError("say what to train on with --train_file (or --dataset_name)")
+    return RowStream(f"{files.dataset_name} (train)", hub=(files.dataset_name, files.dataset_config_name, "train"))
+
+
+def _read_tables(files: Any, no_header: bool, stream: Any) -> dict[str, tuple[Any, str]]:
+    """The rows and their source by split; "train" is always there, of a stream its first rows."""
     from .data import read_file, read_hub
 
     tables = {}
+    if stream is not None:
+        tables["train"] = (stream.head(files.shuffle_buffer), stream.source)
     for split in ("train", "validation", "test"):
+        if split in tables:
+            continue
         path = getattr(files, f"{split}_file")
         if path is not None:
             tables[split] = (read_file(path, header=not no_header), path)
@@ -283,7 +331,7 @@ def _read_tables(files: Any, no_header: bool) -> dict[str, tuple[Any, str]]:
     return tables
 
 
-def _labels(tables: dict[str, tuple[Any, str]], given: Any, task: str | None) -> tuple[str, Any, Any]:
+def _labels(tables: dict[str, tuple[Any, str]], stream: Any, given: Any, task: str | None) -> tuple[str, Any, Any]:
     """The task, the labels (None for text2text) and the columns, as the training rows have them."""
     from .data import Columns, Labels, choose_columns
 
@@ -294,6 +342,8 @@ def _labels(tables: dict[str, tuple[Any, str]], given: Any, task: str | None) ->
         choose_columns(other, name, columns)
     if task == "text2text":
         return task, None, columns
+    if stream is not None and task != "regression":
+        table = stream.distinct(columns.label)  # one pass over all rows: a class may come late
     labels = Labels.of(table, source, columns.label, task)
     return "regression" if labels.names is None else "classification", labels, columns
 

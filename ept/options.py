@@ -31,7 +31,7 @@ def option(help: str, default: Any = None, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help} | metadata)
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "8bit", "4bit")
 
 
 @dataclass
@@ -54,7 +54,9 @@ class ModelArguments:
         choices=HEADS,
     )
     dtype: str = option(
-        "Type of the frozen weights; auto: as saved. What is trained is float32.", "auto", choices=DTYPES
+        "Type of the frozen weights; auto: as saved; 8bit and 4bit need bitsandbytes. What is trained is float32.",
+        "auto",
+        choices=DTYPES,
     )
 
 
@@ -81,6 +83,12 @@ class DataArguments:
     test_file: str | None = option("Rows to evaluate on once, at the end.")
     dataset_name: str | None = option("Hub data set in place of the files; its splits train, validation and test.")
     dataset_config_name: str | None = option("Configuration of the hub data set.")
+    streaming: bool = option(
+        "Read the training rows while training, in constant memory; needs a number of steps. Validation and test rows "
+        "are read whole.",
+        False,
+    )
+    shuffle_buffer: int = option("With --streaming: rows that are read ahead and shuffled together.", 10_000)
 
 
 ADAPTER_HELP = {
@@ -98,7 +106,7 @@ ADAPTER_HELP = {
     "token_update": "Whether the token-conditioned update is on.",
     "prompt_start": "Text column at which the prompt stands; by default 1 where the head reads the first token, else 0.",
     "embed_scale": "Unit of all that is trained; by default the RMS of the model's embeddings.",
-    "init": f"Start of the prompt: {', '.join(INITS[:-1])}.",
+    "init": f"Start of the prompt: {', '.join(INITS)} (needs --soft_prompt).",
     "init_text": "The words for --init text.",
     "backbone_dropout": "Whether the frozen model's dropout stays on in training.",
     "impl": "Implementation of the embedding step: auto, torch, reference or triton.",
@@ -120,6 +128,9 @@ AdapterArguments = make_dataclass(
     [
         ("preset", str, option("Sizes to start from: ours, or the paper's parts.", "default", choices=("default", "paper"))),
         ("budget", int | None, option("Choose the sizes that fill this many trained parameters (without a head).")),
+        ("soft_prompt", str | None, option(
+            "Trained prompt for --init decompose: a PEFT prompt-tuning adapter, or a safetensors file with one matrix."
+        )),
         *(
             (name, kind if kind == kind | None else kind | None, option(_adapter_help(name)))
             for name, kind in get_type_hints(EPTConfig).items()
@@ -131,9 +142,9 @@ AdapterArguments = make_dataclass(
 
 def ept_config(sizes: Any, embed_dim: int) -> EPTConfig:
     """The settings that the adapter's options say, for embeddings of width `embed_dim`."""
-    given = {k: v for k, v in vars(sizes).items() if v is not None and k not in ("preset", "budget")}
-    if given.get("init") == "decompose":
-        raise ValueError("--init decompose starts from a soft prompt in memory: use get_ept_model(…, soft_prompt=…)")
+    given = {k: v for k, v in vars(sizes).items() if v is not None and k not in ("preset", "budget", "soft_prompt")}
+    if (given.get("init") == "decompose") != (sizes.soft_prompt is not None):
+        raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
     if sizes.budget is not None:
         return EPTConfig.for_budget(sizes.budget, embed_dim, preset=sizes.preset, **given)
     return EPTConfig.paper(**given) if sizes.preset == "paper" else EPTConfig(**given)
@@ -212,7 +223,8 @@ EXPLAINED = (
 )  # fmt: skip
 HELP = {
     "output_dir": "Where the adapter, its tokenizer and the checkpoints go.",
-    "resume_from_checkpoint": "true: go on from the last whole checkpoint in --output_dir; or a checkpoint's directory.",
+    "resume_from_checkpoint": "true: go on from the last whole checkpoint in --output_dir; auto: begin where there is none; "
+    "or a checkpoint's directory.",
     "lr_scheduler_type": "Schedule of the learning rates: linear, cosine, constant_with_warmup, …",
     "metric_for_best_model": "Which checkpoint is best; by default accuracy, pearson or (text2text) loss.",
     "gradient_accumulation_steps": "Batches per update.",
@@ -225,7 +237,7 @@ HELP = {
 
 
 AT_LEAST_ONE = (
-    "batch", "length", "target_length", "max_seq_length", "max_target_length", "batch_size",
+    "shuffle_buffer", "batch", "length", "target_length", "max_seq_length", "max_target_length", "batch_size",
     "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "eval_accumulation_steps", "generation_max_length", "generation_num_beams",
     "early_stopping_patience",
@@ -269,7 +281,7 @@ class OptionParser(HfArgumentParser):
 
     def format_help(self) -> str:
         width = max(60, min(110, shutil.get_terminal_size().columns))
-        parts = [f"usage: {self.prog} [options]\n\n{textwrap.fill(self.description, width)}\n"]
+        parts = [f"usage: {self.prog} [options]\n\n{textwrap.fill(self.description or '', width)}\n"]
         for kind in self.dataclass_types:
             fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
             if kind is EPTSeq2SeqTrainingArguments:

@@ -95,6 +95,14 @@ def test_points_change_one_size_at_a_time_and_have_no_parts_of_other_stems():
     }  # fmt: skip
 
 
+def test_a_name_that_no_point_has_is_one_line(capsys):
+    assert main(["cpu", "--parts", "micro", "--points", "prompt_embedding"]) == 2
+    error = capsys.readouterr().err
+    assert "no microbenchmark has this in its name" in error and error.count("\n") == 1
+    assert main(["cpu", "--parts", "end_to_end", "--shapes", "GPT"]) == 2
+    assert "choose among MiniLM, T5-small" in capsys.readouterr().err
+
+
 def test_a_row_has_the_predicted_bytes_as_a_share_of_the_copy_bandwidth(tiny):
     point = next(p for p in eager() if p.stem == "prompt_embed" and p.impl == "torch")
     info = micro.row(point, "both", 0.5, 7, bandwidth=1e9)
@@ -107,7 +115,7 @@ def test_a_row_has_the_predicted_bytes_as_a_share_of_the_copy_bandwidth(tiny):
 def table(path, medians, spread=0.1, **more):
     rows = [
         {"stem": "x", "impl": name, "device": "CPU", "threads": 1, "unit": "ms", "rounds": 5, "median": m,
-         "low": m * (1 - spread), "high": m * (1 + spread), "torch": "2", "commit": "abc"} | more
+         "low": m * (1 - spread), "high": m * (1 + spread), "clock": "wall", "torch": "2", "commit": "abc"} | more
         for name, m in medians.items()
     ]  # fmt: skip
     records.write(path, rows)
@@ -145,13 +153,21 @@ def test_tables_that_cannot_be_compared_are_one_line(tmp_path, capsys):
 
 
 def test_figures_are_drawn_from_the_tables_alone(tiny, tmp_path, capsys):
-    machine = {"device": "CPU", "threads": 1, "torch": "2", "commit": "abc"}
+    machine = {"device": "CPU", "threads": 1, "clock": "wall", "torch": "2", "commit": "abc"}
     rows, _, _ = gpu.microbenchmarks(
         [p for axis in ("base", "s") for p in eager(axis) if p.stem == "prompt_embed"], "cpu", clock
     )
     records.write(tmp_path / "cpu" / "micro.csv", [row | machine for row in rows])
+    step = machine | {"shape": "x", "method": "EPT", "median": 2.0, "low": 1.0, "high": 3.0}
+    records.write(tmp_path / "cpu" / "end_to_end.csv", [step | {"unit": "ms", "peak_bytes": 5}])
+    records.write(
+        tmp_path / "cpu" / "ratios.csv",
+        [step | {"unit": "ratio", "over": "floor", "goal": goal} for goal in (1.02, "")],
+    )
+    (tmp_path / "cpu" / "somebody_elses.csv").write_text("x\n1\n")
     assert main(["plot", str(tmp_path / "cpu"), "--output_dir", str(tmp_path / "figures")]) == 0
-    assert [p.name for p in (tmp_path / "figures" / "cpu").iterdir()] == ["micro-prompt_embed.png"]
+    drawn = sorted(path.name for path in (tmp_path / "figures" / "cpu").iterdir())
+    assert drawn == ["end_to_end.png", "micro-prompt_embed.png", "ratios.png"]
     assert main(["plot", str(tmp_path / "figures")]) == 2
     assert "no result table" in capsys.readouterr().err
 

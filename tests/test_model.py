@@ -172,8 +172,6 @@ def test_explicit_positions_are_honoured(name):
 
 
 def test_positions_that_cannot_be_honoured_are_refused():
-    with pytest.raises(ValueError, match="packed"):
-        wrapped(backbone("llama", hf.AutoModelForCausalLM))(ids(1, 6), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
     with pytest.raises(ValueError, match="takes no position_ids"):
         wrapped(backbone("t5", hf.AutoModelForSeq2SeqLM))(
             ids(1, 6), position_ids=torch.arange(6)[None], labels=ids(1, 2)
@@ -275,7 +273,8 @@ def test_scaled_embeddings_are_measured_and_used_as_the_backbone_sees_them(name)
     embedding = model.get_input_embeddings()
     seen = embedding(torch.arange(VOCAB))
     assert model.ept_config.embed_scale == pytest.approx(seen.square().mean().sqrt().item(), rel=1e-5)
-    assert model.ept_config.embed_scale > 3 * embedding.weight.square().mean().sqrt()
+    if type(embedding) is not torch.nn.Embedding:  # older transformers scale Gemma's in the model itself
+        assert model.ept_config.embed_scale > 3 * embedding.weight.square().mean().sqrt()
 
 
 def test_a_resized_vocabulary_is_used_at_once():
