@@ -3,7 +3,7 @@
     python -m bench.compare [--task movies] [--steps 150] [--seeds 3] [--processes 2]
 
 Protocol, the same for every method:
-1. Search: the three learning rates of bench/methods.py, one seed, `--search_steps` steps; the best on the dev part wins.
+1. Search: the three learning rates of ept/peers.py, one seed, `--search_steps` steps; the best on the dev part wins.
 2. Final: that rate, `--steps` steps, `--seeds` seeds; the test part is read once per run. EPT's defaults and the middle
    rate of prompt tuning with 100 tokens run as well.
 3. Equal wall-clock: prompt tuning again with as many steps as fit into the time that EPT's final run takes, by the
@@ -28,7 +28,7 @@ from transformers.utils import logging as hf_logging
 
 from .fit import encode, fit, predict, score, token_counts
 from .machine import describe
-from .methods import METHODS, build
+from ept.peers import METHODS, build
 from .real_text import TASKS, load_task, minilm
 from .step_time import interleaved_seconds, ratio
 

@@ -25,7 +25,7 @@ from ept.plots import plot_gates, plot_loss
 
 from .fit import encode, fit, predict, score, token_counts
 from .machine import describe
-from .methods import build
+from ept.peers import build
 from .real_text import load_task, minilm
 from .step_time import interleaved_seconds, ratio
 
