@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from . import micro, records
+from . import end_to_end, micro, records
+from .compare import quiet
 from .machine import describe
 
 __all__ = ["on_cpu", "on_gpu"]
@@ -31,9 +32,46 @@ def on_cpu(options: argparse.Namespace) -> int:
         rows, failed = _micro_on_cpu(options.points, threads)
         records.write(directory / "micro.csv", [row | machine for row in rows])
         headline["micro"] = {"timed": len(rows), "of": 3 * len(points), "wrong": failed}
+    if "end_to_end" in options.parts:
+        headline |= _end_to_end("cpu", options, directory, machine)
     headline |= {"seconds": round(time.time() - started), "load": [round(x, 2) for x in os.getloadavg()]}
     print(json.dumps(headline))
     return int(failed)
+
+
+def _end_to_end(device: str, options: argparse.Namespace, directory: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """Writes end_to_end.csv and ratios.csv, prints the ratios, and returns their part of the headline."""
+    quiet()
+    known = [shape.name for shape in end_to_end.SHAPES]
+    chosen = options.shapes or known
+    if set(chosen) - set(known):
+        raise ValueError(f"--shapes {' '.join(chosen)}: choose among {', '.join(known)}")
+
+    def rounds(usual: int) -> int:
+        return max(end_to_end.FEWEST_ROUNDS, round(usual * options.rounds))
+
+    rows, ratios = [], []
+    for shape in end_to_end.SHAPES:
+        if shape.name in chosen:
+            of_shape, of_pairs = end_to_end.training(shape, device, rounds(shape.rounds))
+            rows += of_shape
+            ratios += of_pairs
+            if shape.paper:
+                ratios += end_to_end.inference(shape, device, rounds(2 * shape.rounds))
+    if "MiniLM" in chosen:
+        ratios += end_to_end.by_length(device, rounds(end_to_end.BY_LENGTH.rounds))
+    records.write(directory / "end_to_end.csv", [row | machine for row in rows])
+    records.write(directory / "ratios.csv", [row | machine for row in ratios])
+    judged: dict[str, float] = {}
+    missed = []
+    for row in ratios:
+        name, goal = f"{row['method']} / {row['over']}, {row['shape']}", ""
+        if row["goal"]:
+            goal = f"goal {row['goal']:.2f} {'met' if row['met'] else 'missed'}"
+            judged[name] = round(row["median"], 3)
+            missed += [] if row["met"] else [name]
+        print(f"{name:62}{row['median']:7.3f}  ({row['low']:.3f} … {row['high']:.3f})  {goal}")
+    return {"ratios": judged, "missed": missed}
 
 
 def _named(device: str, part: str | None) -> list[micro.Point]:
@@ -83,6 +121,8 @@ def on_gpu(options: argparse.Namespace) -> int:
             print(line)
         records.write(directory / "micro.csv", [row | machine for row in rows])
         headline["micro"] = {"timed": len(rows), "of": 3 * len(points), "wrong": bool(wrong)}
+    if "end_to_end" in options.parts:
+        headline |= _end_to_end("cuda", options, directory, machine)
     headline |= {"seconds": round(time.time() - started)}
     print(json.dumps(headline))
     return int(bool(wrong))

@@ -27,6 +27,7 @@ from transformers.utils import is_liger_kernel_available
 from . import __version__
 from .console import bad_input_is_one_line, fail, say
 from .model import EPTModel, get_ept_model
+from .peft_format import read_soft_prompt
 from .saving import CONFIG_NAME, read_adapter
 
 __all__ = ["main"]
@@ -37,6 +38,8 @@ COMMANDS = {
     "eval": ("ept.cli:evaluate", "evaluate an adapter on labelled text"),
     "predict": ("ept.cli:predict", "label texts, one a line"),
     "fold": ("ept.folding:run", "fold an adapter for inference, as a PEFT adapter where that can hold it"),
+    "inspect": ("ept.inspection:run", "show what is in an adapter"),
+    "doctor": ("ept.doctor:run", "check this installation: versions, devices, implementations"),
     "import": ("ept.peft_format:run", "read a PEFT prompt-tuning adapter or a DePT checkpoint"),
     "plan": ("ept.plan:run", "say what memory a training step takes, from the model's config"),
 }
@@ -152,7 +155,10 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     if config.init == "vocab":
         ids = torch.tensor(list(itertools.chain.from_iterable(data["train"]["input_ids"])))
         counts = torch.bincount(ids, minlength=len(backbone.get_input_embeddings().weight))
-    model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts)
+    soft_prompt = None if sizes.soft_prompt is None else read_soft_prompt(sizes.soft_prompt)
+    model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts, soft_prompt=soft_prompt)
+    if soft_prompt is not None:
+        say(f"{sizes.soft_prompt}: decomposed with a relative error of {model.ept.decomposition_error:.3g}")
     for split, rows in data.items():
         _check_prompt_start(model, rows, tables[split][1])
     if resume is not None:

@@ -5,7 +5,9 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-__all__ = ["bad_input_is_one_line", "fail", "say"]
+from transformers.utils import logging as transformers_logging
+
+__all__ = ["bad_input_is_one_line", "fail", "say", "without_load_reports"]
 
 
 @contextlib.contextmanager
@@ -28,3 +30,14 @@ def fail(command: str, message: str) -> NoReturn:
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def without_load_reports() -> Iterator[None]:
+    """Within, transformers does not list a checkpoint's missing and left-over weights: a head's, which are expected."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -20,7 +20,7 @@ import ept_kernels
 from ept_kernels.reference import text_positions
 
 from .config import EPTConfig
-from .console import bad_input_is_one_line, say
+from .console import bad_input_is_one_line, say, without_load_reports
 from .heads import MeanPoolingForSequenceClassification
 from .layer import EPTLayer
 from .saving import CONFIG_NAME, read_adapter, write_adapter
@@ -219,7 +219,8 @@ def _adapter_without_backbone(
         raise ValueError(f"{directory} adapts a {kind or 'model of no known kind'}, which transformers has not")
     labels = {} if settings.get("num_labels") is None else {"num_labels": settings["num_labels"]}
     if with_weights:
-        base = cls.from_pretrained(name_or_path, **({} if pooled else labels))
+        with without_load_reports():
+            base = cls.from_pretrained(name_or_path, **({} if pooled else labels))
     else:
         config = transformers.AutoConfig.from_pretrained(name_or_path, **labels)
         with torch.device("meta"):

@@ -98,7 +98,7 @@ ADAPTER_HELP = {
     "token_update": "Whether the token-conditioned update is on.",
     "prompt_start": "Text column at which the prompt stands; by default 1 where the head reads the first token, else 0.",
     "embed_scale": "Unit of all that is trained; by default the RMS of the model's embeddings.",
-    "init": f"Start of the prompt: {', '.join(INITS[:-1])}.",
+    "init": f"Start of the prompt: {', '.join(INITS)} (needs --soft_prompt).",
     "init_text": "The words for --init text.",
     "backbone_dropout": "Whether the frozen model's dropout stays on in training.",
     "impl": "Implementation of the embedding step: auto, torch, reference or triton.",
@@ -120,6 +120,9 @@ AdapterArguments = make_dataclass(
     [
         ("preset", str, option("Sizes to start from: ours, or the paper's parts.", "default", choices=("default", "paper"))),
         ("budget", int | None, option("Choose the sizes that fill this many trained parameters (without a head).")),
+        ("soft_prompt", str | None, option(
+            "Trained prompt for --init decompose: a PEFT prompt-tuning adapter, or a safetensors file with one matrix."
+        )),
         *(
             (name, kind if kind == kind | None else kind | None, option(_adapter_help(name)))
             for name, kind in get_type_hints(EPTConfig).items()
@@ -131,9 +134,9 @@ AdapterArguments = make_dataclass(
 
 def ept_config(sizes: Any, embed_dim: int) -> EPTConfig:
     """The settings that the adapter's options say, for embeddings of width `embed_dim`."""
-    given = {k: v for k, v in vars(sizes).items() if v is not None and k not in ("preset", "budget")}
-    if given.get("init") == "decompose":
-        raise ValueError("--init decompose starts from a soft prompt in memory: use get_ept_model(…, soft_prompt=…)")
+    given = {k: v for k, v in vars(sizes).items() if v is not None and k not in ("preset", "budget", "soft_prompt")}
+    if (given.get("init") == "decompose") != (sizes.soft_prompt is not None):
+        raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
     if sizes.budget is not None:
         return EPTConfig.for_budget(sizes.budget, embed_dim, preset=sizes.preset, **given)
     return EPTConfig.paper(**given) if sizes.preset == "paper" else EPTConfig(**given)

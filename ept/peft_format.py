@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from .config import EPTConfig
-from .console import bad_input_is_one_line
+from .console import bad_input_is_one_line, without_load_reports
 from .folding import fold_layer
 from .heads import MeanPoolingForSequenceClassification
 from .model import EPTModel
@@ -283,4 +283,5 @@ def _backbone_of(path: str, name_or_path: str | None) -> PreTrainedModel:
     }
     if task_type not in classes:
         raise ValueError(f"{path} is for the task type {task_type}, but EPT reads {', '.join(classes)}")
-    return classes[task_type].from_pretrained(name_or_path)
+    with without_load_reports():
+        return classes[task_type].from_pretrained(name_or_path)

@@ -4,7 +4,7 @@ import os
 
 from torch import Tensor
 
-__all__ = ["plot_gates", "plot_loss"]
+__all__ = ["plot_attention", "plot_gates", "plot_loss", "plot_singular_values"]
 
 
 def _figure(columns: int, size: tuple[float, float]):
@@ -39,6 +39,27 @@ def plot_loss(curves: dict[str, tuple[list[float], list[float]]], path: str | os
         axis.plot(steps, losses, label=name)
     axis.set(xlabel="step", ylabel="training loss")
     axis.legend()
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_singular_values(values: Tensor, path: str | os.PathLike | None = None):
+    """Bars of the singular values [r] of C, largest first; written to `path` if given. Returns the figure."""
+    figure, (axis,) = _figure(1, (6, 3))
+    axis.bar(range(len(values)), values.tolist())
+    axis.set(xlabel="number", ylabel="singular value of C, in units of e")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_attention(attention: Tensor, path: str | os.PathLike | None = None):
+    """Heat map of the fusion's attention [s, N], prompt rows × rows of C; written to `path` if given. Returns the figure."""
+    figure, (axis,) = _figure(1, (8, 4))
+    image = axis.imshow(attention.float(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    axis.set(xlabel="text position", ylabel="prompt row")
+    figure.colorbar(image, ax=axis, label="attention")
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

@@ -96,6 +96,22 @@ def backward(x: Shapes, id_bytes: int = 8) -> Traffic:
     return Traffic(2, memory, flops)
 
 
+def kept_by_torch(x: Shapes, fusion: bool = True, lowrank_update: bool = True) -> dict[str, int]:
+    """Bytes that impl="torch" keeps from forward to backward, beside trained tensors and E. It computes in fp32."""
+    tokens, covered = x.batch * x.length, min(x.n, x.length)
+    kept = {}
+    if x.k:
+        kept["spaces"] = 4 * (x.s * x.k + 3 * x.s * x.k * x.h)  # gate; before and after σ, and weighted
+    if x.r and fusion:  # the scores and what they come from in float64
+        exact = x.d * x.r + x.s * x.d + x.n * x.r + x.s * x.r + x.s * x.n
+        kept["fusion"] = 8 * exact + 4 * (x.s * x.n + x.s * x.r)
+    if x.q:  # the gathered rows, before and after σ, the mask, W in the embeddings' size
+        kept["token-conditioned update"] = 4 * (tokens * x.d + 2 * tokens * x.q + x.q * x.d) + tokens * x.masked
+    if x.r and lowrank_update:  # the rows of A that the text reaches, one of zeros behind them, and where they go
+        kept["low-rank update"] = 4 * (covered + x.masked) * x.r + 8 * tokens * x.masked
+    return kept
+
+
 def seconds(traffic: Traffic, gpu: str) -> float:
     """The time of the bytes alone at peak bandwidth: a lower bound, and a prediction until measured."""
     return traffic.total / PEAK_BANDWIDTH[gpu]

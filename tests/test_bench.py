@@ -60,7 +60,7 @@ def test_a_step_that_is_timed_leaves_the_model_as_it_is():
     }
     steps = {
         "EPT": training_step(model, parameter_groups(model), [batch]),
-        "floor": floor_step(model.base_model, 32, 11, batch),
+        "floor": floor_step(model.base_model, torch.randn(2, 11, 32), batch["labels"]),
     }
     seconds = interleaved(steps, rounds=3)
     assert {name: len(s) for name, s in seconds.items()} == {"EPT": 3, "floor": 3}

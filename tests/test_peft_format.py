@@ -10,7 +10,15 @@ import transformers as hf
 from safetensors.torch import save_file
 
 import tiny_text
-from ept import EPTConfig, EPTModel, from_peft, get_ept_model, read_soft_prompt, save_peft
+from ept import (
+    EPTConfig,
+    EPTModel,
+    MeanPoolingForSequenceClassification,
+    from_peft,
+    get_ept_model,
+    read_soft_prompt,
+    save_peft,
+)
 from ept.cli import main
 from ept.peft_format import why_not_peft
 from tiny_models import all_parts, backbone, ids, mean_pooling, padded, wrapped
@@ -201,3 +209,24 @@ def test_partial_and_unknown_checkpoints_are_refused(tmp_path):
     of_peft("seq_cls", tmp_path / "head")
     with pytest.raises(ValueError, match=r"classifier.*which LlamaForSequenceClassification has not"):
         from_peft(backbone("llama", KINDS["seq_cls"][1]), tmp_path / "head")
+
+
+def test_ept_train_starts_from_a_decomposed_peft_prompt(tmp_path, capsys):
+    tiny_text.save_model(tmp_path / "model", pooling=True)
+    tiny_text.write_csv(tmp_path / "train.csv", tiny_text.reviews(8))
+    of_peft("bare", tmp_path / "peft")
+    command = [
+        "train", "--model_name_or_path", str(tmp_path / "model"), "--train_file", str(tmp_path / "train.csv"),
+        "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--learning_rate", "0", "--prompt_learning_rate", "0",
+        "--prompt_length", "2", "--rank", "2", "--init", "decompose", "--report_to", "none", "--disable_tqdm", "true",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "--init decompose and --soft_prompt go together" in capsys.readouterr().err
+    assert main([*command, "--soft_prompt", str(tmp_path / "peft")]) == 0
+    assert "decomposed with a relative error of" in capsys.readouterr().err
+    soft = read_soft_prompt(tmp_path / "peft")
+    model = EPTModel.from_pretrained(
+        MeanPoolingForSequenceClassification.from_encoder(str(tmp_path / "model"), 2), tmp_path / "out"
+    )
+    torch.testing.assert_close(model.ept.prompt * model.ept_config.embed_scale, soft[:2], rtol=1e-5, atol=1e-6)

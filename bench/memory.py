@@ -1,0 +1,96 @@
+"""Memory of a training step: the peak of what it allocates, and the EPT layer's own part, predicted and measured."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ept import EPTConfig
+from ept_kernels import traffic
+
+__all__ = ["own_bytes", "peak_bytes", "predicted_own_bytes"]
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that operations made while it is active: now (`live`), and at most (`peak`).
+
+    What an operation allocates and frees inside itself is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in known | self._seen:
+                    self._seen.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes()).atexit = False
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:
+    """The most that a step has allocated at one time beyond what stood before it. Run the step once before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with _Live() as live:
+        step()
+    return live.peak
+
+
+def own_bytes(layer: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that an EPTLayer has in a training step, measured in one that changes nothing: its trained tensors with
+    their gradients and AdamW's moments, and what `forward` keeps for the backward beside E and the trained tensors.
+    """
+    trained = list(layer.parameters())
+    given = {p.untyped_storage()._cdata for p in trained}
+    kept: dict[int, Tensor] = {}  # holds the tensors, so that no other storage takes the place of one
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = forward()
+    bytes_kept = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in given)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    out.float().sum().backward()
+    optimizer.step()
+    moments = [value for p in trained for value in optimizer.state[p].values() if value.dim() > 0]
+    owned = sum(t.nbytes for p in trained for t in (p, p.grad)) + sum(t.nbytes for t in moments)
+    layer.zero_grad()
+    return bytes_kept + owned
+
+
+def predicted_own_bytes(config: EPTConfig, d: int, batch: int, length: int, masked: bool, impl: str) -> int:
+    """The same on paper for impl "torch" or "triton": four numbers of fp32 for each trained one, and what is kept."""
+    n, r = (config.max_text_length, config.rank) if config.has_lowrank else (0, 0)
+    k, h = (config.num_spaces, config.space_dim) if config.has_spaces else (0, 0)
+    x = traffic.Shapes(
+        batch=batch, length=length, d=d, s=config.prompt_length, n=n, r=r, k=k, h=h,
+        q=config.token_rank if config.has_token_update else 0, masked=masked,
+    )  # fmt: skip
+    kept = x.kept * x.compute_bytes + x.slots
+    if impl == "torch":
+        kept = sum(traffic.kept_by_torch(x, fusion=config.fusion, lowrank_update=config.lowrank_update).values())
+    return 16 * x.weights + kept
