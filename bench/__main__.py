@@ -22,6 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--output_dir", type=Path, help="default: bench/results/<device>")
         if name == "cpu":
             command.add_argument("--threads", type=int, help="default: one for each core, at most 2")
+            said = "wall, or on a shared machine the process's own CPU time: cpu (with --threads 1)"
+            command.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=said)
+        else:
+            command.set_defaults(clock="wall")
     command = commands.add_parser("compare", help="what became slower from A to B, beyond the noise of both")
     command.add_argument("a", type=Path, metavar="A", help="a result table (CSV), or a directory of them")
     command.add_argument("b", type=Path, metavar="B")

@@ -11,6 +11,7 @@ Real weights: MiniLM. The other shapes have seeded random weights, which take th
 import copy
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,9 @@ from .memory import own_bytes, peak_bytes, predicted_own_bytes
 from .real_text import load_task, minilm
 from .step_time import floor_step, interleaved, quartiles, training_step
 
-__all__ = ["GOALS", "SHAPES", "Shape", "by_length", "inference", "lora_config", "training"]
+__all__ = ["GOALS", "SHAPES", "Shape", "by_length", "inference", "lora_config", "mixed", "training"]
 
+Clock = Callable[[], float]
 BUDGET_ROWS = 100
 PROMPT_TUNING = f"prompt tuning {BUDGET_ROWS}"
 FLOOR = "floor"
@@ -193,7 +195,9 @@ def build(method: str, shape: Shape, base: PreTrainedModel) -> tuple[nn.Module, 
 # ---------------------------------------------------------------------- training
 
 
-def training(shape: Shape, device: str, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def training(
+    shape: Shape, device: str, rounds: int, clock: Clock = time.perf_counter
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Step times and peak memory of every method of a shape, and their ratios: rows of end_to_end.csv and ratios.csv."""
     base = backbone(shape, device)
     batch = batch_of(shape, base, device)
@@ -206,7 +210,7 @@ def training(shape: Shape, device: str, rounds: int) -> tuple[list[dict[str, Any
             steps[_floor_of(name)] = _floor(shape, models[name], batch)
         steps[name] = training_step(model, groups[name], [_batch_for(name, shape, batch)])
     steps = {name: _settled(step, device) for name, step in steps.items()}
-    seconds = interleaved(steps, rounds, warmup=1, description=f"{shape.name}, training")
+    seconds = interleaved(steps, rounds, warmup=1, description=f"{shape.name}, training", clock=clock)
     rows = []
     for name, step in steps.items():
         low, median, high = statistics.quantiles(seconds[name], n=4)
@@ -288,7 +292,7 @@ def _ratio(shape: Shape, method: str, over: str, seconds: list[float], baseline:
 BY_LENGTH = Shape("MiniLM, movie reviews", 16, 256, 4, ("query", "value"), TaskType.SEQ_CLS)
 
 
-def by_length(device: str, rounds: int) -> list[dict[str, Any]]:
+def by_length(device: str, rounds: int, clock: Clock = time.perf_counter) -> list[dict[str, Any]]:
     """EPT on batches of similar length, padded to their longest row, over DePT's recipe: all rows padded to 256 columns.
 
     The batches are a sixth, a half and five sixths of the way up the training rows by length. What is compared is the
@@ -304,7 +308,7 @@ def by_length(device: str, rounds: int) -> list[dict[str, Any]]:
         model, groups = build(name, shape, base)
         batches = [_padded(rows[start : start + shape.batch], pad, device) for start in starts]
         steps[name] = _settled(_all_of(training_step(model, groups, batches), len(batches)), device)
-    seconds = interleaved(steps, rounds, warmup=1, description=f"{shape.name}, training")
+    seconds = interleaved(steps, rounds, warmup=1, description=f"{shape.name}, training", clock=clock)
     return [_ratio(shape, "EPT by length", "DePT padded to 256", seconds["EPT"], seconds["DePT"])]
 
 
@@ -328,7 +332,7 @@ def _all_of(step: Callable[[], Any], count: int) -> Callable[[], None]:
 # ---------------------------------------------------------------------- inference
 
 
-def inference(shape: Shape, device: str, rounds: int) -> list[dict[str, Any]]:
+def inference(shape: Shape, device: str, rounds: int, clock: Clock = time.perf_counter) -> list[dict[str, Any]]:
     """A folded EPT over the bare backbone on as many columns of ordinary ids: one row of ratios.csv."""
     base = backbone(shape, device)
     batch = batch_of(shape, base, device)
@@ -340,11 +344,31 @@ def inference(shape: Shape, device: str, rounds: int) -> list[dict[str, Any]]:
         "backbone": _settled(_evaluation(base.eval(), bare), device),
         "EPT folded": _settled(_evaluation(folded, batch), device),
     }
-    seconds = interleaved(steps, rounds, description=f"{shape.name}, inference")
+    seconds = interleaved(steps, rounds, description=f"{shape.name}, inference", clock=clock)
     return [_ratio(shape, "EPT folded", "backbone", seconds["EPT folded"], seconds["backbone"])]
 
 
-def _evaluation(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Any]:
+def mixed(
+    shape: Shape, device: str, rounds: int, clock: Clock = time.perf_counter, adapters: int = 8
+) -> list[dict[str, Any]]:
+    """A batch whose rows belong to several adapters in turn over the same batch of one adapter, both unfolded."""
+    model, _ = build("EPT", shape, backbone(shape, device))
+    batch = batch_of(shape, model.base_model, device)
+    names = [model.active_adapter, *(f"adapter {i}" for i in range(1, adapters))]
+    for name in names[1:]:
+        model.add_adapter(name, model.ept_config)
+    model.eval()
+    rows = [names[row % adapters] for row in range(shape.batch)]
+    mixture, alone = f"mixed batch of {adapters} adapters", "batch of one adapter"
+    steps = {
+        alone: _settled(_evaluation(model, batch), device),
+        mixture: _settled(_evaluation(model, batch | {"adapter_ids": rows}), device),
+    }
+    seconds = interleaved(steps, rounds, description=f"{shape.name}, mixed batch", clock=clock)
+    return [_ratio(shape, mixture, alone, seconds[mixture], seconds[alone])]
+
+
+def _evaluation(model: nn.Module, batch: dict[str, Any]) -> Callable[[], Any]:
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.zeros_like(inputs["input_ids"][:, :1])

@@ -44,7 +44,9 @@ def draw(tables: dict[str, list[dict[str, Any]]]) -> dict[str, Figure]:
 
 
 def _device(row: dict[str, Any]) -> str:
-    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}"
+    return (
+        f"{row['device']}, {row['threads']} threads, {row['clock']} clock, torch {row['torch']}, commit {row['commit']}"
+    )
 
 
 def _sweeps(rows: list[dict[str, Any]]) -> Figure:

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 # What a row is of. Two rows that agree in these were meant to measure the same.
 IDENTITY = (
     "stem", "figure", "shape", "method", "over", "impl", "way", "axis",
-    "batch", "length", "d", "s", "n", "r", "k", "h", "q", "dtype", "unit", "device", "threads",
+    "batch", "length", "d", "s", "n", "r", "k", "h", "q", "dtype", "unit", "device", "threads", "clock",
 )  # fmt: skip
 
 

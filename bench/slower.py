@@ -90,9 +90,13 @@ def _tables(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _devices(rows: list[dict[str, Any]]) -> str:
-    return " and ".join(sorted({f"{row.get('device')}, {row.get('threads')} threads" for row in rows}))
+    return " and ".join(
+        sorted({f"{row.get('device')}, {row.get('threads')} threads, {row.get('clock')} clock" for row in rows})
+    )
 
 
 def _words(row: dict[str, Any]) -> str:
     """What the row is of, without what all rows share."""
-    return " ".join(word for word in identity(row | {"device": "", "threads": "", "unit": ""}) if word not in ("", "0"))
+    return " ".join(
+        word for word in identity(row | {"device": "", "threads": "", "clock": "", "unit": ""}) if word not in ("", "0")
+    )

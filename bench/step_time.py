@@ -15,16 +15,20 @@ __all__ = ["floor_step", "interleaved", "interleaved_seconds", "quartiles", "rat
 
 
 def interleaved(
-    steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, description: str | None = None
+    steps: dict[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    description: str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each of several functions, called in turn; the first `warmup` rounds are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in tqdm(range(warmup + rounds), desc=description, unit="round", disable=description is None):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started = clock()
             step()
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 

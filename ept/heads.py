@@ -64,7 +64,7 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
         # Half-precision sums over many tokens lose bits; the head is fp32 anyway.
         weight = (mask != 0).to(torch.promote_types(hidden.dtype, torch.float32)).unsqueeze(-1)
         pooled = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-        logits = self.classifier(pooled.to(self.classifier.weight.dtype))
+        logits = self.classifier(pooled.to(next(self.classifier.parameters()).dtype))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)

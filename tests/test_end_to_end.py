@@ -48,7 +48,7 @@ def test_every_method_is_timed_beside_its_floor_at_no_more_than_the_budget(kind)
 def test_inference_compares_the_same_number_of_columns(monkeypatch):
     seen = {}
 
-    def steps(given, rounds, description):
+    def steps(given, rounds, description, clock):
         for name, step in given.items():
             step()
             seen[name] = 1
@@ -145,3 +145,8 @@ def test_dropout_is_off_for_every_method_and_for_the_floor():
         dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
         assert dropouts and not any(module.training for module in dropouts)
     assert not any(module.training for module in base.modules())
+
+
+def test_a_mixed_batch_is_timed_beside_the_same_batch_of_one_adapter():
+    (row,) = end_to_end.mixed(TINY["causal"], "cpu", 3, adapters=2)
+    assert (row["method"], row["over"]) == ("mixed batch of 2 adapters", "batch of one adapter") and row["median"] > 0

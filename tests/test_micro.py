@@ -107,7 +107,7 @@ def test_a_row_has_the_predicted_bytes_as_a_share_of_the_copy_bandwidth(tiny):
 def table(path, medians, spread=0.1, **more):
     rows = [
         {"stem": "x", "impl": name, "device": "CPU", "threads": 1, "unit": "ms", "rounds": 5, "median": m,
-         "low": m * (1 - spread), "high": m * (1 + spread), "torch": "2", "commit": "abc"} | more
+         "low": m * (1 - spread), "high": m * (1 + spread), "clock": "wall", "torch": "2", "commit": "abc"} | more
         for name, m in medians.items()
     ]  # fmt: skip
     records.write(path, rows)
@@ -145,7 +145,7 @@ def test_tables_that_cannot_be_compared_are_one_line(tmp_path, capsys):
 
 
 def test_figures_are_drawn_from_the_tables_alone(tiny, tmp_path, capsys):
-    machine = {"device": "CPU", "threads": 1, "torch": "2", "commit": "abc"}
+    machine = {"device": "CPU", "threads": 1, "clock": "wall", "torch": "2", "commit": "abc"}
     rows, _, _ = gpu.microbenchmarks(
         [p for axis in ("base", "s") for p in eager(axis) if p.stem == "prompt_embed"], "cpu", clock
     )

@@ -1,0 +1,268 @@
+"""Several adapters in one model: added, loaded, switched and removed by name, and named row by row in a batch."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from .config import EPTConfig
+from .folding import FoldedLayer
+from .inputs import Group, InputsMixin, in_row_order
+from .layer import EPTLayer
+from .saving import backbone_fingerprint, check_fingerprint, check_weights, read_adapter
+from .sharding import spread_like
+from .start_values import init_prompt
+
+__all__ = ["FACTS", "Adapter", "AdaptersMixin"]
+
+# Keys of adapter_config.json that are facts about the run, not settings of EPTConfig.
+FACTS = (
+    "method", "base_model_name_or_path", "base_model_class", "head", "num_labels", "label_names", "problem_type", "backbone",
+    "folded", "prompt_sha256",
+)  # fmt: skip
+LABEL_SETTINGS = ("id2label", "label2id", "problem_type")  # what a backbone's config says of its head's labels
+
+
+class Adapter(nn.Module):
+    """An adapter that is not in use: its layer, its heads in the order of `head_names`, and what its labels are."""
+
+    def __init__(self, name: str, layer: EPTLayer | FoldedLayer, heads: list[nn.Module], labels: dict[str, Any]):
+        super().__init__()
+        self.name, self.layer, self.heads, self.labels = name, layer, nn.ModuleList(heads), labels
+        self.requires_grad_(False)
+
+    def tensors(self, head_names: list[str]) -> dict[str, Tensor]:
+        """The EPT tensors by name, the heads' under "head."."""
+        tensors = self.layer.state_dict()
+        for name, head in zip(head_names, self.heads, strict=True):
+            tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict().items()}
+        return tensors
+
+
+class RoutedHead(nn.Module):
+    """Stands in a head's place for one forward of a mixed batch: each row goes through its own adapter's head.
+
+    Heads with fewer labels than the widest get -inf at the end, so that softmax and argmax are those of the row alone.
+    """
+
+    def __init__(self, heads: list[nn.Module], groups: list[Group]):
+        super().__init__()
+        self.heads, self.groups = nn.ModuleList(heads), groups
+
+    def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """features [batch, …] -> [batch, …, labels of the widest head]."""
+        parts = [head(group.of(features), *args, **kwargs) for head, group in zip(self.heads, self.groups, strict=True)]
+        widest = max(part.shape[-1] for part in parts)
+        parts = [F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts]
+        return in_row_order(parts, self.groups)
+
+
+class AdaptersMixin(InputsMixin):
+    """An EPTModel's adapters. The active one is `ept` with the wrapped model's own heads; it alone trains."""
+
+    ept: EPTLayer | FoldedLayer
+    inactive_adapters: nn.ModuleList  # of Adapter
+    head_names: list[str]
+    _adapter_names: list[str]
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the adapter that runs where no `adapter_ids` are given, trains, and is saved."""
+        return self._active_adapter
+
+    def list_adapters(self) -> list[str]:
+        """The adapters' names in the order in which they came."""
+        return list(self._adapter_names)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: EPTConfig | None = None,
+        *,
+        num_labels: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        token_counts: Tensor | None = None,
+        soft_prompt: Tensor | None = None,
+    ) -> None:
+        """Adds a fresh adapter beside the others; `set_adapter` makes it the active one.
+
+        Args:
+            adapter_name: any new name.
+            num_labels: labels of its head, where the model has one; None: as many as the active adapter's.
+            config, tokenizer, token_counts, soft_prompt: as in `get_ept_model`.
+        """
+        self._check_new_name(adapter_name)
+        layer = self._new_layer(EPTConfig() if config is None else config)
+        labels = self._labels()
+        if num_labels is not None:
+            if not self.head_names:
+                raise ValueError(f"num_labels={num_labels}: {type(self.base_model).__name__} has no head to train")
+            labels = _numbered_labels(num_labels, labels["problem_type"])
+        heads = self._new_heads(len(labels["id2label"]), fresh=True) if self.head_names else []
+        init_prompt(self.base_model.get_input_embeddings(), layer, tokenizer, token_counts, soft_prompt)
+        self._keep(Adapter(adapter_name, layer, heads, labels))
+
+    def load_adapter(
+        self, path: str | os.PathLike, adapter_name: str, *, ignore_backbone_mismatch: bool = False
+    ) -> None:
+        """Adds the adapter of a directory that `save_pretrained` wrote; errors as in `EPTModel.from_pretrained`."""
+        self._check_new_name(adapter_name)
+        settings, tensors = read_adapter(path)
+        facts = {key: settings.pop(key, None) for key in FACTS}
+        if not ignore_backbone_mismatch and facts["backbone"] is not None:
+            embedding = self.base_model.get_input_embeddings()
+            check_fingerprint(facts["backbone"], backbone_fingerprint(self.config, embedding))
+        layer = self._new_layer(EPTConfig.from_dict(settings), facts)
+        labels = self._labels()
+        if self.head_names and facts["num_labels"] is not None:
+            labels = _numbered_labels(facts["num_labels"], facts["problem_type"], facts["label_names"])
+        heads = self._new_heads(len(labels["id2label"]), fresh=False) if self.head_names else []
+        adapter = Adapter(adapter_name, layer, heads, labels)
+        copy_tensors(tensors, adapter.tensors(self.head_names), str(path))
+        check_weights(path)
+        self._keep(adapter)
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Makes an adapter the active one; the one before keeps its tensors and stops training."""
+        if adapter_name == self._active_adapter:
+            return
+        incoming = self._inactive(adapter_name)
+        self.inactive_adapters = nn.ModuleList([a for a in self.inactive_adapters if a is not incoming])
+        self.inactive_adapters.append(Adapter(self._active_adapter, self.ept, self._heads(), self._labels()))
+        self._active_adapter, self.ept = adapter_name, incoming.layer
+        for name, head in zip(self.head_names, incoming.heads, strict=True):
+            setattr(self.base_model, name, head)
+        self._set_labels(incoming.labels)
+        if isinstance(self.ept, EPTLayer):
+            self.ept.requires_grad_(True)
+            for head in self._heads():
+                head.requires_grad_(True)
+        self.train(self.training)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter that is not the active one."""
+        if adapter_name == self._active_adapter:
+            raise ValueError(f"{adapter_name!r} is the active adapter: make another one active first (set_adapter)")
+        gone = self._inactive(adapter_name)
+        self.inactive_adapters = nn.ModuleList([a for a in self.inactive_adapters if a is not gone])
+        self._adapter_names.remove(adapter_name)
+
+    # ------------------------------------------------------------------ inside
+
+    def _inactive(self, adapter_name: str) -> Adapter:
+        for adapter in self.inactive_adapters:
+            if adapter.name == adapter_name:
+                return adapter
+        raise ValueError(f"there is no adapter {adapter_name!r}: there are {', '.join(map(repr, self._adapter_names))}")
+
+    def _check_new_name(self, adapter_name: str) -> None:
+        if not isinstance(adapter_name, str) or not adapter_name:
+            raise TypeError(f"adapter_name={adapter_name!r} must be a string that is not empty")
+        if adapter_name in self._adapter_names:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it first, or give another name")
+
+    def _keep(self, adapter: Adapter) -> None:
+        self.inactive_adapters.append(adapter.train(self.training))
+        self._adapter_names.append(adapter.name)
+
+    def _new_heads(self, num_labels: int, fresh: bool) -> list[nn.Module]:
+        """Copies of the active adapter's heads for another number of labels; `fresh` ones have new weights."""
+        ours, heads = self.config.num_labels, [copy.deepcopy(head) for head in self._heads()]
+        for i, head in enumerate(heads):
+            for name, module in list(head.named_modules()):
+                if not isinstance(module, nn.Linear):
+                    continue
+                if module.out_features == ours != num_labels:
+                    bias, like = module.bias is not None, dict(device=module.weight.device, dtype=module.weight.dtype)
+                    module = nn.Linear(module.in_features, num_labels, bias, **like)
+                    _replace(heads, i, name, module)
+                elif not fresh:
+                    continue
+                nn.init.normal_(module.weight, std=getattr(self.config, "initializer_range", 0.02))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        return heads
+
+    def _labels(self) -> dict[str, Any]:
+        return {key: copy.copy(getattr(self.config, key, None)) for key in LABEL_SETTINGS}
+
+    def _set_labels(self, labels: dict[str, Any]) -> None:
+        if not self.head_names:
+            return
+        for key, value in labels.items():
+            setattr(self.config, key, copy.copy(value))
+        if hasattr(self.base_model, "num_labels"):
+            self.base_model.num_labels = self.config.num_labels
+
+    def _groups(self, adapter_ids: Sequence[str] | None, batch: int, device: torch.device) -> list[Group]:
+        """The batch's rows by adapter; one group without row numbers where all rows have the same."""
+        if adapter_ids is None:
+            return [Group(self.ept, self._heads())]
+        if isinstance(adapter_ids, str) or len(adapter_ids) != batch:
+            raise ValueError(f"adapter_ids must name one adapter per row, {batch} in all, not {adapter_ids!r}")
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_ids):
+            rows.setdefault(name, []).append(row)
+        found = {}
+        for name in rows:
+            active = name == self._active_adapter
+            adapter = None if active else self._inactive(name)
+            found[name] = (self.ept, self._heads()) if adapter is None else (adapter.layer, list(adapter.heads))
+        if len(rows) == 1:
+            return [Group(*found[name]) for name in rows]
+        return [Group(*found[name], torch.tensor(numbers, device=device)) for name, numbers in rows.items()]
+
+    @contextlib.contextmanager
+    def _heads_of(self, groups: list[Group]) -> Iterator[None]:
+        """Within, the wrapped model's heads are those of the rows' adapters."""
+        own = self._heads()
+        if not own or (groups[0].rows is None and groups[0].layer is self.ept):
+            yield
+            return
+        try:
+            for i, name in enumerate(self.head_names):
+                setattr(self.base_model, name, RoutedHead([group.heads[i] for group in groups], groups))
+            yield
+        finally:
+            for name, head in zip(self.head_names, own, strict=True):
+                setattr(self.base_model, name, head)
+
+
+@torch.no_grad()
+def copy_tensors(tensors: dict[str, Tensor], own: dict[str, Tensor], source: str) -> None:
+    """Copies `tensors` into `own` by name. ValueError if any is missing, extra or of another shape."""
+    missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or extra:
+        said = [f"{word} {', '.join(names)}" for word, names in (("lacks", missing), ("has unknown", extra)) if names]
+        raise ValueError(f"{source} {' and '.join(said)}: it does not fit this config and this model's head")
+    for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(
+                f"{source}: {name} is {tuple(tensors[name].shape)}, but must be {tuple(tensor.shape)} for this model"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(spread_like(tensors[name], tensor))
+
+
+def _replace(heads: list[nn.Module], number: int, name: str, module: nn.Module) -> None:
+    """Puts `module` in the place of submodule `name` ("" is the head itself) of heads[number]."""
+    if not name:
+        module.train(heads[number].training)
+        for hook in heads[number]._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hook)
+        heads[number] = module
+        return
+    parent, _, child = name.rpartition(".")
+    setattr(heads[number].get_submodule(parent), child, module)
+
+
+def _numbered_labels(num_labels: int, problem_type: str | None, names: list[str] | None = None) -> dict[str, Any]:
+    names = names or [f"LABEL_{i}" for i in range(num_labels)]
+    id2label = dict(enumerate(names))
+    return {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}, "problem_type": problem_type}

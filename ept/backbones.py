@@ -1,0 +1,170 @@
+"""What EPT must know of a backbone: its kind, its head, its positions, and whether EPT can be right on it."""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from .heads import MeanPoolingForSequenceClassification
+
+__all__ = [
+    "check_inputs_embeds",
+    "embedding_rms",
+    "embedding_width",
+    "head_names",
+    "is_plain",
+    "kind_of",
+    "max_text_tokens",
+    "positions_of",
+    "reads_first_token",
+    "refuse_unsupported",
+]
+
+
+def refuse_unsupported(model: Any) -> None:
+    name = type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise TypeError(f"{name} already carries a PEFT adapter: merge or unload it first (model.unload())")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"{name} is not a transformers PreTrainedModel: EPT needs its config and input embeddings")
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise TypeError(f"{name} reads {model.main_input_name}, not input_ids: EPT needs a text model")
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        raise TypeError(f"{name}.forward takes no inputs_embeds: EPT cannot put a prompt before its text")
+    if model.config.is_encoder_decoder and "ForSequenceClassification" in name:
+        raise TypeError(
+            f"{name} finds its sentence by input_ids' end tokens: use the encoder or the text-to-text model"
+        )
+    if any(
+        kind in name
+        for kind in ("ForMultipleChoice", "ForQuestionAnswering", "ForNextSentencePrediction", "DoubleHeads")
+    ):
+        raise TypeError(f"{name} is not supported: its inputs or labels are not one row of text with its label")
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise TypeError(f"{name} looks up embeddings for every layer by input_ids, which a soft prompt does not have")
+
+
+def kind_of(model: PreTrainedModel) -> str:
+    """ "seq2seq", "causal", "causal-pooled" (a causal backbone whose head reads the last token) or "encoder"."""
+    if model.config.is_encoder_decoder:
+        return "seq2seq"
+    model_type = model.config.model_type
+    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(model.config, "is_decoder", False)
+    )
+    if not causal:
+        return "encoder"
+    return "causal-pooled" if "ForSequenceClassification" in type(model).__name__ else "causal"
+
+
+def reads_first_token(model: PreTrainedModel) -> bool:
+    """Whether an encoder's head or pooler reads the first token (all of transformers' do, but for the mean)."""
+    if isinstance(model, MeanPoolingForSequenceClassification):
+        return False
+    return "ForSequenceClassification" in type(model).__name__ or getattr(model, "pooler", None) is not None
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """Children beside the backbone that train: those of a classification model, none of a language model."""
+    if model.base_model is model or model.get_output_embeddings() is not None:
+        return []
+    return [
+        name for name, child in model.named_children()
+        if child is not model.base_model and any(True for _ in child.parameters())
+    ]  # fmt: skip
+
+
+def max_text_tokens(model: PreTrainedModel, prompt_length: int) -> int | None:
+    """The most text tokens that the backbone `model` has positions for beside the prompt; None: it sets no limit."""
+    positions, _ = positions_of(model)
+    return None if positions is None else positions - prompt_length
+
+
+def positions_of(model: PreTrainedModel) -> tuple[int | None, int]:
+    """How many columns the backbone has positions for (None: no limit), and the number of the first."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin start counting after the padding index.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first, first
+    if model.config.is_encoder_decoder and not hasattr(model.config, "max_position_embeddings"):
+        return None, 0
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return (limit if limit is not None and limit > 0 else None), 0
+
+
+def is_plain(embedding: nn.Module) -> bool:
+    """Whether the module is a table look-up and nothing else, so that the fused path may read its weight."""
+    hooked = embedding._forward_hooks or embedding._forward_pre_hooks
+    floating = getattr(embedding, "weight", None) is not None and embedding.weight.is_floating_point()
+    return type(embedding) is nn.Embedding and embedding.max_norm is None and not hooked and floating
+
+
+def embedding_width(embedding: nn.Module) -> int:
+    return embedding.embedding_dim if hasattr(embedding, "embedding_dim") else embedding.weight.shape[1]
+
+
+@torch.no_grad()
+def embedding_rms(embedding: nn.Module) -> float:
+    """e: the root mean square of what the embedding module gives, over its whole vocabulary."""
+    weight = embedding.weight
+    if weight.is_meta:
+        raise ValueError("the backbone is on the meta device: load its weights first, or give embed_scale")
+    total, count = 0.0, 0
+    for ids in torch.arange(len(weight), device=weight.device).split(8192):
+        rows = embedding(ids).double()
+        total, count = total + rows.square().sum().item(), count + rows.numel()
+    if not total > 0:
+        raise ValueError(
+            "the backbone's word embeddings are all zero or NaN: load its weights first, or give embed_scale"
+        )
+    return (total / count) ** 0.5
+
+
+@torch.no_grad()
+def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
+    """Runs four tokens through the model by ids, by embeddings and beside padding: EPT is right only where all agree."""
+    embedding, name = model.get_input_embeddings(), type(model).__name__
+    if any(p.is_meta for p in model.parameters()):
+        return
+    probed = model.get_encoder() if kind == "seq2seq" else model
+    training = {module: module.training for module in model.modules()}
+    ids = torch.arange(len(embedding.weight), device=embedding.weight.device)[-4:].unsqueeze(0)
+    mask = torch.ones_like(ids)
+    try:
+        model.eval()
+        embeds = embedding(ids)
+        by_ids = probed(input_ids=ids, attention_mask=mask, return_dict=True)
+        by_embeds = probed(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
+        beside_padding = by_embeds
+        if not kind.startswith("causal"):
+            beside_padding = probed(
+                inputs_embeds=torch.cat([embeds, embeds], 1),
+                attention_mask=torch.cat([mask, 0 * mask], 1),
+                return_dict=True,
+            )
+        key = "logits" if "logits" in by_ids else "last_hidden_state"
+        want, got, padded = (out[key].float() for out in (by_ids, by_embeds, beside_padding))
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise TypeError(f"{name} cannot run on inputs_embeds, which EPT needs: {error}") from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    # The passes do the same arithmetic; what differs is a factor or a term that one of them lacks.
+    close = functools.partial(torch.allclose, rtol=1e-2, atol=1e-2 * want.abs().max().item(), equal_nan=True)
+    if not close(want, got):
+        raise TypeError(
+            f"{name} gives other results for inputs_embeds than for input_ids "
+            "(it needs the ids for more than the look-up): EPT would be wrong on it"
+        )
+    if not close(want, padded if want.dim() == 2 else padded[:, : want.shape[1]]):
+        raise TypeError(
+            f"{name} lets padding change the text's results (it ignores attention_mask): EPT cannot mend that"
+        )

@@ -1,0 +1,99 @@
+"""The documents run as they stand, on small seeded models in place of the hub's; the references are current."""
+
+import importlib.util
+import re
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from test_peft_format import of_peft
+
+import tiny_text
+from ept.cli import main
+from tiny_models import backbone, ids, wrapped
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MODELS = {
+    "sentence-transformers/all-MiniLM-L6-v2": dict(name="bert", pooling=True),
+    "google/t5-v1_1-small": dict(name="t5", auto=hf.AutoModelForSeq2SeqLM),
+    "HuggingFaceTB/SmolLM2-135M": dict(name="llama", auto=hf.AutoModelForCausalLM),
+}
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    """Language and code of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", (DOCS / document).read_text(encoding="utf-8"), re.M | re.S)
+
+
+def run(document: str, names: dict, replaced: dict[str, str]) -> None:
+    """Runs the python and sh blocks of a document in order, with the names and after the replacements given."""
+    ran = 0
+    for language, code in blocks(document):
+        for old, new in replaced.items():
+            code = code.replace(old, new)
+        if language == "python":
+            exec(compile(code, document, "exec"), names)
+        elif language == "sh":
+            for line in code.splitlines():
+                assert line.startswith("ept ")
+                more = ["--disable_tqdm", "true", "--report_to", "none"] if line.startswith("ept train") else []
+                assert main(shlex.split(line)[1:] + more) == 0, line
+        ran += language in ("python", "sh")
+    assert ran
+
+
+@pytest.mark.parametrize("kind", ["encoder", "t5", "causal"])
+def test_the_tutorial_runs_as_it_stands(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    replaced = {"max_steps=100": "max_steps=2", "max_steps=300": "max_steps=2", "max_steps 100": "max_steps 2"}
+    text = (DOCS / f"tutorial-{kind}.md").read_text(encoding="utf-8")
+    for number, (hub, settings) in enumerate(MODELS.items()):
+        if hub in text:
+            replaced[hub] = tiny_text.save_model(tmp_path / f"model{number}", **settings)
+    assert len(replaced) == 4
+    tiny_text.write_csv(tmp_path / "reviews.csv", tiny_text.reviews(8))
+    run(f"tutorial-{kind}.md", {}, replaced)
+    assert "trainable params" in capsys.readouterr().out or kind != "encoder"
+
+
+def test_moving_from_peft_and_back_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    auto = hf.AutoModelForCausalLM
+    path = tiny_text.save_model(tmp_path / "model", "llama", auto)
+    tuned = of_peft("causal", "peft-adapter")
+    tuned.base_model.save_pretrained(path)
+    config = tmp_path / "peft-adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"base_model_name_or_path": ""', f'"base_model_name_or_path": "{path}"')
+                      .replace('"base_model_name_or_path": null', f'"base_model_name_or_path": "{path}"'))  # fmt: skip
+    names = {name: auto.from_pretrained(path) for name in ("backbone", "fresh_backbone", "third_backbone")}
+    run("moving.md", names, {})
+    assert (tmp_path / "back-in-peft" / "adapter_config.json").is_file()
+
+
+def test_prompt_embeds_of_the_vllm_page_gives_the_models_logits():
+    model, input_ids = wrapped(backbone("llama", hf.AutoModelForCausalLM)), ids(1, 6)
+    names = {"model": model, "input_ids": input_ids}
+    run("vllm.md", names, {})
+    torch.testing.assert_close(names["logits"][:, 5:], model(input_ids=input_ids).logits)
+
+
+def test_the_references_are_those_of_the_code(monkeypatch):
+    pinned = re.search(r"^transformers==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    if version("transformers") != pinned:
+        pytest.skip(f"the help holds transformers' own texts, those of {pinned}")
+    monkeypatch.setenv("COLUMNS", "100")
+    spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    for name, text in reference.FILES.items():
+        assert (DOCS / name).read_text(encoding="utf-8") == text(), f"{name}: run python docs/reference.py"
+
+
+def test_every_link_between_the_documents_leads_somewhere():
+    for page in [*DOCS.glob("*.md"), ROOT / "README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,152 @@
+"""EPTModel in the hands of transformers' trainers, TRL, accelerate, torch.compile and quantised backbones."""
+
+import pytest
+import torch
+import transformers as hf
+from test_generation import tokenizer
+from torch import nn
+
+from tiny_models import all_parts, backbone, ids, shake, wrapped
+
+SMALL = dict(
+    max_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to=[], save_strategy="no", learning_rate=0.05
+)
+
+
+def rows(number=8):
+    return [
+        {"input_ids": ids(1, 6, seed=i)[0].tolist(), "labels": ids(1, 4, seed=i)[0].tolist()} for i in range(number)
+    ]
+
+
+def trained(model, trainer):
+    """Runs the trainer; whether the adapter moved and the backbone did not."""
+    adapter = {name: p.clone() for name, p in model.ept.named_parameters()}
+    frozen = {name: p.clone() for name, p in model.base_model.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(p, frozen[name]) for name, p in model.base_model.named_parameters())
+    return all(not torch.equal(p, adapter[name]) for name, p in model.ept.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_transformers_own_trainers_train_evaluate_and_generate(kind, tmp_path):
+    seq2seq = kind == "t5"
+    model = wrapped(backbone(kind, hf.AutoModelForSeq2SeqLM if seq2seq else hf.AutoModelForCausalLM))
+    model.base_model.generation_config.max_new_tokens = 4
+    data = rows()
+    if not seq2seq:
+        data = [row | {"labels": row["input_ids"]} for row in data]
+    trainer = hf.Seq2SeqTrainer(
+        model,
+        hf.Seq2SeqTrainingArguments(str(tmp_path), predict_with_generate=True, **SMALL),
+        train_dataset=data, eval_dataset=data[:2], data_collator=hf.default_data_collator,
+    )  # fmt: skip
+    assert trained(model, trainer)
+    out = trainer.predict(data[:2])
+    want = model.eval().generate(torch.tensor([row["input_ids"] for row in data[:2]]), do_sample=False)
+    assert out.predictions[:, : want.shape[1]].tolist() == want.tolist()
+
+
+def test_trls_sft_trainer_trains_with_and_without_packing(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    datasets = pytest.importorskip("datasets")
+
+    class Trainer(trl.SFTTrainer):  # docs/generation.md says why
+        compute_loss = hf.Trainer.compute_loss
+
+    text = datasets.Dataset.from_list(
+        [{"text": " ".join(f"w{7 + i * j % 50}" for j in range(3 + i % 5))} for i in range(8)]
+    )
+    losses = {}
+    for packing in (False, True):
+        model = wrapped(backbone("llama", hf.AutoModelForCausalLM)).train()
+        settings = dict(packing=packing, padding_free=packing, max_length=32, logging_steps=1, bf16=False)
+        trainer = Trainer(model, trl.SFTConfig(str(tmp_path), **SMALL, **settings), train_dataset=text,
+                          processing_class=tokenizer())  # fmt: skip
+        assert trained(model, trainer)
+        losses[packing] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(loss > 0 for run in losses.values() for loss in run)
+
+
+def test_accelerate_prepares_the_model_and_steps():
+    accelerate = pytest.importorskip("accelerate")
+    model = wrapped(backbone("llama", hf.AutoModelForCausalLM))
+    row = ids(2, 6)
+    want = model(row, labels=row).loss
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    loss = prepared(row, labels=row).loss
+    torch.testing.assert_close(loss, want)
+    accelerator.backward(loss)
+    optimizer.step()
+    assert prepared(row, labels=row).loss < want
+    assert accelerator.unwrap_model(prepared) is model
+
+
+def test_a_compiled_backbone_gives_the_same_logits_and_gradients():
+    model = wrapped(backbone("llama", hf.AutoModelForCausalLM))
+    row = ids(2, 6)
+    parameters = list(model.ept.parameters())
+    want = model(row, labels=row)
+    want_grads = torch.autograd.grad(want.loss, parameters)
+    model.base_model.compile(backend="aot_eager")
+    got = model(row, labels=row)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(got.loss, parameters), want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpointed_activations_give_equal_gradients(packed):
+    row = ids(2, 6)
+    positions = dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])) if packed else {}
+    grads = []
+    for on in (False, True):
+        model = wrapped(backbone("llama", hf.AutoModelForCausalLM)).train()
+        if on:
+            model.activation_checkpointing_enable()
+        loss = model(row, labels=row, **positions).loss
+        grads.append(torch.autograd.grad(loss, list(model.ept.parameters())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Int8Linear(nn.Module):
+    """A stand-in with the interface of bitsandbytes' Linear8bitLt: int8 weight [out, in], its scales, no gradient."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        weight = (linear.weight.detach() / scale).round().to(torch.int8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def test_an_8_bit_backbone_trains_and_generates():
+    base = backbone("llama", hf.AutoModelForCausalLM)
+    for layer in base.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(part, name, Int8Linear(child))
+    base.is_loaded_in_8bit = True
+    model = wrapped(base, all_parts())
+    row = ids(2, 6)
+    before = model(row, labels=row).loss
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before.backward()
+    optimizer.step()
+    assert model(row, labels=row).loss < before
+    model.base_model.generation_config.eos_token_id = None
+    out = model.generate(row, max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        assert torch.equal(model(out).logits.argmax(-1)[:, 5:-1], out[:, 6:])
+    model.add_adapter("b", all_parts(prompt_length=3))
+    model.set_adapter("b")
+    shake(model)
+    assert not torch.equal(model(row).logits, model(row, adapter_ids=["default"] * 2).logits)
