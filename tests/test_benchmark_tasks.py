@@ -259,15 +259,27 @@ def test_a_task_trains_by_its_name_and_eval_gives_the_same_metrics(
         assert evaluated[name] == pytest.approx(trained[f"eval_{name}"], abs=1e-6)
 
 
-def test_a_causal_model_learns_label_words_and_predicts_them(place, tmp_path, capsys, monkeypatch):
+def test_a_causal_model_trains_on_the_labels_tokens_alone():
+    words = tokenizer("t5")
+    collate = ContinuationCollator(words, candidates(words, ["positive", "negative"]))
+    rows = contexts(words, ["a very dull film", "great"])
+    batch = collate([{"input_ids": ids, "labels": i} for i, ids in enumerate(rows)])
+    for i, ids in enumerate(rows):
+        kept = batch["labels"][i][batch["labels"][i] != -100].tolist()
+        assert kept == collate.label_ids[i] and batch["input_ids"][i, : len(ids)].tolist() == ids
+        assert batch["attention_mask"][i].sum() == len(ids) + len(kept)
+    assert collate.separate(batch) == (rows, [0, 1])
+
+
+def test_a_causal_models_adapter_predicts_label_words(place, tmp_path, capsys):
     command = ["train", "--task_name", "sst2", "--data_dir", place / "sst2", "--model_name_or_path", place / "llama",
-        "--output_dir", tmp_path / "out", "--max_steps", 100, "--token_rank", 6, "--eval_strategy", "no", "--use_cpu",
+        "--output_dir", tmp_path / "out", "--max_steps", 2, "--token_rank", 6, "--eval_strategy", "no", "--use_cpu",
         "--disable_tqdm", "true"]  # fmt: skip
     assert main(list(map(str, command))) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["eval_accuracy"] > 0.9
     (tmp_path / "lines.txt").write_text("sst2 sentence: a superb film\nsst2 sentence: a dull film\n")
     assert main(["predict", "--adapter", str(tmp_path / "out"), "--input_file", str(tmp_path / "lines.txt")]) == 0
-    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == ["positive", "negative"]
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert all(label in ("positive", "negative") and 0.5 <= float(probability) <= 1 for label, probability in lines)
 
 
 @pytest.mark.parametrize("options, said", [
