@@ -1,16 +1,21 @@
 # Every target works on a fresh clone, alone: it makes .venv and installs the pinned versions first.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: worked-result demo test compare bench bench-gpu check-kernels gpu lint clean
+.PHONY: worked-result demo test compare bench bench-gpu check-kernels gpu lint test-oldest clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m bench.demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not full" -n 2 --dist worksteal
+
+# The same tests with the oldest versions that setup.py declares (Python 3.10 to 3.12), in an environment of its own.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 compare: $(INSTALLED)
 	$(BIN)/python -m bench.compare
@@ -40,11 +45,12 @@ gpu: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[all]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-oldest build *.egg-info

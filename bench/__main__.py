@@ -16,7 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=said)
         command.add_argument("--parts", nargs="+", default=["micro", "end_to_end"], choices=["micro", "end_to_end"])
-        command.add_argument("--points", help="only microbenchmarks whose name holds this, e.g. base or prompt_embed")
+        command.add_argument(
+            "--points", default="", help="only microbenchmarks whose name holds this, e.g. base or prompt_embed"
+        )
         command.add_argument("--shapes", nargs="+", help="only these shapes end to end, e.g. MiniLM T5-small")
         command.add_argument("--rounds", type=float, default=1.0, help="times the usual number of rounds end to end")
         command.add_argument("--output_dir", type=Path, help="default: bench/results/<device>")

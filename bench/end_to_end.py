@@ -253,7 +253,7 @@ def _own_part(shape: Shape, model: EPTModel, batch: dict[str, Tensor]) -> dict[s
     ids, mask = batch["input_ids"], batch["attention_mask"]
     return {
         "own_bytes_predicted": predicted_own_bytes(layer.config, layer.embed_dim, *ids.shape, True, impl),
-        "own_bytes_measured": own_bytes(layer, lambda: layer(ids, mask, embedding_weight=weight)),
+        "own_bytes_measured": own_bytes(layer, lambda: layer(ids, mask, embedding_weight=weight), [weight, ids, mask]),
     }
 
 

@@ -31,7 +31,7 @@ def on_cpu(options: argparse.Namespace) -> int:
     headline: dict[str, Any] = machine | {"clock": options.clock}
     failed = False
     if "micro" in options.parts:
-        points = _named("cpu", options.points)
+        points = micro.named("cpu", options.points)
         rows, failed = _micro_on_cpu(options.points, threads, options.clock)
         records.write(directory / "micro.csv", [row | machine | {"clock": options.clock} for row in rows])
         headline["micro"] = {"timed": len(rows), "of": 3 * len(points), "wrong": failed}
@@ -82,24 +82,17 @@ def _end_to_end(device: str, options: argparse.Namespace, directory: Path, machi
     return {"ratios": judged, "missed": missed}
 
 
-def _named(device: str, part: str | None) -> list[micro.Point]:
-    found = [point for point in micro.points(device) if part is None or part in str(point)]
-    if not found:
-        raise ValueError(f"--points {part}: no microbenchmark has this in its name")
-    return found
-
-
-def _micro_on_cpu(part: str | None, threads: int, clock: str) -> tuple[list[dict[str, Any]], bool]:
+def _micro_on_cpu(part: str, threads: int, clock: str) -> tuple[list[dict[str, Any]], bool]:
     """Rows of the microbenchmarks as pytest-benchmark times them in a process of its own; whether a result was wrong."""
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "benchmark.json"
         command = [
             sys.executable, "-m", "pytest", str(Path(micro.__file__).with_name("micro_benchmark.py")), "-q", "-rfs",
             "-p", "no:cacheprovider", "--benchmark-disable-gc", "--benchmark-columns=median,iqr,rounds",
-            f"--benchmark-json={result}", *(["-k", part] if part else []),
+            f"--benchmark-json={result}",
             *(["--benchmark-timer=time.process_time"] if clock == "cpu" else []),
         ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "EPT_BENCH_POINTS": part}
         done = subprocess.run(command, env=environment, cwd=Path(micro.__file__).parents[1])
         entries = json.loads(result.read_text())["benchmarks"] if result.exists() else []
     if not entries:
@@ -124,7 +117,7 @@ def on_gpu(options: argparse.Namespace) -> int:
     headline: dict[str, Any] = dict(machine)
     wrong: list[str] = []
     if "micro" in options.parts:
-        points = _named("cuda", options.points)
+        points = micro.named("cuda", options.points)
         rows, wrong, skipped = microbenchmarks(points, "cuda")
         for line in wrong + skipped:
             print(line)

@@ -58,12 +58,12 @@ def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:
     return live.peak
 
 
-def own_bytes(layer: nn.Module, forward: Callable[[], Tensor]) -> int:
+def own_bytes(layer: nn.Module, forward: Callable[[], Tensor], given: list[Tensor]) -> int:
     """Bytes that an EPTLayer has in a training step, measured in one that changes nothing: its trained tensors with
-    their gradients and AdamW's moments, and what `forward` keeps for the backward beside E and the trained tensors.
+    their gradients and AdamW's moments, and what `forward` keeps for the backward beside those and `given` (E, ids, …).
     """
     trained = list(layer.parameters())
-    given = {p.untyped_storage()._cdata for p in trained}
+    there = {t.untyped_storage()._cdata for t in trained + given}
     kept: dict[int, Tensor] = {}  # holds the tensors, so that no other storage takes the place of one
 
     def keep(tensor: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def own_bytes(layer: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = forward()
-    bytes_kept = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in given)
+    bytes_kept = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in there)
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     out.float().sum().backward()
     optimizer.step()

@@ -4,6 +4,7 @@ A point whose results are wrong fails here and has no time; one that cannot run 
 """
 
 import functools
+import os
 import time
 
 import pytest
@@ -14,11 +15,13 @@ from . import micro
 
 SECONDS = 0.1  # for a point, at most
 FEWEST, MOST = 5, 30  # rounds
+NAMED = "EPT_BENCH_POINTS"  # environment variable: only points whose name holds this
 
 
 @pytest.fixture(scope="session")
-def bandwidth() -> float:
-    return micro.copy_bandwidth("cpu")
+def bandwidth(pytestconfig: pytest.Config) -> float:
+    timer = str(pytestconfig.getoption("benchmark_timer"))  # "time.perf_counter" or "time.process_time"
+    return micro.copy_bandwidth("cpu", getattr(time, timer.removeprefix("time.")))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,7 +30,7 @@ def seeded() -> None:
 
 
 @pytest.mark.parametrize("way", micro.WAYS)
-@pytest.mark.parametrize("point", micro.points("cpu"), ids=str)
+@pytest.mark.parametrize("point", micro.named("cpu", os.environ.get(NAMED, "")), ids=str)
 def test_micro(point: micro.Point, way: str, bandwidth: float, benchmark: BenchmarkFixture) -> None:
     try:
         work, error = checked(point)

@@ -16,7 +16,7 @@ from .folding import FoldedLayer
 from .inputs import Group, InputsMixin, in_row_order
 from .layer import EPTLayer
 from .saving import backbone_fingerprint, check_fingerprint, check_weights, read_adapter
-from .sharding import spread_like
+from .sharding import put, whole_shape
 from .start_values import init_prompt
 
 __all__ = ["FACTS", "Adapter", "AdaptersMixin"]
@@ -242,12 +242,12 @@ def copy_tensors(tensors: dict[str, Tensor], own: dict[str, Tensor], source: str
         said = [f"{word} {', '.join(names)}" for word, names in (("lacks", missing), ("has unknown", extra)) if names]
         raise ValueError(f"{source} {' and '.join(said)}: it does not fit this config and this model's head")
     for name, tensor in own.items():
-        if tensors[name].shape != tensor.shape:
+        if tensors[name].shape != whole_shape(tensor):
             raise ValueError(
-                f"{source}: {name} is {tuple(tensors[name].shape)}, but must be {tuple(tensor.shape)} for this model"
+                f"{source}: {name} is {tuple(tensors[name].shape)}, but must be {tuple(whole_shape(tensor))} for this model"
             )
     for name, tensor in own.items():
-        tensor.copy_(spread_like(tensors[name], tensor))
+        put(tensor, tensors[name])
 
 
 def _replace(heads: list[nn.Module], number: int, name: str, module: nn.Module) -> None:

@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -91,23 +92,31 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> None:
     """`ept train`: prepares everything, trains, evaluates, saves the adapter and the record of the run."""
     with bad_input_is_one_line("train"):
+        from .streaming import StreamError
+
         trainer, problem, resume, test, record = _prepare_training(argv)
     output_dir = trainer.args.output_dir
     metrics: dict[str, float] = {}
     try:
         trainer.train(resume_from_checkpoint=resume)
+        if trainer.terminated:
+            say(f"stopped by SIGTERM after step {trainer.state.global_step}: go on with --resume_from_checkpoint true")
+            raise SystemExit(128 + signal.SIGTERM)
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()
         if test is not None:
             trainer.compute_metrics = _compute_metrics(problem, test, trainer.processing_class)
             metrics |= trainer.evaluate(test.data, metric_key_prefix="test")
         trainer.save_model(output_dir)
-    except FloatingPointError as error:  # the training diverged: what save_pretrained refuses, nothing overwrites
+        trainer.save_state()
+        record |= {"metrics": metrics, "steps": trainer.state.global_step}
+        if trainer.is_world_process_zero():
+            _write_record(output_dir, record)
+    except (FloatingPointError, OSError, StreamError) as error:
+        # The training diverged (what save_pretrained refuses, nothing overwrites), a file cannot be written, or a row
+        # that is read while training cannot be trained on.
         fail("train", str(error))
-    trainer.save_state()
-    record |= {"metrics": metrics, "steps": trainer.state.global_step}
     if trainer.is_world_process_zero():
-        _write_record(output_dir, record)
         say(f"saved the adapter in {output_dir}")
         print(json.dumps(metrics))
 
@@ -124,12 +133,13 @@ def _prepare_training(argv: list[str]) -> tuple[Any, Any, str | None, Any, dict[
     if "output_dir" not in chosen:
         raise ValueError("say where the adapter goes with --output_dir")
     resume = _checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if resume is None and not run.overwrite_output_dir:
+    if resume is None and not run.overwrite_output_dir and args.resume_from_checkpoint != "auto":
         _refuse_used(args.output_dir)
     if run.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and --validation_file to judge by")
 
-    problem, tables = _read_problem(model_args, files, columns)
+    stream = _stream(files, columns.no_header, args) if files.streaming else None
+    problem, tables = _read_problem(model_args, files, columns, stream)
     task = problem.kind
     if args.eval_strategy != "no" and "validation" not in tables:
         raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs a --validation_file")
@@ -164,6 +174,18 @@ def _prepare_training(argv: list[str]) -> tuple[Any, Any, str | None, Any, dict[
         say(f"{sizes.soft_prompt}: decomposed with a relative error of {model.ept.decomposition_error:.3g}")
     for split, rows in data.items():
         _check_prompt_start(model, rows, tables[split][1])
+    said = {split: f"{len(rows)} {split} rows" for split, rows in data.items()}
+    if stream is not None:
+        from .data import Labels
+        from .streaming import TokenStream
+
+        splits["train"].data = TokenStream(
+            stream, problem.columns, None if task == "text2text" else Labels(problem.label_names), tokenizer,
+            max_length=limit, max_target_length=columns.max_target_length,
+            batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            shuffle_buffer=files.shuffle_buffer, seed=args.seed, shortest=model.ept.prompt_start,
+        )  # fmt: skip
+        said["train"] = "streamed train rows"
     if resume is not None:
         _check_same_run(resume, model)
 
@@ -185,7 +207,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, Any, str | None, Any, dict[
     if resume is None and run.overwrite_output_dir and args.should_save:
         for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    say(f"{task}: " + ", ".join(f"{len(rows)} {split} rows" for split, rows in data.items()))
+    say(f"{task}: " + ", ".join(said.values()))
     model.print_trainable_parameters()
     record = {
         "command": shlex.join(["ept", "train", *argv]),
@@ -234,14 +256,14 @@ def _strategies(chosen: dict[str, str]) -> list[str]:
 
 
 def _checkpoint(output_dir: str, wanted: str | None) -> str | None:
-    """The directory to resume from; ValueError if it is not a whole checkpoint."""
+    """The directory to resume from (None: from the start); ValueError if it is not a whole checkpoint."""
     from .training import last_checkpoint
 
     if wanted is None or wanted.lower() == "false":
         return None
-    if wanted.lower() == "true":
+    if wanted.lower() in ("true", "auto"):
         found = last_checkpoint(output_dir)
-        if found is None:
+        if found is None and wanted.lower() == "true":
             raise ValueError(
                 f"{output_dir} holds no whole checkpoint to resume from: leave out --resume_from_checkpoint"
             )
@@ -276,12 +298,34 @@ def _check_same_run(checkpoint: str, model: EPTModel) -> None:
         raise ValueError(f"{checkpoint} was trained with the labels {saved.get('label_names')}, not {names}")
 
 
-def _read_tables(files: Any, no_header: bool) -> dict[str, tuple[Any, str]]:
-    """The rows and their source by split; "train" is always there."""
+def _stream(files: Any, no_header: bool, args: Any) -> Any:
+    """The training rows as a RowStream; ValueError if the other options do not go with one."""
+    from .streaming import RowStream
+
+    if args.max_steps < 1:
+        raise ValueError("--streaming needs --max_steps: how many rows there are is not known before the end")
+    if args.dataloader_num_workers > 1:
+        raise ValueError("--streaming reads in one process: --dataloader_num_workers 0 or 1")
+    # Every process reads the stream and takes its rows of each batch; by default one reads and sends whole batches of
+    # one shape, which batches of text are not.
+    args.accelerator_config.dispatch_batches = False
+    if files.train_file is not None:
+        return RowStream(files.train_file, header=not no_header)
+    if files.dataset_name is None:
+        raise ValueError("say what to train on with --train_file (or --dataset_name)")
+    return RowStream(f"{files.dataset_name} (train)", hub=(files.dataset_name, files.dataset_config_name, "train"))
+
+
+def _read_tables(files: Any, no_header: bool, stream: Any) -> dict[str, tuple[Any, str]]:
+    """The rows and their source by split; "train" is always there, of a stream its first rows."""
     from .data import read_file, read_hub
 
     tables = {}
+    if stream is not None:
+        tables["train"] = (stream.head(files.shuffle_buffer), stream.source)
     for split in ("train", "validation", "test"):
+        if split in tables:
+            continue
         path = getattr(files, f"{split}_file")
         if path is not None:
             tables[split] = (read_file(path, header=not no_header), path)
@@ -294,7 +338,7 @@ def _read_tables(files: Any, no_header: bool) -> dict[str, tuple[Any, str]]:
     return tables
 
 
-def _read_problem(model_args: Any, files: Any, given: Any) -> tuple[Any, dict[str, tuple[Any, str]]]:
+def _read_problem(model_args: Any, files: Any, given: Any, stream: Any) -> tuple[Any, dict[str, tuple[Any, str]]]:
     """What is to be learned, and the rows and their source by split: of own files, or of a benchmark's task."""
     from .benchmark_tasks import benchmark_task
     from .data import Columns, choose_columns
@@ -307,15 +351,19 @@ def _read_problem(model_args: Any, files: Any, given: Any) -> tuple[Any, dict[st
             raise ValueError(
                 "--task_name brings its own rows: give --data_dir (or nothing, for the hub's), no other data"
             )
+        if stream is not None:
+            raise ValueError("--streaming reads own files: leave it out with --task_name")
         if kind is None and is_causal(model_args.model_name_or_path):
             kind = "continuation"
         task = benchmark_task(files.task_name)
         return Problem.of_benchmark(task, kind), read_benchmark(task, files.data_dir, ("train", "validation"))
     if files.data_dir is not None:
         raise ValueError("--data_dir holds a benchmark's task: say which with --task_name")
-    tables = _read_tables(files, given.no_header)
+    if stream is not None and kind == "continuation":
+        raise ValueError("--streaming does not know --task continuation: leave one of them out")
+    tables = _read_tables(files, given.no_header, stream)
     wanted = Columns(given.text_column, given.text_pair_column, given.label_column)
-    problem = Problem.of_table(*tables["train"], wanted, kind)
+    problem = Problem.of_table(*tables["train"], wanted, kind, stream)
     for other, name in tables.values():
         choose_columns(other, name, problem.columns)
     return problem, tables

@@ -93,6 +93,8 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
     `config` is the wrapped model's.
     """
 
+    is_quantized = False  # transformers' Trainer refuses to train quantised weights: here they stay frozen
+
     def __init__(self, model: PreTrainedModel, config: EPTConfig, adapter_name: str = "default"):
         super().__init__()
         if isinstance(model, EPTModel):
@@ -362,7 +364,7 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
 
     def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """What is saved: the EPT tensors by name, the head's under "head.". Whole, also where they are sharded."""
-        return {name: whole(tensor) for name, tensor in self._adapter_tensors(adapter_name).items()}
+        return {name: whole(tensor).detach() for name, tensor in self._adapter_tensors(adapter_name).items()}
 
     def load_adapter_tensors(self, tensors: dict[str, Tensor], source: str = "the given tensors") -> None:
         """Copies tensors into the active adapter. ValueError if any is missing, extra or of another shape."""
@@ -392,12 +394,12 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
         self.requires_grad_(False)
 
     def _adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:
-        """An adapter's tensors as this process holds them."""
+        """An adapter's parameters (of a folded one its buffers) as this process holds them."""
         if adapter_name is not None and adapter_name != self._active_adapter:
             return self._inactive(adapter_name).tensors(self.head_names)
-        tensors = self.ept.state_dict()
+        tensors = self.ept.state_dict(keep_vars=True)
         for name, head in zip(self.head_names, self._heads(), strict=True):
-            tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict().items()}
+            tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict(keep_vars=True).items()}
         return tensors
 
     def _new_layer(self, config: EPTConfig, facts: dict[str, Any] | None = None) -> EPTLayer | FoldedLayer:

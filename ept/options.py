@@ -32,7 +32,7 @@ def option(help: str, default: Any = None, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help} | metadata)
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "8bit", "4bit")
 
 
 TASK_HELP = f"A task of GLUE or SuperGLUE in place of the files: {', '.join(BENCHMARK_TASKS)}."
@@ -60,7 +60,9 @@ class ModelArguments:
         choices=HEADS,
     )
     dtype: str = option(
-        "Type of the frozen weights; auto: as saved. What is trained is float32.", "auto", choices=DTYPES
+        "Type of the frozen weights; auto: as saved; 8bit and 4bit need bitsandbytes. What is trained is float32.",
+        "auto",
+        choices=DTYPES,
     )
 
 
@@ -89,6 +91,12 @@ class DataArguments:
     dataset_config_name: str | None = option("Configuration of the hub data set.")
     task_name: str | None = option(TASK_HELP)
     data_dir: str | None = option(DATA_DIR_HELP)
+    streaming: bool = option(
+        "Read the training rows while training, in constant memory; needs a number of steps. Validation and test rows "
+        "are read whole.",
+        False,
+    )
+    shuffle_buffer: int = option("With --streaming: rows that are read ahead and shuffled together.", 10_000)
 
 
 ADAPTER_HELP = {
@@ -225,7 +233,8 @@ EXPLAINED = (
 )  # fmt: skip
 HELP = {
     "output_dir": "Where the adapter, its tokenizer and the checkpoints go.",
-    "resume_from_checkpoint": "true: go on from the last whole checkpoint in --output_dir; or a checkpoint's directory.",
+    "resume_from_checkpoint": "true: go on from the last whole checkpoint in --output_dir; auto: begin where there is none; "
+    "or a checkpoint's directory.",
     "lr_scheduler_type": "Schedule of the learning rates: linear, cosine, constant_with_warmup, …",
     "metric_for_best_model": "Which checkpoint is best; by default accuracy, pearson or (text2text) loss.",
     "gradient_accumulation_steps": "Batches per update.",
@@ -238,7 +247,7 @@ HELP = {
 
 
 AT_LEAST_ONE = (
-    "batch", "length", "target_length", "max_seq_length", "max_target_length", "batch_size",
+    "shuffle_buffer", "batch", "length", "target_length", "max_seq_length", "max_target_length", "batch_size",
     "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "eval_accumulation_steps", "generation_max_length", "generation_num_beams",
     "early_stopping_patience",
@@ -282,7 +291,7 @@ class OptionParser(HfArgumentParser):
 
     def format_help(self) -> str:
         width = max(60, min(110, shutil.get_terminal_size().columns))
-        parts = [f"usage: {self.prog} [options]\n\n{textwrap.fill(self.description, width)}\n"]
+        parts = [f"usage: {self.prog} [options]\n\n{textwrap.fill(self.description or '', width)}\n"]
         for kind in self.dataclass_types:
             fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
             if kind is EPTSeq2SeqTrainingArguments:

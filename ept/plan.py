@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.pytorch_utils import Conv1D
 
 from .config import EPTConfig
 from .console import bad_input_is_one_line
@@ -242,11 +243,12 @@ class _Dequantised(torch.autograd.Function):
 class _QuantisedLinear(nn.Module):
     """Stands for bitsandbytes' layer: as many bytes, the same memory while it runs; its values mean nothing."""
 
-    def __init__(self, linear: nn.Linear, bits: int):
+    def __init__(self, linear: nn.Linear | Conv1D, bits: int):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        shape = linear.weight.t().shape if isinstance(linear, Conv1D) else linear.weight.shape
+        self.out_features, self.in_features = shape
         numel = linear.weight.numel()
-        scales = -(-numel // BLOCK) if bits == 4 else linear.out_features
+        scales = -(-numel // BLOCK) if bits == 4 else self.out_features
         self.register_buffer("weight", torch.empty(-(-numel * bits // 8), dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(scales, dtype=torch.float32))
         self.bias = linear.bias
@@ -261,7 +263,7 @@ def _quantise(model: nn.Module, bits: int) -> None:
     kept = set(model._keep_in_fp32_modules or ())
     for parent in list(model.base_model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not model.get_output_embeddings() and name not in kept:
+            if type(child) in (nn.Linear, Conv1D) and child is not model.get_output_embeddings() and name not in kept:
                 setattr(parent, name, _QuantisedLinear(child, bits))
 
 

@@ -55,11 +55,14 @@ class Problem:
     benchmark: BenchmarkTask | None = None
 
     @classmethod
-    def of_table(cls, table: Dataset, source: str, wanted: Columns, kind: str | None) -> "Problem":
-        """What the training rows of an own file say; `kind` where it is not what their labels suggest."""
+    def of_table(cls, table: Dataset, source: str, wanted: Columns, kind: str | None, stream: Any = None) -> "Problem":
+        """What the training rows of an own file say; `kind` where it is not what their labels suggest. Where the table
+        holds the first rows of a RowStream, that is asked for the others' labels."""
         columns = choose_columns(table, source, wanted)
         if kind == "text2text":
             return cls(kind, None, columns)
+        if stream is not None and kind != "regression":
+            table = stream.distinct(columns.label)  # one pass over all rows: a class may come late
         labels = Labels.of(table, source, columns.label, "classification" if kind == "continuation" else kind)
         if labels.names is None:
             return cls("regression", None, columns)

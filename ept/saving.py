@@ -43,8 +43,14 @@ def write_adapter(directory: str | os.PathLike, settings: dict[str, Any], tensor
     _promote_pending(directory)
     blob = dump_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     text = json.dumps(settings | {"weights_sha256": hashlib.sha256(blob).hexdigest()}, indent=2) + "\n"
-    _write(directory / PENDING_NAME, blob)
-    _write(directory / (CONFIG_NAME + ".new"), text.encode())
+    written = {directory / PENDING_NAME: blob, directory / (CONFIG_NAME + ".new"): text.encode()}
+    try:
+        for path, data in written.items():
+            _write(path, data)
+    except OSError:  # a full disk: what there is of the new adapter only takes up room
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
     os.replace(directory / (CONFIG_NAME + ".new"), directory / CONFIG_NAME)
     os.replace(directory / PENDING_NAME, directory / WEIGHTS_NAME)
 
@@ -129,7 +135,7 @@ def backbone_fingerprint(config: Any, embedding: nn.Module) -> dict[str, Any]:
     The embeddings' SHA-256 is compared where the dtype is the same; a sample of entries, to a bfloat16's precision,
     where it is not, so that an adapter trained beside a bf16 backbone loads onto the fp32 one.
     """
-    weight = whole(embedding.weight.detach())
+    weight = whole(embedding.weight).detach()
     facts = {key: getattr(config, key) for key in _CONFIG_KEYS if getattr(config, key, None) is not None}
     facts["embedding_shape"] = list(weight.shape)
     if weight.is_meta:

@@ -1,24 +1,52 @@
-"""Tensors that training in several processes spreads over them (FSDP2's DTensors): made whole, and spread again.
+"""Tensors that training in several processes spreads over them, by FSDP2 or DeepSpeed's ZeRO-3: made whole, and written.
 
-Making one whole is a collective operation: every process must do it.
+Both are collective operations: every process must do them.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-__all__ = ["load_optimizer_state", "spread_like", "whole", "whole_optimizer_state"]
+__all__ = ["load_optimizer_state", "put", "whole", "whole_optimizer_state", "whole_shape"]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with all its entries, on every process; a tensor that is not spread is returned as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if _is_partitioned(tensor):
+        from deepspeed import zero
+
+        with zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor
 
 
-def spread_like(value: Tensor, tensor: Tensor) -> Tensor:
-    """`value`, whole and the same on every process, spread as `tensor` is."""
+def whole_shape(tensor: Tensor) -> torch.Size:
+    return tensor.ds_shape if _is_partitioned(tensor) else tensor.shape
+
+
+@torch.no_grad()
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Copies `value`, whole and the same on every process, into a tensor that may be spread."""
+    if _is_partitioned(tensor):
+        from deepspeed import zero
+
+        with zero.GatheredParameters([tensor], modifier_rank=0):
+            tensor.copy_(value)
+    else:
+        tensor.copy_(_spread_like(value, tensor))
+
+
+def _is_partitioned(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 has the parameter in its hands."""
+    return hasattr(tensor, "ds_status")
+
+
+def _spread_like(value: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return value
     value = value.to(device=tensor.device, dtype=tensor.dtype)
@@ -40,7 +68,7 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         index: {
-            name: spread_like(value, parameters[index])
+            name: _spread_like(value, parameters[index])
             if isinstance(value, Tensor) and value.shape == parameters[index].shape
             else value
             for name, value in held.items()

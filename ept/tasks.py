@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
 from .config import EPTConfig
@@ -71,7 +72,7 @@ def load_backbone(
         label_names: the classes' names in the order of their numbers.
         head: "mean" (a linear head on the mean of the tokens), "first" (transformers' own head), or "auto": the mean
             where the directory is a sentence-transformers model that was trained with it.
-        dtype: of the frozen weights; "auto" takes the checkpoint's.
+        dtype: of the frozen weights; "auto" takes the checkpoint's; "8bit" and "4bit" are bitsandbytes' (nf4).
 
     Raises:
         ValueError, OSError: there is no such model, or it does not do the task.
@@ -92,18 +93,18 @@ def load_backbone(
     transformers_logging.set_verbosity_error()
     try:
         if task == "text2text":
-            return AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=dtype)
+            return AutoModelForSeq2SeqLM.from_pretrained(name_or_path, **_weights(dtype))
         if task == "continuation":
-            return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(name_or_path, **_weights(dtype))
         num_labels = 1 if task == "regression" else len(label_names)
         problem_type = "regression" if task == "regression" else "single_label_classification"
         if head == "mean" or (head == "auto" and _pools_the_mean(name_or_path)):
             model = MeanPoolingForSequenceClassification.from_encoder(
-                name_or_path, num_labels, problem_type, dtype=dtype
+                name_or_path, num_labels, problem_type, **_weights(dtype)
             )
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path, num_labels=num_labels, problem_type=problem_type, dtype=dtype
+                name_or_path, num_labels=num_labels, problem_type=problem_type, **_weights(dtype)
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -111,6 +112,21 @@ def load_backbone(
         model.config.id2label = dict(enumerate(label_names))
         model.config.label2id = {name: i for i, name in enumerate(label_names)}
     return model
+
+
+def _weights(dtype: str) -> dict[str, Any]:
+    """from_pretrained's arguments for a type of the frozen weights."""
+    if dtype not in ("8bit", "4bit"):
+        return {"dtype": dtype}
+    if not is_bitsandbytes_available():
+        raise ValueError(f"--dtype {dtype} needs bitsandbytes: pip install bitsandbytes, or take --dtype bfloat16")
+    if dtype == "8bit":
+        quantised = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantised = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    return {"dtype": torch.bfloat16, "quantization_config": quantised}
 
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:

@@ -4,16 +4,29 @@
 learning rate, checkpoints hold the adapter instead of the backbone, and each evaluation logs the gate.
 """
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -52,6 +65,13 @@ class EPTArguments:
         default=DOWN_LEARNING_RATE, metadata={"help": "Rate of the tensors that feed them: A, U, D and the gate G."}
     )
     head_learning_rate: float = field(default=HEAD_LEARNING_RATE, metadata={"help": "Rate of a task head."})
+    include_num_input_tokens_seen: str = field(
+        default="non_padding",
+        metadata={
+            "help": "Log tokens and tokens per second: of text (non_padding), with padding (all), or not (no).",
+            "choices": ["non_padding", "all", "no"],
+        },
+    )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "The learning rates' schedule."})
     warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps; below 1 it is a share of all steps."})
     train_sampling_strategy: str = field(
@@ -120,6 +140,8 @@ class _EPTTrainerMixin:
                 "bf16_full_eval and fp16_full_eval would round the trained tensors: load the backbone in half precision "
                 "instead, what is trained stays fp32"
             )
+        self._stop = _StopOnSignal()
+        self.add_callback(self._stop)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser that `args.optim` names, over `parameter_groups`."""
@@ -133,14 +155,36 @@ class _EPTTrainerMixin:
         return self.optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """transformers' `train`; True resumes from the last whole checkpoint, passing over one that a kill cut short."""
+        """transformers' `train`; True resumes from the last whole checkpoint, passing over one that a kill cut short.
+
+        SIGTERM ends the training after the step that it falls into, with a checkpoint; `terminated` says so then.
+        Raises OSError if a checkpoint cannot be written; nothing of it is left, and older ones are as they were.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"{self.args.output_dir} holds no whole checkpoint to resume from: train from the start"
                 )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with self._stop_on_sigterm():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @property
+    def terminated(self) -> bool:
+        """Whether SIGTERM ended the training."""
+        return self._stop.came
+
+    @contextlib.contextmanager
+    def _stop_on_sigterm(self) -> Iterator[None]:
+        self._stop.came = False
+        if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._stop.note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _get_train_sampler(self, *args, **kwargs) -> torch.utils.data.Sampler | None:
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -160,6 +204,7 @@ class _EPTTrainerMixin:
         # run that resumes past an evaluation has the random state of one that evaluated.
         with torch.random.fork_rng(devices=[]):
             metrics = super().evaluate(*args, **kwargs)
+        metrics.pop("num_input_tokens_seen", None)  # of the training, put in by its log
         health = gate_health(self.model.gate_weights())
         if health:
             self.log(health)
@@ -169,7 +214,15 @@ class _EPTTrainerMixin:
         # Its presence says that a checkpoint is whole: it must not be there while an old checkpoint is written over.
         directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         (directory / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:  # torch.save says of a full disk with a RuntimeError
+            if self.args.should_save:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise OSError(
+                f"{directory} could not be written ({error}): nothing of it is left; make room and go on from the "
+                "checkpoint before it, with resume_from_checkpoint"
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter; every process calls it, one writes."""
@@ -190,7 +243,7 @@ class _EPTTrainerMixin:
         # One form for any number of processes and any sharding: transformers would write a sharded backbone, too, and
         # an optimiser that only as many processes can read.
         if self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
+            super()._save_optimizer_and_scheduler(output_dir)  # its own files, which hold the backbone's shards, too
             return
         state = whole_optimizer_state(self.optimizer)
         if self.args.should_save:
@@ -215,6 +268,24 @@ class _EPTTrainerMixin:
 
     def _load_adapter(self, directory: str) -> None:
         self.model.load_adapter_tensors(read_adapter(directory)[1], source=directory)
+
+
+class _StopOnSignal(TrainerCallback):
+    """Once a signal came to any process, all save a checkpoint after the same step and stop."""
+
+    def __init__(self):
+        self.came = False
+
+    def note(self, number: int, frame: Any) -> None:
+        self.came = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if args.world_size > 1:  # a process that stopped alone would leave the others waiting for it
+            came = torch.tensor(int(self.came), device=args.device)
+            torch.distributed.all_reduce(came, torch.distributed.ReduceOp.MAX)
+            self.came = bool(came)
+        if self.came:
+            control.should_save = control.should_training_stop = True
 
 
 class _LengthGroupedByEpoch(LengthGroupedSampler):

@@ -10,7 +10,7 @@ logger = logging.getLogger("ept_kernels")
 OLDEST_TRITON = (3, 7)  # the oldest that passes the interpreter tests; 3.6 and before fail in their interpreters
 OLDEST_GPU = (8, 0)  # bfloat16 and acquire / release atomics in hardware
 
-_said = set()
+_said: set[tuple[str, str | None]] = set()
 
 
 def why_no_triton(device: torch.device) -> str | None:

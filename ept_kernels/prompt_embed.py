@@ -233,7 +233,7 @@ def _join(
         if attention_mask is not None:
             positions = reference.text_positions(attention_mask)
         elif functions is reference:
-            positions = torch.arange(length, device=x.device).expand(len(x), -1)
+            positions = torch.arange(length, device=inputs_embeds.device).expand(len(inputs_embeds), -1)
         else:
             positions = None
         if not lowrank_update:

@@ -5,12 +5,18 @@ Symbols as in docs/method.md: s prompt rows, N positions, rank r, K spaces of wi
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "identity": lambda x: x}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "identity": lambda x: x,
+}
 
 
 def text_positions(attention_mask: Tensor) -> Tensor:

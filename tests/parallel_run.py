@@ -4,13 +4,14 @@
 
 RUNS is a JSON list, run in order; a run is a dictionary of
 `name` (its output directory, below DIRECTORY), `kind` ("ddp" or "fsdp2"), `processes`, `batch` (rows per process),
-and, where wanted, `model` ("encoder", or "causal"), `resume` (true), `steps` (after how many to stop), `kill` ([process, step]:
-a real SIGKILL at the step's start). Prints each run's exit statuses, by process.
+and, where wanted, `model` ("encoder", or "causal"), `resume` (true), `steps` (after how many to stop), `signal`
+([process, step, number]: a real signal at the step's start), `disk` ([step, bytes]: from that step on no file can grow
+beyond so many). Prints each run's exit codes, by process: minus the signal that killed it, 143 where SIGTERM ended it.
 """
 
 import json
 import os
-import signal
+import resource
 import socket
 import sys
 from pathlib import Path
@@ -28,14 +29,16 @@ STEPS, ROWS = 6, 32  # the rows are a multiple of every batch: a last, smaller b
 
 
 class Stop(hf.TrainerCallback):
-    """Ends the run after some steps, with the schedule of the whole one; or kills a process."""
+    """Ends the run after some steps, with the schedule of the whole one; or lets something befall it."""
 
-    def __init__(self, steps, kill):
-        self.steps, self.kill = steps, kill
+    def __init__(self, steps, signal, disk):
+        self.steps, self.signal, self.disk = steps, signal, disk
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.kill == [args.process_index, state.global_step]:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.signal[:2] == [args.process_index, state.global_step]:
+            os.kill(os.getpid(), self.signal[2])
+        if self.disk[0] == state.global_step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.disk[1], resource.RLIM_INFINITY))
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop |= state.global_step == self.steps
@@ -49,7 +52,7 @@ class TokenLabels(Tokenizer):
         return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-def train(output_dir: Path, batch: int, model: str = "encoder", resume: bool = False, steps: int = STEPS, kill=None):
+def train(output_dir, batch, model="encoder", resume=False, steps=STEPS, signal=(), disk=(-1, 0)) -> None:
     torch.manual_seed(0)
     causal = model == "causal"
     auto = hf.AutoModelForCausalLM if causal else hf.AutoModelForSequenceClassification
@@ -64,14 +67,16 @@ def train(output_dir: Path, batch: int, model: str = "encoder", resume: bool = F
         learning_rate=0.001, prompt_learning_rate=0.001, weight_decay=0.01,
     )  # fmt: skip
     collator = hf.DataCollatorWithPadding(TokenLabels() if causal else Tokenizer())
-    trainer = EPTTrainer(wrapped, args, collator, rows, rows[:8], callbacks=[Stop(steps, kill)])
+    trainer = EPTTrainer(wrapped, args, collator, rows, rows[:8], callbacks=[Stop(steps, signal, disk)])
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.terminated:
+        os._exit(143)
     trainer.save_model()
     trainer.save_state()
 
 
 def in_children(kind: str, processes: int, **run) -> list[int]:
-    """Exit status of each process of a run, which are forked from this one."""
+    """Exit code of each process of a run, which are forked from this one."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
@@ -96,7 +101,7 @@ def in_children(kind: str, processes: int, **run) -> list[int]:
                 sys.excepthook(*sys.exc_info())
                 os._exit(1)
         children.append(pid)
-    return [os.waitpid(pid, 0)[1] for pid in children]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 
 # What `accelerate launch` sets for configs/fsdp2.yaml.

@@ -298,7 +298,7 @@ def test_presets_budgets_and_single_sizes_reach_the_adapter(place, tmp_path):
 
 def test_every_setting_of_the_config_is_an_option():
     options = {field.name for field in dataclasses.fields(AdapterArguments)}
-    assert options == {field.name for field in dataclasses.fields(EPTConfig)} | {"preset", "budget"}
+    assert options == {field.name for field in dataclasses.fields(EPTConfig)} | {"preset", "budget", "soft_prompt"}
 
 
 # ---------------------------------------------------------------------- help and bad input

@@ -112,7 +112,7 @@ def test_the_layers_own_bytes_are_those_predicted(name, masked):
     model = wrapped(backbone("bert"), config)
     text, mask = ids(3, 9), torch.ones(3, 9, dtype=torch.int64) if masked else None
     weight = model.base_model.get_input_embeddings().weight
-    measured = memory.own_bytes(model.ept, lambda: model.ept(text, mask, embedding_weight=weight))
+    measured = memory.own_bytes(model.ept, lambda: model.ept(text, mask, embedding_weight=weight), [weight])
     assert measured == memory.predicted_own_bytes(config, 32, 3, 9, masked, "torch")
     if config.has_token_update:  # torch keeps the gathered rows, the kernels gather again
         assert memory.predicted_own_bytes(config, 32, 3, 9, masked, "triton") < measured

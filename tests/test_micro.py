@@ -95,6 +95,14 @@ def test_points_change_one_size_at_a_time_and_have_no_parts_of_other_stems():
     }  # fmt: skip
 
 
+def test_a_name_that_no_point_has_is_one_line(capsys):
+    assert main(["cpu", "--parts", "micro", "--points", "prompt_embedding"]) == 2
+    error = capsys.readouterr().err
+    assert "no microbenchmark has this in its name" in error and error.count("\n") == 1
+    assert main(["cpu", "--parts", "end_to_end", "--shapes", "GPT"]) == 2
+    assert "choose among MiniLM, T5-small" in capsys.readouterr().err
+
+
 def test_a_row_has_the_predicted_bytes_as_a_share_of_the_copy_bandwidth(tiny):
     point = next(p for p in eager() if p.stem == "prompt_embed" and p.impl == "torch")
     info = micro.row(point, "both", 0.5, 7, bandwidth=1e9)

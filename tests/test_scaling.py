@@ -1,14 +1,21 @@
-"""Training in several processes: the same weights as in one, the same files, and going on in another number."""
+"""Training in several processes: the weights of one, the same files, going on in another number; what may befall a run."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
+
+import parallel_run
+from tiny_text import reviews, save_model, write_csv
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {
@@ -35,20 +42,34 @@ RUNS = [
     {"name": "one, then fsdp2", "resume": True} | FSDP2,
     {"name": "fsdp2, then two", "steps": 3} | FSDP2,
     {"name": "fsdp2, then two", "resume": True} | TWO,
+    {"name": "one lost of two", "signal": [1, 4, SIGKILL], "ends": [1, -SIGKILL]} | TWO,
+    {"name": "one lost of two", "resume": True} | TWO,
+    {"name": "SIGTERM to one of two", "signal": [1, 3, SIGTERM], "ends": [143, 143]} | TWO,
+    {"name": "SIGTERM to one of two", "resume": True} | TWO,
+    {"name": "SIGTERM", "signal": [0, 1, SIGTERM], "ends": [143]} | ONE,
+    {"name": "SIGTERM", "resume": True} | ONE,
+    {"name": "no room for the adapter", "disk": [5, 3000], "ends": [1]} | ONE,
+    {"name": "no room for the adapter", "resume": True} | ONE,
+    {"name": "no room for the optimiser", "disk": [5, 12000], "ends": [1]} | ONE,
+    {"name": "no room for the optimiser", "resume": True} | ONE,
 ]
+
+
+def parallel(directory: Path, runs: list[dict]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, HERE / "parallel_run.py", directory, json.dumps(runs)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """Where each of RUNS has trained."""
     directory = tmp_path_factory.mktemp("parallel")
-    process = subprocess.run(
-        [sys.executable, HERE / "parallel_run.py", directory, json.dumps(RUNS)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    process = parallel(directory, [{key: run[key] for key in run if key != "ends"} for run in RUNS])
     assert process.returncode == 0, process.stderr
-    for run, status in zip(RUNS, json.loads(process.stdout.splitlines()[-1]), strict=True):
-        assert status == [0] * run["processes"], f"{run}: {process.stderr[-5000:]}"
+    for run, ended in zip(RUNS, json.loads(process.stdout.splitlines()[-1]), strict=True):
+        assert ended == run.get("ends", [0] * run["processes"]), f"{run}: {process.stderr[-5000:]}"
     return directory
 
 
@@ -62,3 +83,94 @@ def test_processes_give_the_weights_of_one_with_their_batches_together(name, dir
         # A gradient is summed over the rows in another order: a few units in the last place. Six steps of 0.001 carry
         # that into weights of up to 3, whose own last place is 2e-7.
         torch.testing.assert_close(got[key], want[key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "no room for the adapter", "no room for the optimiser"])
+def test_what_ended_a_run_in_between_changes_no_bit(name, directory):
+    want, got = (load_file(directory / n / "adapter_model.safetensors") for n in ("one", name))
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_sigterm_leaves_a_checkpoint_after_the_step_it_came_in(directory):
+    assert (directory / "SIGTERM" / "checkpoint-2").is_dir()
+    assert (directory / "SIGTERM to one of two" / "checkpoint-4").is_dir()
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path):
+    """From step 5 on no file can grow beyond some bytes, so that the second checkpoint fails in one of its files."""
+    runs = [{"name": f"{room}", "disk": [5, room]} | ONE for room in (0, 3000, 12000)]
+    process = parallel(tmp_path, runs)
+    assert json.loads(process.stdout.splitlines()[-1]) == [[1]] * 3
+    assert process.stderr.count("OSError: " + str(tmp_path)) == 3
+    for run in runs:
+        assert f"{tmp_path / run['name'] / 'checkpoint-6'} could not be written" in process.stderr
+        assert [path.name for path in (tmp_path / run["name"]).iterdir()] == ["checkpoint-3"]
+
+
+# ---------------------------------------------------------------------- accelerate's configs
+
+CONFIGS = HERE.parent / "configs"
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_takes_the_config(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes == {"one_gpu": 1, "two_cpu_processes": 2}.get(file.stem, 8)
+    args = launch_command_parser().parse_args(["--config_file", str(file), "-m", "ept", "train"])
+    args = _validate_launch_command(args)[0]
+    assert args.mixed_precision == "no" and args.training_script == "ept" and args.training_script_args == ["train"]
+    if file.stem == "fsdp2":
+        assert args.use_fsdp and str(args.fsdp_version) == "2"
+        told = prepare_multi_gpu_env(args)
+        tried = {name: value.lower() for name, value in parallel_run.FSDP2.items()}  # what the runs above were told
+        assert {name: told[name].lower() for name in tried} == tried
+
+
+@pytest.mark.full
+def test_two_processes_by_accelerate_launch_train_as_one_and_start_again_when_one_is_lost(tmp_path):
+    save_model(tmp_path / "bert")
+    write_csv(tmp_path / "train.csv", reviews(64))
+    given = [
+        "-m", "ept", "train", "--model_name_or_path", tmp_path / "bert", "--train_file", tmp_path / "train.csv",
+        "--max_steps", 6, "--save_steps", 2, "--use_cpu", "--disable_tqdm", "true", "--prompt_length", 4, "--token_rank", 6,
+        "--resume_from_checkpoint", "auto",
+    ]  # fmt: skip
+
+    def launch(name, batch, *launcher, **environment):
+        words = [*launcher, *given, "--output_dir", tmp_path / name, "--per_device_train_batch_size", batch]
+        return subprocess.run(
+            [sys.executable, *map(str, words)], env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300
+        )  # fmt: skip
+
+    two = ("-m", "accelerate.commands.launch", "--config_file", CONFIGS / "two_cpu_processes.yaml")
+    restarted = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--max_restarts", 1, "--standalone")
+    (tmp_path / "sitecustomize.py").write_text(LOSE_ONE)
+    with_a_loss = dict(
+        PYTHONPATH=os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]]), LOST=str(tmp_path / "lost")
+    )
+    for process in (launch("one", 8), launch("two", 4, *two), launch("lost", 4, *restarted, **with_a_loss)):
+        assert process.returncode == 0, process.stderr[-5000:]
+    assert (tmp_path / "lost" / "was_lost").is_file()
+    want = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    for name in ("two", "lost"):
+        got = load_file(tmp_path / name / "adapter_model.safetensors")
+        for key in want:
+            torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-5)
+
+
+# Python runs it at its start: the second process kills itself once, when the first checkpoint is there.
+LOSE_ONE = """
+import os, signal, threading, time
+from pathlib import Path
+
+def lose():
+    run = Path(os.environ["LOST"])
+    while not (run / "checkpoint-2" / "trainer_state.json").is_file():
+        time.sleep(0.01)
+    if not (run / "was_lost").is_file():
+        (run / "was_lost").write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=lose, daemon=True).start()
+"""
