@@ -20,7 +20,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
-        "transformers>=5.0,<6",
+        "transformers>=5.19,<6",
         "numpy>=1.26",
         "safetensors>=0.4.3",
     ],

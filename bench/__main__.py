@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.command == "plot":
             from .figures import draw_all
 
-            directories = options.directories or sorted({path.parent for path in records.RESULTS.glob("*/*.csv")})
-            return draw_all(directories, options.output_dir)
+            found = {path.parent for name in records.TABLES for path in records.RESULTS.glob(f"*/{name}.csv")}
+            return draw_all(options.directories or sorted(found), options.output_dir)
         from .everything import on_cpu, on_gpu
 
         return {"cpu": on_cpu, "gpu": on_gpu}[options.command](options)

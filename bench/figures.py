@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .records import read
+from .records import tables
 
 __all__ = ["draw", "draw_all"]
 
@@ -19,10 +19,7 @@ def draw_all(directories: list[Path], output_dir: Path) -> int:
     if not directories:
         raise ValueError("no result tables found: `make bench` writes them")
     for directory in directories:
-        tables = {path.stem: read(path) for path in sorted(directory.glob("*.csv"))}
-        if not tables:
-            raise ValueError(f"{directory} holds no result table (*.csv)")
-        for name, figure in draw(tables).items():
+        for name, figure in draw(tables(directory)).items():
             path = output_dir / directory.name / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=120)
@@ -30,16 +27,17 @@ def draw_all(directories: list[Path], output_dir: Path) -> int:
     return 0
 
 
-def draw(tables: dict[str, list[dict[str, Any]]]) -> dict[str, Figure]:
+def draw(of_device: dict[str, list[dict[str, Any]]]) -> dict[str, Figure]:
     """The figures of one device by name, of the tables that are there."""
     figures = {}
-    if "micro" in tables:
-        for stem in dict.fromkeys(row["stem"] for row in tables["micro"]):
-            figures[f"micro-{stem}"] = _sweeps([row for row in tables["micro"] if row["stem"] == stem])
-    if "end_to_end" in tables:
-        figures["end_to_end"] = _bars(tables["end_to_end"])
-    if "ratios" in tables:
-        figures["ratios"] = _ratios(tables["ratios"])
+    if "micro" in of_device:
+        rows = of_device["micro"]
+        for stem in dict.fromkeys(row["stem"] for row in rows):
+            figures[f"micro-{stem}"] = _sweeps([row for row in rows if row["stem"] == stem])
+    if "end_to_end" in of_device:
+        figures["end_to_end"] = _bars(of_device["end_to_end"])
+    if "ratios" in of_device:
+        figures["ratios"] = _ratios(of_device["ratios"])
     return figures
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["IDENTITY", "RESULTS", "directory", "identity", "read", "write"]
+__all__ = ["IDENTITY", "RESULTS", "TABLES", "directory", "identity", "read", "tables", "write"]
 
 RESULTS = Path(__file__).parent / "results"
+TABLES = ("micro", "end_to_end", "ratios")
 # What a row is of. Two rows that agree in these were meant to measure the same.
 IDENTITY = (
     "stem", "figure", "shape", "method", "over", "impl", "way", "axis",
@@ -62,6 +63,14 @@ def read(path: Path) -> list[dict[str, Any]]:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: {name} is {row[name]!r}, not a number") from error
     return rows
+
+
+def tables(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """A directory's tables by name. ValueError if it has none."""
+    found = {name: read(directory / f"{name}.csv") for name in TABLES if (directory / f"{name}.csv").exists()}
+    if not found:
+        raise ValueError(f"{directory} holds no result table ({', '.join(f'{name}.csv' for name in TABLES)})")
+    return found
 
 
 def _short(value: Any) -> Any:

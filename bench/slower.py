@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .records import identity, read
+from .records import identity, read, tables
 
 __all__ = ["compare", "report"]
 
@@ -81,12 +81,7 @@ def report(a: Path, b: Path) -> int:
 
 
 def _tables(path: Path) -> dict[str, list[dict[str, Any]]]:
-    if path.is_dir():
-        files = sorted(path.glob("*.csv"))
-        if not files:
-            raise ValueError(f"{path} holds no result table (*.csv)")
-        return {file.name: read(file) for file in files}
-    return {"table": read(path)}
+    return tables(path) if path.is_dir() else {"table": read(path)}
 
 
 def _devices(rows: list[dict[str, Any]]) -> str:

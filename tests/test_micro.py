@@ -158,8 +158,16 @@ def test_figures_are_drawn_from_the_tables_alone(tiny, tmp_path, capsys):
         [p for axis in ("base", "s") for p in eager(axis) if p.stem == "prompt_embed"], "cpu", clock
     )
     records.write(tmp_path / "cpu" / "micro.csv", [row | machine for row in rows])
+    step = machine | {"shape": "x", "method": "EPT", "median": 2.0, "low": 1.0, "high": 3.0}
+    records.write(tmp_path / "cpu" / "end_to_end.csv", [step | {"unit": "ms", "peak_bytes": 5}])
+    records.write(
+        tmp_path / "cpu" / "ratios.csv",
+        [step | {"unit": "ratio", "over": "floor", "goal": goal} for goal in (1.02, "")],
+    )
+    (tmp_path / "cpu" / "somebody_elses.csv").write_text("x\n1\n")
     assert main(["plot", str(tmp_path / "cpu"), "--output_dir", str(tmp_path / "figures")]) == 0
-    assert [p.name for p in (tmp_path / "figures" / "cpu").iterdir()] == ["micro-prompt_embed.png"]
+    drawn = sorted(path.name for path in (tmp_path / "figures" / "cpu").iterdir())
+    assert drawn == ["end_to_end.png", "micro-prompt_embed.png", "ratios.png"]
     assert main(["plot", str(tmp_path / "figures")]) == 2
     assert "no result table" in capsys.readouterr().err
 
