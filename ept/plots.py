@@ -4,7 +4,7 @@ import os
 
 from torch import Tensor
 
-__all__ = ["plot_attention", "plot_gates", "plot_loss", "plot_singular_values"]
+__all__ = ["plot_attention", "plot_gates", "plot_loss", "plot_scores", "plot_singular_values"]
 
 
 def _figure(columns: int, size: tuple[float, float]):
@@ -60,6 +60,20 @@ def plot_attention(attention: Tensor, path: str | os.PathLike | None = None):
     image = axis.imshow(attention.float(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axis.set(xlabel="text position", ylabel="prompt row")
     figure.colorbar(image, ax=axis, label="attention")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_scores(scores: dict[str, list[tuple[float, float]]], tasks: list[str], path: str | os.PathLike | None = None):
+    """Each method's (mean, spread) on each task, one panel a task; written to `path` if given. Returns the figure."""
+    figure, axes = _figure(len(tasks), (1.5 + 2.6 * len(tasks), 1.2 + 0.28 * len(scores)))
+    for number, (axis, task) in enumerate(zip(axes, tasks, strict=True)):
+        means, spreads = zip(*(row[number] for row in scores.values()), strict=True)
+        axis.errorbar(means, range(len(scores)), xerr=spreads, fmt="o", capsize=3)
+        axis.set(title=task, yticks=range(len(scores)), yticklabels=list(scores) if number == 0 else [])
+        axis.grid(axis="x", alpha=0.3)
+        axis.invert_yaxis()
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

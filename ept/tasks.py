@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,7 +19,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import cached_file, is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
@@ -30,6 +35,7 @@ from .saving import CONFIG_NAME, read_adapter
 __all__ = [
     "best_metric",
     "input_limit",
+    "is_causal",
     "is_text_to_text",
     "load_adapter",
     "load_backbone",
@@ -39,13 +45,20 @@ __all__ = [
 ]
 
 HEADS = ("auto", "mean", "first")
-TASKS = ("classification", "regression", "text2text")
+TASKS = ("classification", "regression", "text2text", "continuation")
 
 
 def is_text_to_text(name_or_path: str) -> bool:
     """Whether a model is an encoder-decoder, by its config."""
     _check_directory(name_or_path)
     return bool(AutoConfig.from_pretrained(name_or_path).is_encoder_decoder)
+
+
+def is_causal(name_or_path: str) -> bool:
+    """Whether a model is a causal language model, by its config."""
+    _check_directory(name_or_path)
+    kind = AutoConfig.from_pretrained(name_or_path).model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def load_backbone(
@@ -55,7 +68,7 @@ def load_backbone(
 
     Args:
         name_or_path: hub name or local directory.
-        task: "classification", "regression" or "text2text".
+        task: one of TASKS. "continuation": a causal language model scores the labels' words after the text.
         label_names: the classes' names in the order of their numbers.
         head: "mean" (a linear head on the mean of the tokens), "first" (transformers' own head), or "auto": the mean
             where the directory is a sentence-transformers model that was trained with it.
@@ -69,8 +82,10 @@ def load_backbone(
             f"{name_or_path} is an encoder-decoder: use --task text2text, with the labels written as text"
             if task != "text2text"
             else f"{name_or_path} is no encoder-decoder: text2text needs one (T5, BART); "
-            "a causal language model trains from Python with ept.training.EPTTrainer"
+            "a causal language model learns labels with --task continuation"
         )
+    if task == "continuation" and not is_causal(name_or_path):
+        raise ValueError(f"{name_or_path} is no causal language model, which continuation needs: leave out --task")
     if Path(name_or_path).is_dir():
         name_or_path = str(Path(name_or_path).resolve())  # the adapter names it, and may be used from elsewhere
     # A fresh head is what is wanted; transformers reports it as missing weights.
@@ -79,6 +94,8 @@ def load_backbone(
     try:
         if task == "text2text":
             return AutoModelForSeq2SeqLM.from_pretrained(name_or_path, **_weights(dtype))
+        if task == "continuation":
+            return AutoModelForCausalLM.from_pretrained(name_or_path, **_weights(dtype))
         num_labels = 1 if task == "regression" else len(label_names)
         problem_type = "regression" if task == "regression" else "single_label_classification"
         if head == "mean" or (head == "auto" and _pools_the_mean(name_or_path)):
@@ -150,6 +167,8 @@ def load_adapter(
     kind = settings.get("base_model_class") or ""
     if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
         task = "text2text"
+    elif kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        task = "continuation"
     elif kind.endswith("ForSequenceClassification"):
         task = "regression" if settings.get("problem_type") == "regression" else "classification"
     else:
@@ -213,6 +232,7 @@ METRICS = {
     "classification": {"accuracy": True, "f1": True, "loss": False},
     "regression": {"pearson": True, "spearman": True, "mse": False, "loss": False},
     "text2text": {"loss": False, "exact_match": True},
+    "continuation": {"accuracy": True, "f1": True},
 }
 
 
@@ -229,14 +249,14 @@ def metrics_of(task: str, predictions: Any, labels: Any) -> dict[str, float]:
     """The task's metrics, the paper's first.
 
     Args:
-        predictions: logits [rows, classes]; values [rows] or [rows, 1]; or generated texts.
+        predictions: logits or label scores [rows, classes]; values [rows] or [rows, 1]; or generated texts.
         labels: class numbers [rows]; values [rows]; or texts.
     """
     if task == "text2text":
         same = [a.strip() == b.strip() for a, b in zip(predictions, labels, strict=True)]
         return {"exact_match": sum(same) / len(same)}
     predictions, labels = torch.as_tensor(predictions).float(), torch.as_tensor(labels)
-    if task == "classification":
+    if task in ("classification", "continuation"):
         from sklearn.metrics import accuracy_score, f1_score
 
         chosen, two = predictions.argmax(-1), predictions.shape[-1] == 2

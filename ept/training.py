@@ -30,12 +30,14 @@ from transformers import (
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .continuation import label_scores
 from .folding import FoldedLayer
 from .model import EPTModel
 from .saving import read_adapter
 from .sharding import load_optimizer_state, whole_optimizer_state
 
 __all__ = [
+    "EPTContinuationTrainer",
     "EPTSeq2SeqTrainer",
     "EPTSeq2SeqTrainingArguments",
     "EPTTrainer",
@@ -191,6 +193,12 @@ class _EPTTrainerMixin:
             return _LengthGroupedByEpoch(sampler, seed, self.args.world_size)
         return sampler
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        # In the rows' order: some metrics belong to groups of rows, and transformers' order by length loses them.
+        if not hasattr(eval_dataset, "__len__") or self.args.world_size > 1:
+            return None
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         # A data loader draws a seed: kept apart, evaluating more or less often does not change the training, and a
         # run that resumes past an evaluation has the random state of one that evaluated.
@@ -305,6 +313,19 @@ class EPTTrainer(_EPTTrainerMixin, Trainer):
 
 class EPTSeq2SeqTrainer(_EPTTrainerMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer for an EPTModel; use it with EPTSeq2SeqTrainingArguments."""
+
+
+class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
+    """Trains a causal model on its rows' label words; evaluation predicts every label's score [rows, labels].
+
+    Its `data_collator` is a ContinuationCollator.
+    """
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """No loss, the scores of all labels, and the rows' class numbers."""
+        contexts, classes = self.data_collator.separate(inputs)
+        scores = label_scores(model.eval(), contexts, self.data_collator)
+        return None, scores.to(self.args.device), torch.tensor(classes, device=self.args.device)
 
 
 def gate_health(gate: Tensor) -> dict[str, float]:

@@ -87,7 +87,7 @@ def test_eval_gives_the_metrics_of_the_training_run(adapter, place, capsys):
     trained = json.loads((adapter / "run.json").read_text())["metrics"]
     assert main(["eval", "--adapter", str(adapter), "--test_file", str(place / "test.csv")]) == 0
     metrics = last_json(capsys)
-    assert list(metrics) == ["rows", "accuracy", "f1"] and metrics["rows"] == 24
+    assert list(metrics) == ["accuracy", "f1", "rows"] and metrics["rows"] == 24
     assert metrics["accuracy"] == pytest.approx(trained["test_accuracy"])
     assert metrics["f1"] == pytest.approx(trained["test_f1"])
 
@@ -190,7 +190,7 @@ def test_text_to_text_trains_evaluates_and_writes(place, tmp_path, capsys, monke
     assert 0 <= metrics["eval_exact_match"] <= 1 and metrics["eval_loss"] > 0
     command = ["eval", "--adapter", tmp_path / "out", "--test_file", place / "test.csv", "--max_target_length", 5]
     assert main([str(word) for word in command]) == 0
-    assert list(last_json(capsys)) == ["rows", "exact_match"]
+    assert list(last_json(capsys)) == ["exact_match", "rows"]
     monkeypatch.setattr(sys, "stdin", Bytes(b"a superb film\nthe weak plot\n"))
     assert main(["predict", "--adapter", str(tmp_path / "out"), "--max_target_length", "5"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2

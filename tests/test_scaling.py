@@ -115,7 +115,7 @@ CONFIGS = HERE.parent / "configs"
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_accelerate_takes_the_config(file):
     config = load_config_from_file(str(file))
-    assert config.num_processes == {"one_gpu": 1, "two_cpu_processes": 2}.get(file.stem, 8)
+    assert config.num_processes == {"one_gpu": 1}.get(file.stem, 8)
     args = launch_command_parser().parse_args(["--config_file", str(file), "-m", "ept", "train"])
     args = _validate_launch_command(args)[0]
     assert args.mixed_precision == "no" and args.training_script == "ept" and args.training_script_args == ["train"]
@@ -127,12 +127,13 @@ def test_accelerate_takes_the_config(file):
 
 
 @pytest.mark.full
-def test_two_processes_by_accelerate_launch_train_as_one_and_start_again_when_one_is_lost(tmp_path):
-    save_model(tmp_path / "bert")
+def test_two_processes_by_torchrun_train_as_one_and_start_again_when_one_is_lost(tmp_path):
+    save_model(tmp_path / "bert", pooling=True)  # a head without dropout
     write_csv(tmp_path / "train.csv", reviews(64))
     given = [
         "-m", "ept", "train", "--model_name_or_path", tmp_path / "bert", "--train_file", tmp_path / "train.csv",
         "--max_steps", 6, "--save_steps", 2, "--use_cpu", "--disable_tqdm", "true", "--prompt_length", 4, "--token_rank", 6,
+        "--learning_rate", 0.001, "--prompt_learning_rate", 0.001, "--head_learning_rate", 0.001,
         "--resume_from_checkpoint", "auto",
     ]  # fmt: skip
 
@@ -142,7 +143,7 @@ def test_two_processes_by_accelerate_launch_train_as_one_and_start_again_when_on
             [sys.executable, *map(str, words)], env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300
         )  # fmt: skip
 
-    two = ("-m", "accelerate.commands.launch", "--config_file", CONFIGS / "two_cpu_processes.yaml")
+    two = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone")
     restarted = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--max_restarts", 1, "--standalone")
     (tmp_path / "sitecustomize.py").write_text(LOSE_ONE)
     with_a_loss = dict(
@@ -155,7 +156,7 @@ def test_two_processes_by_accelerate_launch_train_as_one_and_start_again_when_on
     for name in ("two", "lost"):
         got = load_file(tmp_path / name / "adapter_model.safetensors")
         for key in want:
-            torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got[key], want[key], rtol=1e-5, atol=1e-6)  # steps of 0.001, as above
 
 
 # Python runs it at its start: the second process kills itself once, when the first checkpoint is there.

@@ -29,7 +29,8 @@ FILLER = [
     "quite",
     "somehow",
 ]
-WORDS = [*GOOD, *BAD, *FILLER, "positive", "negative", '"', "quoted"]
+LABEL_WORDS = ["True", "False", "Answer:", *(f"{i / 5:.1f}" for i in range(26))]
+WORDS = [*GOOD, *BAD, *FILLER, "positive", "negative", '"', "quoted", *LABEL_WORDS]
 
 
 def tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:

@@ -1,0 +1,488 @@
+"""The paper's thirteen tasks of GLUE and SuperGLUE: their published files, inputs, label words and metrics.
+
+A task's rows are read from GLUE's tsv, SuperGLUE's jsonl or the hub's parquet (or from the hub itself) into the same
+fields, and shown to a model as texts: one or two for an encoder, one (T5's form) for a text-to-text or a causal model.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .console import say
+from .data import decode, read_hub, read_parquet_files
+
+__all__ = ["BENCHMARK_TASKS", "BenchmarkTask", "Rows", "benchmark_task", "fit_texts", "read_task"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A split of a task.
+
+    Attributes:
+        fields: each row's texts by the task's field names.
+        labels: class numbers, or scores; None where a file has none, as the benchmarks' test files.
+        groups: what MultiRC's answers are grouped by, one (paragraph, question) a row; else None.
+    """
+
+    fields: list[dict[str, str]]
+    labels: list[int | float | None]
+    groups: list[tuple[int, int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+
+@dataclass(frozen=True)
+class BenchmarkTask:
+    """What a task's files hold, and how its rows are shown to a model and judged.
+
+    Attributes:
+        name: as in `--task_name`; also the hub's configuration.
+        folders: names that the benchmark's own archive gives its directory.
+        hub: the hub's data set.
+        columns: each text field, with the names of the column that holds it, in the order of a file without a header.
+        texts: for an encoder: one or two texts, made of the fields.
+        prompt: for a text-to-text or causal model: T5's input.
+        cut: the fields that give way where a row is too long (several: the longer ones first).
+        labels: the classes' names, which T5 writes, in the order of the hub's numbers; empty for a regression.
+        metrics: "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", the paper's first.
+        label_columns: names of the column that holds the label.
+        prepare: makes the texts' fields from a row's columns where they are not the columns themselves.
+    """
+
+    name: str
+    folders: tuple[str, ...]
+    hub: str
+    columns: dict[str, tuple[str, ...]]
+    texts: tuple[str, ...]
+    prompt: str
+    cut: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    label_columns: tuple[str, ...] = ("label",)
+    prepare: Callable[[dict[str, Any]], dict[str, str]] | None = None
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.labels
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What a model writes: the labels, or the numbers from 0.0 to 5.0 in steps of 0.2."""
+        return self.labels or tuple(f"{i / 5:.1f}" for i in range(26))
+
+    def word(self, label: float) -> str:
+        """The word for a class number, or the nearest number word for a score."""
+        return f"{round(label * 5) / 5:.1f}" if self.is_regression else self.labels[int(label)]
+
+    def read_word(self, text: str, truth: float) -> float:
+        """The label that a written text stands for. What is no label counts as wrong: as a class other than the true
+        one, or as the score -1 (T5's convention)."""
+        text = text.strip()
+        if not self.is_regression:
+            return self.labels.index(text) if text in self.labels else (int(truth) + 1) % len(self.labels)
+        try:
+            value = float(text)
+        except ValueError:
+            return -1.0
+        return value if 0 <= value <= 5 else -1.0
+
+    def judge(self, predicted: list[float], rows: Rows) -> dict[str, float]:
+        """The task's metrics of predicted class numbers or scores, the paper's first."""
+        truth = list(rows.labels)
+        return {name: float(_METRICS[name](self, truth, list(predicted), rows.groups)) for name in self.metrics}
+
+
+def benchmark_task(name: str) -> BenchmarkTask:
+    """The task of a name, in any case and with or without hyphens (SST-2, sst2)."""
+    found = BENCHMARK_TASKS.get(re.sub(r"[-_ ]", "", name.lower()))
+    if found is None:
+        raise ValueError(f"unknown task {name!r}: --task_name is one of {', '.join(BENCHMARK_TASKS)}")
+    return found
+
+
+# ---------------------------------------------------------------------- metrics
+
+
+def _accuracy(task, truth, predicted, groups):
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(truth, predicted)
+
+
+def _f1(task, truth, predicted, groups):
+    """F1 of the class 1 of two (for MultiRC over all answers), or the mean of the classes' F1 (CB)."""
+    from sklearn.metrics import f1_score
+
+    if len(task.labels) == 2:
+        return f1_score(truth, predicted, zero_division=0.0)
+    return f1_score(truth, predicted, average="macro", labels=range(len(task.labels)), zero_division=0.0)
+
+
+def _matthews(task, truth, predicted, groups):
+    from sklearn.metrics import matthews_corrcoef
+
+    return matthews_corrcoef(truth, predicted)
+
+
+def _correlation(kind: str):
+    def correlation(task, truth, predicted, groups):
+        from scipy import stats
+
+        if len(set(truth)) == 1 or len(set(predicted)) == 1:
+            return 0.0  # a constant correlates with nothing
+        return getattr(stats, kind)(truth, predicted).statistic
+
+    return correlation
+
+
+def _exact_match(task, truth, predicted, groups):
+    """The share of questions whose answers are all labelled right."""
+    right = defaultdict(list)
+    for group, a, b in zip(groups, truth, predicted, strict=True):
+        right[group].append(a == b)
+    return sum(map(all, right.values())) / len(right)
+
+
+_METRICS = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews": _matthews,
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
+    "exact_match": _exact_match,
+}
+
+
+# ---------------------------------------------------------------------- the tasks
+
+
+def _mark(text: str, start: int, end: int, sign: str) -> str:
+    return f"{text[:start]}{sign} {text[start:end]} {sign}{text[end:]}"
+
+
+def _wic(row: dict[str, Any]) -> dict[str, str]:
+    """The sentences, and the same with a sign around the word, by its characters' positions."""
+    fields = {name: row[name] for name in ("word", "sentence1", "sentence2")}
+    for n in "12":
+        text, start, end = row[f"sentence{n}"], int(row[f"start{n}"]), int(row[f"end{n}"])
+        if not 0 <= start < end <= len(text):
+            raise ValueError(f"the word's characters {start} to {end} are not in sentence{n} of {len(text)} characters")
+        fields[f"marked{n}"] = _mark(text, start, end, "*")
+    return fields
+
+
+def _span(text: str, span: str, index: int) -> tuple[int, int]:
+    """Characters of a span of words that stands at word `index`: where its text is found nearest to that word, since
+    some published indices are off by a few words; else the words themselves."""
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    near = words[index][0] if 0 <= index < len(words) else None
+    found = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(span)}(?!\w)", text, re.IGNORECASE)] if span else []
+    if found:
+        return min(found, key=lambda at: abs(at[0] - (near or 0)))
+    if near is None:
+        raise ValueError(f"the span {span!r} is not in the text, which has {len(words)} words and no word {index}")
+    return near, words[min(len(words), index + max(1, len(span.split()))) - 1][1]
+
+
+def _wsc(row: dict[str, Any]) -> dict[str, str]:
+    """The text with * around the noun and # around the pronoun, and what follows the last of them."""
+    text = row["text"]
+    spans = [(*_span(text, row[f"span{n}_text"], int(row[f"span{n}_index"])), sign) for n, sign in ((1, "*"), (2, "#"))]
+    last = max(end for _, end, _ in spans)
+    marked = text[:last]
+    for start, end, sign in sorted(spans, reverse=True):
+        marked = _mark(marked, start, end, sign)
+    return {"marked": marked, "rest": text[last:], "noun": row["span1_text"], "pronoun": row["span2_text"]}
+
+
+def _multirc(row: dict[str, Any]) -> dict[str, str]:
+    """The paragraph without its markup, the question and the answer."""
+    paragraph = re.sub(r"</?b>", "", re.sub(r"<br\s*/?>", " ", row["paragraph"]))
+    return {"paragraph": paragraph, "question": row["question"], "answer": row["answer"]}
+
+
+def _same(*names: str) -> dict[str, tuple[str, ...]]:
+    return {name: (name,) for name in names}
+
+
+_BOOLS = ("False", "True")
+_ENTAILS = ("entailment", "not_entailment")
+_PREMISE = {"premise": ("premise", "sentence1"), "hypothesis": ("hypothesis", "sentence2")}
+_PAIR = ("{sentence1}", "{sentence2}")
+
+BENCHMARK_TASKS = {task.name: task for task in (
+    BenchmarkTask("mnli", ("MNLI",), "glue", _PREMISE, ("{premise}", "{hypothesis}"),
+        "mnli hypothesis: {hypothesis} premise: {premise}", ("premise",), ("entailment", "neutral", "contradiction"),
+        label_columns=("label", "gold_label")),
+    BenchmarkTask("qqp", ("QQP",), "glue", _same("question1", "question2"), ("{question1}", "{question2}"),
+        "qqp question1: {question1} question2: {question2}", ("question1", "question2"), ("not_duplicate", "duplicate"),
+        ("accuracy", "f1"), ("label", "is_duplicate")),
+    BenchmarkTask("qnli", ("QNLI",), "glue", _same("question", "sentence"), ("{question}", "{sentence}"),
+        "qnli question: {question} sentence: {sentence}", ("sentence",), _ENTAILS),
+    BenchmarkTask("sst2", ("SST-2",), "glue", _same("sentence"), ("{sentence}",),
+        "sst2 sentence: {sentence}", ("sentence",), ("negative", "positive")),
+    BenchmarkTask("stsb", ("STS-B",), "glue", _same("sentence1", "sentence2"), _PAIR,
+        "stsb sentence1: {sentence1} sentence2: {sentence2}", ("sentence1", "sentence2"), (),
+        ("pearson", "spearman"), ("label", "score")),
+    BenchmarkTask("mrpc", ("MRPC",), "glue",
+        {"sentence1": ("sentence1", "#1 String"), "sentence2": ("sentence2", "#2 String")}, _PAIR,
+        "mrpc sentence1: {sentence1} sentence2: {sentence2}", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"),
+        ("accuracy", "f1"), ("label", "Quality")),
+    BenchmarkTask("rte", ("RTE",), "glue", _PREMISE, ("{premise}", "{hypothesis}"),
+        "rte sentence1: {premise} sentence2: {hypothesis}", ("premise",), _ENTAILS),
+    BenchmarkTask("cola", ("CoLA",), "glue", _same("sentence"), ("{sentence}",),
+        "cola sentence: {sentence}", ("sentence",), ("unacceptable", "acceptable"), ("accuracy", "matthews")),
+    BenchmarkTask("multirc", ("MultiRC",), "super_glue", _same("paragraph", "question", "answer"),
+        ("{paragraph}", "{question} {answer}"),
+        "multirc question: {question} answer: {answer} paragraph: {paragraph}", ("paragraph",), _BOOLS,
+        ("f1", "exact_match"), prepare=_multirc),
+    BenchmarkTask("boolq", ("BoolQ",), "super_glue", _same("passage", "question"), ("{question}", "{passage}"),
+        "boolq passage: {passage} question: {question}", ("passage",), _BOOLS),
+    BenchmarkTask("wic", ("WiC",), "super_glue", _same("word", "sentence1", "sentence2", "start1", "end1", "start2", "end2"),
+        ("{word}: {marked1}", "{marked2}"),
+        "wic sentence1: {sentence1} sentence2: {sentence2} word: {word}", ("sentence1", "sentence2", "marked1", "marked2"),
+        _BOOLS, prepare=_wic),
+    BenchmarkTask("wsc", ("WSC",), "super_glue", _same("text", "span1_text", "span2_text", "span1_index", "span2_index"),
+        ("{marked}{rest}", "{pronoun}: {noun}"),
+        "wsc text: {marked}{rest}", ("rest",), _BOOLS, prepare=_wsc),
+    BenchmarkTask("cb", ("CB",), "super_glue", _same("premise", "hypothesis"), ("{premise}", "{hypothesis}"),
+        "cb hypothesis: {hypothesis} premise: {premise}", ("premise",), ("entailment", "contradiction", "neutral"),
+        ("accuracy", "f1")),
+)}  # fmt: skip
+
+
+# ---------------------------------------------------------------------- reading
+
+SPLITS = {
+    "train": ("train", "msr_paraphrase_train"),
+    "validation": ("dev", "val", "validation", "dev_matched", "validation_matched"),
+    "validation_mismatched": ("dev_mismatched", "validation_mismatched"),
+    "test": ("test", "test_matched", "msr_paraphrase_test"),
+    "test_mismatched": ("test_mismatched",),
+}
+# What CoLA's files have where others have a header: their columns, by number.
+COLA_COLUMNS = ["source", "label", "mark", "sentence"]
+
+
+def read_task(task: BenchmarkTask, split: str, data_dir: str | None = None) -> tuple[Rows, str] | None:
+    """A split's rows and where they are from, or None where there is no such split.
+
+    Args:
+        split: "train", "validation", "validation_mismatched" (MNLI) or "test".
+        data_dir: the directory with the task's files, or the one that holds it under the benchmark's own name; None
+            asks the hub.
+
+    Raises:
+        ValueError: the directory, a file or a row is not the task's, with the file and the row.
+    """
+    if data_dir is None:
+        hub = {"validation": "validation_matched"}.get(split, split) if task.name == "mnli" else split
+        # SuperGLUE's "wsc.fixed" has the span indices corrected.
+        table = read_hub(f"nyu-mll/{task.hub}" if task.hub == "glue" else f"aps/{task.hub}",
+                         "wsc.fixed" if task.name == "wsc" else task.name, hub)  # fmt: skip
+        source = f"{task.hub}/{task.name} ({hub})"
+        return None if table is None else (_rows(task, list(enumerate(table.to_list(), start=1)), source), source)
+    files = _files(task, split, Path(data_dir))
+    if not files:
+        return None
+    kind, source = files[0].suffix.lower(), str(files[0])
+    if kind == ".parquet":
+        found = list(enumerate(read_parquet_files(files).to_list(), start=1))
+    elif kind in (".jsonl", ".json"):
+        found = _jsonl(files[0])
+    else:
+        found = _tsv(task, files[0])
+    rows = _rows(task, found, source)
+    if not len(rows):
+        raise ValueError(f"{source} holds no rows")
+    return rows, source
+
+
+def _files(task: BenchmarkTask, split: str, directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise ValueError(f"--data_dir {directory} is no directory: give the one that holds {task.name}'s files")
+    names = (*task.folders, task.name)
+    below = [
+        path for path in sorted(directory.iterdir()) if path.is_dir() and path.name.lower() in map(str.lower, names)
+    ]
+    for place in (directory, *below):
+        for stem in SPLITS[split]:
+            for suffix in (".tsv", ".jsonl", ".json", ".txt", ".parquet"):
+                if (place / (stem + suffix)).is_file():
+                    return [place / (stem + suffix)]
+            shards = sorted(
+                p for p in place.glob(f"{stem}-*.parquet") if re.fullmatch(r"\d+-of-\d+", p.stem[len(stem) + 1 :])
+            )
+            if shards:
+                return shards
+    return []
+
+
+def _tsv(task: BenchmarkTask, path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """GLUE's tsv: a quotation mark is a character like any other; CoLA's labelled files have no header. Lines with
+    fewer fields than the columns that are read are left out, as some of QQP's, and counted."""
+    lines = [
+        (n, line.removesuffix("\r").split("\t")) for n, line in enumerate(decode(path).split("\n"), 1) if line.strip()
+    ]
+    if not lines:
+        raise ValueError(f"{path} is empty: give a file with at least one row")
+    header = lines[0][1]
+    if task.name == "cola" and "sentence" not in header:
+        if len(header) != len(COLA_COLUMNS):
+            raise ValueError(f"{path}, line 1: {len(header)} fields where CoLA has {', '.join(COLA_COLUMNS)}")
+        header = COLA_COLUMNS
+    else:
+        lines = lines[1:]
+    wanted = [name for names in (*task.columns.values(), task.label_columns) for name in names if name in header]
+    places = {name: header.index(name) for name in dict.fromkeys(wanted)}
+    last = max(places.values(), default=0)
+    rows = [(n, {name: fields[at] for name, at in places.items()}) for n, fields in lines if len(fields) > last]
+    if len(rows) < len(lines):
+        short = next(n for n, fields in lines if len(fields) <= last)
+        say(f"{path}: {len(lines) - len(rows)} lines with too few fields are left out, the first is line {short}")
+    return rows
+
+
+def _jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    for number, line in enumerate(decode(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}): one object per line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: not an object")
+        rows.append((number, row))
+    return rows
+
+
+def _flat(task: BenchmarkTask, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A published object as rows of the hub's form: MultiRC's passage with questions with answers as one row for each
+    answer, WSC's target beside its text; what has that form already as it is."""
+    passage = row.get("passage")
+    if task.name == "wsc":
+        return [row | (row.get("target") or {})]
+    if task.name != "multirc" or not isinstance(passage, dict):
+        return [row]
+    return [
+        {
+            "paragraph": passage["text"], "question": question["question"], "answer": answer["text"],
+            "label": answer.get("label"), "idx": {"paragraph": row["idx"], "question": question["idx"]},
+        }
+        for question in passage["questions"] for answer in question["answers"]
+    ]  # fmt: skip
+
+
+def _rows(task: BenchmarkTask, found: list[tuple[int, dict[str, Any]]], source: str) -> Rows:
+    """The rows of numbered lines (or table rows); ValueError names the first that is none of the task's."""
+    fields, labels, groups = [], [], []
+    for number, whole in found:
+        try:
+            for row in _flat(task, whole):
+                made = {name: _column(row, names) for name, names in task.columns.items()}
+                made = task.prepare(made) if task.prepare else made
+                fields.append({name: _text(value, name) for name, value in made.items()})
+                labels.append(_label(task, row))
+                if task.name == "multirc":
+                    groups.append((int(row["idx"]["paragraph"]), int(row["idx"]["question"])))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{source}, line {number}: not a row of {task.name} ({error!r})") from error
+        except ValueError as error:
+            raise ValueError(f"{source}, line {number}: {error}") from error
+    return Rows(fields, labels, groups if task.name == "multirc" else None)
+
+
+def _column(row: dict[str, Any], names: tuple[str, ...]) -> Any:
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise ValueError(f"it has no {' or '.join(names)}, only {', '.join(map(str, row))}")
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}, not text")
+    return value
+
+
+def _label(task: BenchmarkTask, row: dict[str, Any]) -> int | float | None:
+    """A class number or score from a word, a number, True or False; None where it is missing (also "-" and -1)."""
+    value = next((row[name] for name in task.label_columns if row.get(name) is not None), None)
+    if value is None or str(value).strip() in ("", "-", "-1", "-1.0"):
+        return None
+    word = str(value).strip()
+    if task.is_regression:
+        try:
+            score = float(word)
+        except ValueError:
+            score = -1.0
+        if not 0 <= score <= 5:
+            raise ValueError(f"the score {word!r} is not a number from 0 to 5")
+        return score
+    if word.lower() in ("true", "false"):
+        word = word.capitalize()
+    if word in task.labels:
+        return task.labels.index(word)
+    if word.isdecimal() and int(word) < len(task.labels):
+        return int(word)
+    raise ValueError(f"the label {word!r} is not one of {', '.join(task.labels)}")
+
+
+# ---------------------------------------------------------------------- what a model is shown
+
+
+def fit_texts(
+    task: BenchmarkTask,
+    rows: Rows,
+    templates: tuple[str, ...],
+    count: Callable[[list[tuple[str, ...]]], list[int]],
+    limit: int | None,
+) -> tuple[list[tuple[str, ...]], int]:
+    """Each row's texts in at most `limit` tokens, and how many rows had to be cut for it.
+
+    What gives way are words at the end of the fields in `task.cut`: a passage, not the question about it. Of several
+    such fields all keep the same number of words at most, so that the longest is cut first. A row that is too long
+    without them keeps none of them; the tokenizer cuts the rest.
+
+    Args:
+        templates: of the texts, made of the task's fields.
+        count: the numbers of tokens of several rows' texts.
+    """
+
+    def texts(fields: dict[str, str], most: int | None = None) -> tuple[str, ...]:
+        if most is not None:
+            fields = fields | {name: _first_words(fields[name], most) for name in task.cut if name in fields}
+        return tuple(template.format_map(fields).strip() for template in templates)
+
+    made = [texts(fields) for fields in rows.fields]
+    if limit is None:
+        return made, 0
+    too_long = [i for i, number in enumerate(count(made)) if number > limit]
+    for i in too_long:
+        fields = rows.fields[i]
+        low, high = (
+            0,
+            max(len(fields[name].split()) for name in task.cut if name in fields),
+        )  # low fits, or nothing does
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if count([texts(fields, middle)])[0] <= limit else (low, middle)
+        made[i] = texts(fields, low)
+    return made, len(too_long)
+
+
+def _first_words(text: str, most: int) -> str:
+    """A text up to the end of its word number `most`, its spaces as they are."""
+    end = 0
+    for number, match in enumerate(re.finditer(r"\S+", text), start=1):
+        if number > most:
+            break
+        end = match.end()
+    return text[:end]

@@ -1,0 +1,299 @@
+"""`ept sweep`: tasks × methods × learning rates × seeds, each run one JSON line in a results file.
+
+A run whose settings stand in the file is not repeated, so a sweep that was killed goes on where it was. Runs follow
+one another in this process, or lie side by side on the devices and machines of a Ray cluster.
+"""
+
+import functools
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import __version__
+from .benchmark_tasks import BenchmarkTask, benchmark_task
+from .console import bad_input_is_one_line, say
+from .options import OptionParser, option
+from .peers import ABLATIONS, METHODS
+
+__all__ = ["finished", "run", "run_job"]
+
+# What tells one run from another; a results file may hold any number of sweeps.
+KEY = (
+    "model", "task", "data", "method", "learning_rate", "seed", "steps", "batch_size", "max_seq_length", "budget",
+)  # fmt: skip
+ENGINES = ("process", "ray")
+TARGET_LENGTH = 32  # the longest label word of a benchmark has 6 tokens in T5
+OWN_SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val"), "test": ("test",)}
+
+
+@dataclass
+class SweepArguments:
+    _argument_group_name = "sweep"
+
+    model_name_or_path: str = field(metadata={"help": "Hub name or directory of the pretrained model."})
+    tasks: list[str] = field(metadata={
+        "help": "Names of GLUE's and SuperGLUE's tasks (ept train --help lists them), and directories: with own train, "
+        "validation and test files (csv, tsv, jsonl or parquet), or with a task's published files, by its name."
+    })  # fmt: skip
+    results: str = field(metadata={"help": "File for the runs' JSON lines; what stands there is not run again."})
+    data_dir: str | None = option("Where the named tasks' directories are; without it they come from the hub.")
+    methods: list[str] = field(
+        default_factory=lambda: [*METHODS, *ABLATIONS],
+        metadata={"help": f"Of {', '.join([*METHODS, *ABLATIONS])}; by default all."},
+    )
+    learning_rates: list[float] = field(default_factory=list, metadata={
+        "help": "Factors on EPT's rates, or a peer's rates themselves; by default three of each method's own."
+    })  # fmt: skip
+    middle_rate: bool = option("Of each method's own three learning rates only the middle one.", False)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; by default 0 1 2."})
+    max_steps: int = option("Updates of a run.", 1000)
+    batch_size: int = option("Rows of an update.", 32)
+    max_seq_length: int = option("Cut texts to this many tokens.", 256)
+    budget: int | None = option("Trained parameters without the head; by default those of a 100-token prompt.")
+    engine: str = option(
+        "Runs one after the other, or through Ray Tune on all of its devices.", "process", choices=ENGINES
+    )
+    cpus_per_run: float = option("CPU cores that Ray gives each run.", 1.0)
+    gpus_per_run: float = option("GPUs that Ray gives each run; a part lets several share one.", 0.0)
+
+
+def run(argv: list[str]) -> None:
+    """`ept sweep`: the grid's missing runs."""
+    with bad_input_is_one_line("sweep"):
+        (options,) = OptionParser("sweep", "Trains every method on every task; ept report makes the table.",
+                                  SweepArguments).parse(argv)  # fmt: skip
+        jobs = _grid(options)
+        for task in options.tasks:  # unreadable data is said first
+            _problem(options.model_name_or_path, _name(task), _data(task, options.data_dir))
+        path = Path(options.results)
+        done = {_key(record) for record in finished(path)}
+        missing = [job for job in jobs if _key(job) not in done]
+        say(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished in {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if options.engine == "ray":
+            return _with_ray(missing, options, path)
+    for job in missing:
+        _keep(path, run_job(job))
+
+
+def _grid(options: SweepArguments) -> list[dict[str, Any]]:
+    """The runs' settings, the seeds outermost, so that a sweep that is cut short has all methods on some seeds."""
+    known = METHODS | ABLATIONS
+    for method in options.methods:
+        if method not in known:
+            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(known)}")
+    config = transformers.AutoConfig.from_pretrained(options.model_name_or_path)
+    budget = options.budget or 100 * config.get_text_config().hidden_size
+    return [
+        {
+            "model": options.model_name_or_path, "task": _name(task), "data": _data(task, options.data_dir),
+            "method": method, "learning_rate": rate, "seed": seed, "steps": options.max_steps,
+            "batch_size": options.batch_size, "max_seq_length": options.max_seq_length, "budget": budget,
+        }
+        for seed, task, method in itertools.product(options.seeds, options.tasks, options.methods)
+        for rate in options.learning_rates or (known[method][1][1:2] if options.middle_rate else known[method][1])
+    ]  # fmt: skip
+
+
+def _benchmark(task: str) -> BenchmarkTask | None:
+    """The benchmarks' task of a name or of a directory with its name; None for a directory of own files."""
+    if not Path(task).is_dir():
+        return benchmark_task(task)
+    try:
+        return benchmark_task(Path(task).resolve().name)
+    except ValueError:
+        return None
+
+
+def _name(task: str) -> str:
+    found = _benchmark(task)
+    return Path(task).resolve().name if found is None else found.name
+
+
+def _data(task: str, data_dir: str | None) -> str | None:
+    """The directory with a task's files, or None for the hub's."""
+    if Path(task).is_dir():
+        return task
+    if data_dir is None:
+        return None
+    found = benchmark_task(task)
+    names = [name.lower() for name in (*found.folders, found.name)]
+    below = [path for path in sorted(Path(data_dir).glob("*")) if path.is_dir() and path.name.lower() in names]
+    if not below:
+        raise ValueError(f"--data_dir {data_dir} has no directory {' or '.join(found.folders)}")
+    return str(below[0])
+
+
+def _key(record: dict[str, Any]) -> str:
+    return json.dumps([record.get(name) for name in KEY])
+
+
+def finished(path: Path) -> list[dict[str, Any]]:
+    """The runs that stand in a results file; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            if number == len(lines):
+                continue
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}): remove the line") from error
+        if record is not None and not (isinstance(record, dict) and set(KEY) <= record.keys()):
+            raise ValueError(f"{path}, line {number}: not a run of ept sweep: give another file, or remove the line")
+        records += [] if record is None else [record]
+    return records
+
+
+def _keep(path: Path, record: dict[str, Any]) -> None:
+    """Appends a finished run to the results file, and says it."""
+    text = path.read_bytes() if path.is_file() else b""
+    if text and not text.endswith(b"\n"):  # a kill cut the last line short
+        path.write_bytes(text[: text.rfind(b"\n") + 1])
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    part, metrics = list(record["metrics"].items())[-1]
+    name, value = next(iter(metrics.items()))
+    say(
+        f"{record['task']}, {record['method']}, rate {record['learning_rate']:g}, seed {record['seed']}: "
+        f"{part} {name} {value:.3f} in {record['seconds']:.0f} s"
+    )
+
+
+# ---------------------------------------------------------------------- one run
+
+
+@functools.lru_cache(maxsize=4)
+def _problem(model: str, task: str, data: str | None) -> tuple[Any, dict[str, tuple[Any, str]]]:
+    """What a task is for a kind of model, and its rows by split."""
+    from .data import READERS, Columns, read_file
+    from .problem import Problem, read_benchmark
+    from .tasks import is_causal, is_text_to_text
+
+    kind = "text2text" if is_text_to_text(model) else "continuation" if is_causal(model) else None
+    found = _benchmark(task if data is None else data)
+    if found is not None:
+        return Problem.of_benchmark(found, kind), read_benchmark(found, data, ("train", "validation"))
+    tables = {}
+    for split, stems in OWN_SPLITS.items():
+        files = [path for stem in stems for suffix in READERS if (path := Path(data) / (stem + suffix)).is_file()]
+        if files:
+            tables[split] = (read_file(files[0]), str(files[0]))
+    for split in ("train", "validation"):
+        if split not in tables:
+            raise ValueError(f"{data} has no {' or '.join(OWN_SPLITS[split])} file ({', '.join(READERS)})")
+    return Problem.of_table(*tables["train"], Columns(), kind), tables
+
+
+@functools.lru_cache(maxsize=1)
+def _splits(model: str, task: str, data: str | None, max_seq_length: int) -> tuple[Any, Any, dict[str, Any]]:
+    """A task's problem, the model's tokenizer, and its splits as tokens."""
+    from .tasks import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    problem, tables = _problem(model, task, data)
+    return problem, tokenizer, {
+        split: problem.encode(table, source, tokenizer, max_seq_length, TARGET_LENGTH)
+        for split, (table, source) in tables.items()
+    }  # fmt: skip
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """One run of the grid: the job with its metrics by split, its parameters and seconds, and the machine."""
+    from .fitting import fit
+    from .peers import adapt
+    from .problem import predict_split
+    from .tasks import load_backbone
+
+    started = time.perf_counter()
+    problem, tokenizer, splits = _splits(job["model"], job["task"], job["data"], job["max_seq_length"])
+    transformers.set_seed(job["seed"])
+    base = load_backbone(job["model"], problem.kind, problem.label_names and list(problem.label_names))
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    rows = splits["train"].data.to_list()
+    ids = torch.tensor([token for row in rows for token in row["input_ids"]])
+    model, groups = adapt(
+        job["method"], base, budget=job["budget"], rate=job["learning_rate"], tokenizer=tokenizer,
+        token_counts=torch.bincount(ids, minlength=len(base.get_input_embeddings().weight)),
+    )  # fmt: skip
+    headed = problem.kind in ("classification", "regression")
+    trace = fit(
+        model, groups, rows, tokenizer, steps=job["steps"], batch_size=job["batch_size"], seed=job["seed"],
+        collate=None if headed else problem.collator(tokenizer),
+    )  # fmt: skip
+    metrics = {
+        name: problem.metrics(predict_split(model, problem, split, tokenizer, 64, TARGET_LENGTH, None), split)
+        for name, split in splits.items()
+        if name != "train"
+    }
+    return job | {
+        "metrics": metrics,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "train_loss": statistics.mean(trace.losses[-5:]),
+        "step_seconds": statistics.median(trace.step_seconds),
+        "seconds": time.perf_counter() - started,
+        "machine": _machine(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    """Device, threads, versions, and the commit where the package lies in a checkout."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    try:
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {cpu}",
+        "threads": torch.get_num_threads(),
+        "ept": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit or None,
+    }
+
+
+# ---------------------------------------------------------------------- side by side
+
+
+def _with_ray(jobs: list[dict[str, Any]], options: SweepArguments, path: Path) -> None:
+    """Runs the jobs as trials of Ray Tune, each on its share of a device, and keeps each record as it comes.
+
+    A worker loads data and model itself, so their paths must hold on every machine.
+    """
+    try:
+        from ray import tune
+    except ImportError as error:
+        raise ImportError("--engine ray needs Ray Tune: pip install 'ept[sweep]', or leave it out") from error
+
+    class Keep(tune.Callback):
+        def on_trial_complete(self, iteration, trials, trial, **info):
+            _keep(path, trial.last_result["record"])
+
+    def trial(config: dict[str, Any]) -> dict[str, Any]:
+        return {"record": run_job(config["job"])}
+
+    share = {"cpu": options.cpus_per_run, "gpu": options.gpus_per_run}
+    results = tune.Tuner(
+        tune.with_resources(trial, share),
+        param_space={"job": tune.grid_search(jobs)},
+        run_config=tune.RunConfig(callbacks=[Keep()]),
+    ).fit()
+    if results.errors:
+        raise RuntimeError(f"{len(results.errors)} of {len(jobs)} runs failed, the first with: {results.errors[0]}")

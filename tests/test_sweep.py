@@ -1,0 +1,107 @@
+"""`ept sweep` and `ept report`: the grid, its resumption, one line a run, and the table of the runs."""
+
+import importlib.util
+import json
+
+import pytest
+import transformers as hf
+
+from ept.cli import main
+from ept.report import table
+from ept.sweep import KEY, finished
+from tiny_text import reviews, save_model, write_csv
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("sweep")
+    save_model(place / "bert", pooling=True, max_position_embeddings=256)
+    save_model(place / "t5", "t5", hf.AutoModelForSeq2SeqLM, eos_token_id=4)
+    save_model(place / "llama", "llama", hf.AutoModelForCausalLM, max_position_embeddings=256)
+    (place / "reviews").mkdir()
+    for split, n in (("train", 32), ("dev", 16), ("test", 16)):
+        write_csv(place / "reviews" / f"{split}.csv", reviews(n, seed=n))
+    return place
+
+
+def sweep(place, results, *more, model="bert") -> int:
+    command = ["sweep", "--model_name_or_path", place / model, "--tasks", place / "reviews", "--results", results,
+        "--max_steps", 2, "--batch_size", 4, "--max_seq_length", 32, *more]  # fmt: skip
+    return main(list(map(str, command)))
+
+
+def test_a_sweep_that_was_cut_short_goes_on_and_repeats_nothing(place, tmp_path, capsys):
+    results = tmp_path / "runs.jsonl"
+    grid = ["--methods", "EPT", "head only", "--seeds", "0", "1", "--middle_rate"]
+    assert sweep(place, results, *grid) == 0
+    whole = results.read_text()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 4 and {(r["method"], r["seed"]) for r in finished(results)} == {
+        ("EPT", 0), ("EPT", 1), ("head only", 0), ("head only", 1)}  # fmt: skip
+    results.write_text("".join(lines[:3]) + lines[3][:40])  # killed while it wrote the last line
+    assert len(finished(results)) == 3
+    capsys.readouterr()
+    assert sweep(place, results, *grid) == 0
+    assert "4 runs, 3 of them finished" in capsys.readouterr().err
+    again = results.read_text().splitlines(keepends=True)
+    assert again[:3] == lines[:3] and len(again) == 4
+    last, first = json.loads(again[3]), json.loads(lines[3])
+    assert last["metrics"] == first["metrics"] and list(first["metrics"]) == ["validation", "test"]
+    assert first["machine"]["torch"] and first["trained_parameters"] > 0
+
+
+@pytest.mark.parametrize("model, methods", [
+    ("t5", ["EPT", "LoRA", "prompt tuning 20"]), ("llama", ["EPT", "LoRA", "prompt tuning 20"]),
+])  # fmt: skip
+def test_every_kind_of_model_runs_its_methods(model, methods, place, tmp_path):
+    assert sweep(place, tmp_path / "runs", "--methods", *methods, "--seeds", 0, "--middle_rate", model=model) == 0
+    metric = "exact_match" if model == "t5" else "accuracy"
+    assert [next(iter(record["metrics"]["test"])) for record in finished(tmp_path / "runs")] == [metric] * 3
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--methods", "EPT2"], "unknown method 'EPT2'"), (["--tasks", "nowhere"], "unknown task 'nowhere'"),
+    (["--tasks", "{place}"], "has no train file"),
+])  # fmt: skip
+def test_a_grid_that_cannot_run_is_one_line(options, said, place, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweep(place, tmp_path / "runs", *(word.format(place=place) for word in options))
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1 and said in errors[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_the_error_says_what_to_install(place, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweep(place, tmp_path / "runs", "--methods", "EPT", "--engine", "ray")
+    assert "pip install 'ept[sweep]'" in capsys.readouterr().err
+
+
+def test_ray_tune_gives_the_same_lines(place, tmp_path):
+    pytest.importorskip("ray")
+    assert sweep(place, tmp_path / "runs", "--methods", "EPT", "--seeds", 0, "--middle_rate", "--engine", "ray") == 0
+    assert len(finished(tmp_path / "runs")) == 1
+
+
+def record(method, rate, seed, validation, test, task="rte"):
+    return dict.fromkeys(KEY, 1) | {
+        "method": method, "learning_rate": rate, "seed": seed, "task": task, "trained_parameters": 5,
+        "metrics": {"validation": {"accuracy": validation}, "test": {"accuracy": test}}, "machine": {"device": "a CPU"},
+    }  # fmt: skip
+
+
+def test_the_report_takes_the_rate_that_validates_best_and_compares_averages(tmp_path, capsys):
+    records = [record("EPT", 1.0, 0, 0.8, 0.7), record("EPT", 1.0, 1, 0.8, 0.9), record("EPT", 2.0, 0, 0.7, 1.0),
+        record("EPT", 2.0, 1, 0.7, 1.0), record("EPT", 3.0, 0, 0.9, 0.1), record("LoRA", 0.1, 0, 0.9, 0.5)]  # fmt: skip
+    cell = table(records)["EPT"]["rte"]
+    assert cell.rate == 1.0 and cell.mean == pytest.approx(0.8) and cell.spread == pytest.approx(0.02**0.5)
+    (tmp_path / "runs").write_text("".join(json.dumps(r) + "\n" for r in records))
+    command = ["report", "--results", tmp_path / "runs", "--picture", tmp_path / "table.png"]
+    assert main(list(map(str, command))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| method | trained parameters | rte (accuracy) | average | EPT over it |"
+    assert lines[2] == "| EPT | 5 | 0.800 ± 0.141 | 0.800 |  |"
+    assert lines[3] == "| LoRA | 5 | 0.500 ± 0.000 | 0.500 | +60.0% |"
+    assert "Machine: device a CPU" in lines and (tmp_path / "table.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="differ in steps"):
+        table([records[0], records[0] | {"steps": 7}])
