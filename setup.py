@@ -23,7 +23,7 @@ setup(
         "triton>=3.2; platform_system == 'Linux'",
         "transformers>=5.19,<6",
         "numpy>=1.26",
-        "safetensors>=0.4.3",
+        "safetensors>=0.8.0",
     ],
     extras_require=EXTRAS | {"all": [need for name, needs in EXTRAS.items() if name != "sweep" for need in needs]},
     entry_points={"console_scripts": ["ept=ept.cli:main"]},
