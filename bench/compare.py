@@ -26,9 +26,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging as hf_logging
 
+from ept.peers import METHODS, build
+
 from .fit import encode, fit, predict, score, token_counts
 from .machine import describe
-from ept.peers import METHODS, build
 from .real_text import TASKS, load_task, minilm
 from .step_time import interleaved_seconds, ratio
 

@@ -21,11 +21,11 @@ from transformers.utils import logging as hf_logging
 
 import ept
 from ept import EPTModel, MeanPoolingForSequenceClassification
+from ept.peers import build
 from ept.plots import plot_gates, plot_loss
 
 from .fit import encode, fit, predict, score, token_counts
 from .machine import describe
-from ept.peers import build
 from .real_text import load_task, minilm
 from .step_time import interleaved_seconds, ratio
 
