@@ -161,8 +161,14 @@ _METRICS = {
 # ---------------------------------------------------------------------- the tasks
 
 
-def _mark(text: str, start: int, end: int, sign: str) -> str:
-    return f"{text[:start]}{sign} {text[start:end]} {sign}{text[end:]}"
+def _mark(text: str, *spans: tuple[int, int, str]) -> str:
+    """The text with a sign before and after each span of characters (start, end, sign); spans may lie in each other."""
+    signs = []  # at one place: what ends before what begins, of two that begin the longer first
+    for start, end, sign in spans:
+        signs += [(start, 1, -end, f"{sign} "), (end, 0, -start, f" {sign}")]
+    for at, _, _, sign in sorted(signs, reverse=True):
+        text = text[:at] + sign + text[at:]
+    return text
 
 
 def _wic(row: dict[str, Any]) -> dict[str, str]:
@@ -172,7 +178,7 @@ def _wic(row: dict[str, Any]) -> dict[str, str]:
         text, start, end = row[f"sentence{n}"], int(row[f"start{n}"]), int(row[f"end{n}"])
         if not 0 <= start < end <= len(text):
             raise ValueError(f"the word's characters {start} to {end} are not in sentence{n} of {len(text)} characters")
-        fields[f"marked{n}"] = _mark(text, start, end, "*")
+        fields[f"marked{n}"] = _mark(text, (start, end, "*"))
     return fields
 
 
@@ -194,10 +200,12 @@ def _wsc(row: dict[str, Any]) -> dict[str, str]:
     text = row["text"]
     spans = [(*_span(text, row[f"span{n}_text"], int(row[f"span{n}_index"])), sign) for n, sign in ((1, "*"), (2, "#"))]
     last = max(end for _, end, _ in spans)
-    marked = text[:last]
-    for start, end, sign in sorted(spans, reverse=True):
-        marked = _mark(marked, start, end, sign)
-    return {"marked": marked, "rest": text[last:], "noun": row["span1_text"], "pronoun": row["span2_text"]}
+    return {
+        "marked": _mark(text[:last], *spans),
+        "rest": text[last:],
+        "noun": row["span1_text"],
+        "pronoun": row["span2_text"],
+    }
 
 
 def _multirc(row: dict[str, Any]) -> dict[str, str]:

@@ -290,6 +290,8 @@ def _backbone_of(path: str, name_or_path: str | None) -> PreTrainedModel:
     }
     if task_type not in classes:
         raise ValueError(f"{path} is for the task type {task_type}, but EPT reads {', '.join(classes)}")
+    if Path(name_or_path).is_dir():
+        name_or_path = str(Path(name_or_path).resolve())  # the adapter names it, and may be used from elsewhere
     with without_load_reports():
         labels = _number_of_labels(classes[task_type], name_or_path, tensors)
         return classes[task_type].from_pretrained(name_or_path, **labels)

@@ -137,6 +137,13 @@ def test_a_span_with_a_wrong_index_is_found_by_its_text(tmp_path):
         read_task(BENCHMARK_TASKS["wsc"], "validation", str(tmp_path))
 
 
+def test_a_pronoun_inside_the_noun_is_marked_inside_it(tmp_path):
+    target = {"span1_index": 1, "span1_text": "his dog", "span2_index": 1, "span2_text": "his"}
+    put(tmp_path / "val.jsonl", json.dumps({"text": "When his dog ran", "target": target, "label": False}))
+    fields = read_task(BENCHMARK_TASKS["wsc"], "validation", str(tmp_path))[0].fields[0]
+    assert fields["marked"] + fields["rest"] == "When * # his # dog * ran"
+
+
 def test_multirc_gives_one_row_an_answer_grouped_by_question(tmp_path):
     put(tmp_path / "val.jsonl", json.dumps(MULTIRC))
     task = BENCHMARK_TASKS["multirc"]
