@@ -35,6 +35,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.fields)
 
+    def known_labels(self) -> list[int | float]:
+        """The labels of rows that all have one; ValueError otherwise."""
+        known = [label for label in self.labels if label is not None]
+        if len(known) < len(self):
+            raise ValueError(f"{len(self) - len(known)} of {len(self)} rows have no label")
+        return known
+
 
 @dataclass(frozen=True)
 class BenchmarkTask:
@@ -212,7 +219,7 @@ def _same(*names: str) -> dict[str, tuple[str, ...]]:
 
 _BOOLS = ("False", "True")
 _ENTAILS = ("entailment", "not_entailment")
-_PREMISE = {"premise": ("premise", "sentence1"), "hypothesis": ("hypothesis", "sentence2")}
+_PREMISE: dict[str, tuple[str, ...]] = {"premise": ("premise", "sentence1"), "hypothesis": ("hypothesis", "sentence2")}
 _PAIR = ("{sentence1}", "{sentence2}")
 
 BENCHMARK_TASKS = {task.name: task for task in (

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from transformers import (
 __all__ = ["Fit", "collator", "fit", "in_batches", "predict_logits"]
 
 WARMUP = 0.06
+
+Batch = TypeVar("Batch")
 
 
 @dataclass
@@ -126,8 +128,8 @@ def fit(
 def in_batches(
     rows: Any,
     batch_size: int,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
-    run: Callable[[dict[str, Tensor]], Any],
+    collate: Callable[[list[dict[str, Any]]], Batch],
+    run: Callable[[Batch], Any],
     description: str | None = None,
 ) -> list[Any]:
     """What `run` gives for each row, in the order of the rows; batches of similar length; a bar if described."""
