@@ -376,7 +376,9 @@ def _read_problem(model_args: Any, files: Any, given: Any, stream: Any) -> tuple
     return problem, tables
 
 
-def _trainer(model, args, splits, tokenizer, problem, patience: int | None) -> Any:
+def _trainer(
+    model: EPTModel, args: Any, splits: dict[str, Any], tokenizer: Any, problem: Any, patience: int | None
+) -> Any:
     from transformers import EarlyStoppingCallback
 
     from .training import EPTContinuationTrainer, EPTSeq2SeqTrainer, EPTTrainer

@@ -79,7 +79,7 @@ class StorageCounter(TorchDispatchMode):
         self._known = {t.untyped_storage()._cdata for t in known}
         self._sizes: dict[int, tuple[int, int]] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             return False if args[0].dtype == torch.bool else 0
         out = function(*args, **(kwargs or {}))
@@ -233,12 +233,12 @@ class _Dequantised(torch.autograd.Function):
     """x·Wᵀ with W made from its quantised form for the time of the product, forward and backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: "_QuantisedLinear") -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: "_QuantisedLinear") -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
         return x @ x.new_empty(layer.out_features, layer.in_features).t()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ grad.new_empty(ctx.layer.out_features, ctx.layer.in_features), None
 
 

@@ -284,7 +284,7 @@ def _with_ray(jobs: list[dict[str, Any]], options: SweepArguments, path: Path) -
         raise ImportError("--engine ray needs Ray Tune: pip install 'ept[sweep]', or leave it out") from error
 
     class Keep(tune.Callback):
-        def on_trial_complete(self, iteration, trials, trial, **info):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             _keep(path, trial.last_result["record"])
 
     def trial(config: dict[str, Any]) -> dict[str, Any]:

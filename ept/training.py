@@ -127,7 +127,7 @@ class _EPTTrainerMixin(Trainer):
     model: EPTModel
     args: EPTTrainingArguments | EPTSeq2SeqTrainingArguments
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not isinstance(self.model, EPTModel):
             raise TypeError(
@@ -192,7 +192,7 @@ class _EPTTrainerMixin(Trainer):
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def _get_train_sampler(self, *args, **kwargs) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler | None:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -205,7 +205,7 @@ class _EPTTrainerMixin(Trainer):
             return None
         return torch.utils.data.SequentialSampler(eval_dataset)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # A data loader draws a seed: kept apart, evaluating more or less often does not change the training, and a
         # run that resumes past an evaluation has the random state of one that evaluated.
         with torch.random.fork_rng(devices=[]):
@@ -287,13 +287,13 @@ class _EPTTrainerMixin(Trainer):
 class _StopOnSignal(TrainerCallback):
     """Once a signal came to any process, all save a checkpoint after the same step and stop."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.came = False
 
     def note(self, number: int, frame: Any) -> None:
         self.came = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.world_size > 1:  # a process that stopped alone would leave the others waiting for it
             came = torch.tensor(int(self.came), device=args.device)
             torch.distributed.all_reduce(came, torch.distributed.ReduceOp.MAX)
@@ -316,7 +316,7 @@ class _LengthGroupedByEpoch(LengthGroupedSampler):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
 
@@ -335,7 +335,13 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
     Its `data_collator` is a ContinuationCollator.
     """
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """No loss, the scores of all labels, and the rows' class numbers."""
         collate = self.data_collator
         if not isinstance(collate, ContinuationCollator):
