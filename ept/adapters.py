@@ -108,7 +108,9 @@ class AdaptersMixin(InputsMixin):
         if num_labels is not None:
             if not self.head_names:
                 raise ValueError(f"num_labels={num_labels}: {type(self.base_model).__name__} has no head to train")
-            labels = _numbered_labels(num_labels, labels["problem_type"])
+            # Scores beside classes, or the other way round: transformers tells from the first labels it sees.
+            problem_type = labels["problem_type"] if num_labels == len(labels["id2label"]) else None
+            labels = _numbered_labels(num_labels, problem_type)
         heads = self._new_heads(len(labels["id2label"]), fresh=True) if self.head_names else []
         init_prompt(self.base_model.get_input_embeddings(), layer, tokenizer, token_counts, soft_prompt)
         self._keep(Adapter(adapter_name, layer, heads, labels))

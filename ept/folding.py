@@ -6,6 +6,7 @@ the token-conditioned update, which can also become a new table of embeddings. I
 
 import copy
 import hashlib
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,6 +189,7 @@ class FoldArguments:
 def run(argv: list[str]) -> None:
     """`ept fold`: an adapter as the constants that inference needs, in PEFT's form where that can hold them."""
     with bad_input_is_one_line("fold"):
+        from .cli import RUN_NAME
         from .options import OptionParser
         from .peft_format import save_peft, why_not_peft
 
@@ -205,6 +207,9 @@ def run(argv: list[str]) -> None:
         else:
             heads = {name: t for name, t in model.adapter_tensors().items() if name.startswith("head.")}
             write_adapter(output, settings | folded.facts(), folded.state_dict() | heads)
+            record = Path(given.adapter) / RUN_NAME
+            if record.is_file():  # eval and predict know from it the columns, the label words and pairs of texts
+                shutil.copyfile(record, output / RUN_NAME)
             say(f"{output}: a folded EPT adapter" + (f" ({reason})" if given.format == "auto" else ""))
         if given.embedding_table:
             save_file({"weight": embedding_table(model).cpu().contiguous()}, output / TABLE_NAME)

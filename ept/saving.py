@@ -66,6 +66,10 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         settings = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_file} is not valid JSON ({error}): the file is damaged, save again") from error
+    if isinstance(settings, dict) and "peft_type" in settings:
+        raise ValueError(
+            f"{directory} holds a PEFT adapter: ept import makes an EPT adapter of it, if it is a prompt's"
+        )
     if not isinstance(settings, dict) or settings.get("method") != "EPT":
         raise ValueError(
             f'{config_file} is not an EPT adapter (it lacks "method": "EPT"): was it made by another tool?'

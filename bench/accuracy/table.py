@@ -62,7 +62,7 @@ def _table(records: list[dict[str, Any]], rows: int) -> list[str]:
     by_arm: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         by_arm[record["arm"]][record["task"]].append(record)
-    lines = [f"| arm | trained | {' | '.join(TASKS)} | mean |", "|---" * (len(TASKS) + 3) + "|"]
+    lines = [f"| arm | trained, with the head | {' | '.join(TASKS)} | mean |", "|---" * (len(TASKS) + 3) + "|"]
     means = {}
     for arm, tasks in by_arm.items():
         cells, task_means = [], []
