@@ -13,7 +13,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from ept import EPTModel, MeanPoolingForSequenceClassification
+from ept.backbones import embedding_width, weight_of
 from ept.peers import adapt
 
 from .fit import encode
@@ -81,9 +82,8 @@ class Shape:
 
 
 def _t5(d: int, layers: int, heads: int, d_ff: int) -> Callable[[str], PreTrainedConfig]:
-    return lambda device: T5Config(
-        d_model=d, num_layers=layers, num_heads=heads, d_ff=d_ff, decoder_start_token_id=0, dropout_rate=0.0
-    )
+    start: dict[str, Any] = {"decoder_start_token_id": 0}  # taken without being named
+    return lambda device: T5Config(d_model=d, num_layers=layers, num_heads=heads, d_ff=d_ff, dropout_rate=0.0, **start)
 
 
 def _tinyllama(device: str) -> PreTrainedConfig:
@@ -183,13 +183,14 @@ def build(method: str, shape: Shape, base: PreTrainedModel) -> tuple[nn.Module, 
     LoRA is spread over the depth where `ept.peers` would take the last layers alone: its gradient then has as far to go
     as that of a LoRA with more parameters.
     """
-    model, budget = _sharing(base), BUDGET_ROWS * base.get_input_embeddings().embedding_dim
+    model, budget = _sharing(base), BUDGET_ROWS * embedding_width(base.get_input_embeddings())
     torch.manual_seed(0)
     if method != "LoRA":
         return adapt(method, model, budget=budget, rate=1.0)
-    model.train = lambda mode=True: model  # as `adapt` does, so that dropout stays off
-    model = get_peft_model(model, lora_config(model, shape.targets, budget, shape.task))
-    return model, [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    frozen: Any = model
+    frozen.train = lambda mode=True: model  # as `adapt` does, so that dropout stays off
+    wrapped = get_peft_model(model, lora_config(model, shape.targets, budget, shape.task))
+    return wrapped, [{"params": [p for p in wrapped.parameters() if p.requires_grad]}]
 
 
 # ---------------------------------------------------------------------- training
@@ -203,11 +204,11 @@ def training(
     batch = batch_of(shape, base, device)
     names = ["EPT", *(["EPT paper"] if shape.paper else []), PROMPT_TUNING, "DePT", "LoRA"]
     built = {name: build(name, shape, base) for name in names}
-    models, groups = ({name: pair[i] for name, pair in built.items()} for i in (0, 1))
+    models, groups = {name: pair[0] for name, pair in built.items()}, {name: pair[1] for name, pair in built.items()}
     steps: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
         if name.startswith("EPT"):  # beside its floor, so that the two see the same moments
-            steps[_floor_of(name)] = _floor(shape, models[name], batch)
+            steps[_floor_of(name)] = _floor(shape, cast(EPTModel, model), batch)
         steps[name] = training_step(model, groups[name], [_batch_for(name, shape, batch)])
     steps = {name: _settled(step, device) for name, step in steps.items()}
     seconds = interleaved(steps, rounds, warmup=1, description=f"{shape.name}, training", clock=clock)
@@ -220,7 +221,7 @@ def training(
         }  # fmt: skip
         if name in models:
             row["trained_parameters"] = sum(p.numel() for p in models[name].parameters() if p.requires_grad)
-        rows.append(row | (_own_part(shape, models[name], batch) if name.startswith("EPT") else {}))
+        rows.append(row | (_own_part(shape, cast(EPTModel, models[name]), batch) if name.startswith("EPT") else {}))
     pairs = [(name, _floor_of(name)) for name in names if name.startswith("EPT")]
     pairs += [(name, over) for over, methods in OVERS for name in methods if name in steps]
     return rows, [_ratio(shape, name, over, seconds[name], seconds[over]) for name, over in pairs]
@@ -239,7 +240,7 @@ def _batch_for(method: str, shape: Shape, batch: dict[str, Tensor]) -> dict[str,
 
 def _floor(shape: Shape, model: EPTModel, batch: dict[str, Tensor]) -> Callable[[], Any]:
     """The wrapped backbone's own step on as many columns as it gets from EPT."""
-    s, weight = model.ept_config.prompt_length, model.get_input_embeddings().weight
+    s, weight = model.ept_config.prompt_length, weight_of(model.base_model.get_input_embeddings())
     embeds = torch.randn(shape.batch, s + shape.length, weight.shape[1], generator=torch.Generator().manual_seed(0))
     labels = batch["labels"]
     if shape.task == TaskType.CAUSAL_LM:
@@ -248,11 +249,11 @@ def _floor(shape: Shape, model: EPTModel, batch: dict[str, Tensor]) -> Callable[
 
 
 def _own_part(shape: Shape, model: EPTModel, batch: dict[str, Tensor]) -> dict[str, int]:
-    weight, layer = model.base_model.get_input_embeddings().weight, model.ept
+    weight, layer = weight_of(model.base_model.get_input_embeddings()), model.ept
     impl = "torch" if weight.device.type == "cpu" else "triton"
     ids, mask = batch["input_ids"], batch["attention_mask"]
     return {
-        "own_bytes_predicted": predicted_own_bytes(layer.config, layer.embed_dim, *ids.shape, True, impl),
+        "own_bytes_predicted": predicted_own_bytes(layer.config, layer.embed_dim, len(ids), ids.shape[1], True, impl),
         "own_bytes_measured": own_bytes(layer, lambda: layer(ids, mask, embedding_weight=weight), [weight, ids, mask]),
     }
 
@@ -336,7 +337,7 @@ def inference(shape: Shape, device: str, rounds: int, clock: Clock = time.perf_c
     """A folded EPT over the bare backbone on as many columns of ordinary ids: one row of ratios.csv."""
     base = backbone(shape, device)
     batch = batch_of(shape, base, device)
-    folded = build("EPT", shape, base)[0].fold().eval()
+    folded = cast(EPTModel, build("EPT", shape, base)[0]).fold().eval()
     s = folded.ept_config.prompt_length
     longer = {"input_ids": batch["input_ids"][:, :1].expand(-1, s), "attention_mask": batch["attention_mask"][:, :s]}
     bare = batch | {name: torch.cat([more, batch[name]], 1) for name, more in longer.items()}
@@ -352,7 +353,7 @@ def mixed(
     shape: Shape, device: str, rounds: int, clock: Clock = time.perf_counter, adapters: int = 8
 ) -> list[dict[str, Any]]:
     """A batch whose rows belong to several adapters in turn over the same batch of one adapter, both unfolded."""
-    model, _ = build("EPT", shape, backbone(shape, device))
+    model = cast(EPTModel, build("EPT", shape, backbone(shape, device))[0])
     batch = batch_of(shape, model.base_model, device)
     names = [model.active_adapter, *(f"adapter {i}" for i in range(1, adapters))]
     for name in names[1:]:

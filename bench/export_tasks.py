@@ -6,6 +6,7 @@ python -m bench.export_tasks DIRECTORY
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from .real_text import load_task, minilm
 
@@ -19,7 +20,7 @@ def export(directory: Path) -> None:
         task = load_task(name)
         (directory / name).mkdir(parents=True, exist_ok=True)
         for part, split in SPLITS.items():
-            labels = task.labels[part]
+            labels: list[Any] = task.labels[part]
             if task.problem_type != "regression":
                 labels = [task.label_names[label] for label in labels]
             rows = [{"text": text, "label": label} for text, label in zip(task.texts[part], labels, strict=True)]

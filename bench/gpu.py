@@ -61,7 +61,7 @@ def microbenchmarks(
         graphs: dict[str, float] = {}
         for way in micro.WAYS:
             row = micro.row(point, way, error, micro.launches(point, way, work, device), bandwidth)
-            times = clock(work.call(way), device == "cuda" and way != "backward")
+            times: dict[str, Any] = clock(work.call(way), device == "cuda" and way != "backward")
             if "graph" in times:
                 graphs[way] = times.pop("graph")
             rows.append(micro.timed(row, **times))

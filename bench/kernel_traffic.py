@@ -24,7 +24,8 @@ SHAPE = traffic.Shapes(batch=32, length=256, d=768, s=60, n=256, r=30, k=4, h=8,
 class Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.operations, self.bytes = collections.Counter(), 0
+        self.operations: collections.Counter[str] = collections.Counter()
+        self.bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
@@ -84,8 +85,8 @@ def main():
     x, megabyte = SHAPE, 1e6
     print(f"torch {torch.__version__}, {x}")
     for impl in ("reference", "torch"):
-        for way, (operations, size) in zip(("forward", "backward"), eager(x, impl), strict=True):
-            print(f'eager impl="{impl}" {way:8}: {operations:3} operations, {size / megabyte:6.1f} MB')
+        for name, (operations, size) in zip(("forward", "backward"), eager(x, impl), strict=True):
+            print(f'eager impl="{impl}" {name:8}: {operations:3} operations, {size / megabyte:6.1f} MB')
     for impl in ("reference", "torch"):
         print(f'torch.compile impl="{impl}" (forward, backward): {compiled(x, impl)} kernel calls')
     for way in (traffic.forward, traffic.backward):

@@ -77,7 +77,8 @@ def own_bytes(layer: nn.Module, forward: Callable[[], Tensor], given: list[Tenso
     out.float().sum().backward()
     optimizer.step()
     moments = [value for p in trained for value in optimizer.state[p].values() if value.dim() > 0]
-    owned = sum(t.nbytes for p in trained for t in (p, p.grad)) + sum(t.nbytes for t in moments)
+    gradients = [p.grad for p in trained if p.grad is not None]
+    owned = sum(t.nbytes for t in (*trained, *gradients, *moments))
     layer.zero_grad()
     return bytes_kept + owned
 

@@ -40,7 +40,7 @@ __all__ = [
 
 WAYS = ("forward", "backward", "both")
 VOCABULARY = 8192
-Inputs = dict[str, Tensor | None]
+Inputs = dict[str, Any]  # tensors by the names of the arguments; None for a part that is off
 
 # Stem -> the sizes that it depends on; it has no parts of other sizes.
 STEMS = {
@@ -58,7 +58,7 @@ BASE = {
     "cpu": traffic.Shapes(batch=8, length=128, d=768, s=20, n=256, r=30, k=4, h=2, q=24, source_bytes=4),
     "cuda": traffic.Shapes(batch=32, length=256, d=768, s=60, n=256, r=30, k=4, h=8, q=24, source_bytes=2),
 }
-AXES = {
+AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "cpu": dict(
         d=(384, 1536), s=(4, 60), n=(128, 1024), r=(8, 60), k=(2, 8), h=(4, 16), q=(8, 48), batch=(2, 32), length=(32, 512)
     ),
@@ -111,21 +111,25 @@ def named(device: str, part: str) -> list[Point]:
 
 
 def _along(base: traffic.Shapes, axes: dict[str, tuple[int, ...]]) -> list[tuple[str, traffic.Shapes]]:
-    along = [(axis, dataclasses.replace(base, **{axis: value})) for axis, values in axes.items() for value in values]
-    return [("base", base), *along]
+    along = [("base", base)]
+    for axis, values in axes.items():
+        for value in values:
+            change: dict[str, Any] = {axis: value}
+            along.append((axis, dataclasses.replace(base, **change)))
+    return along
 
 
 def _only(sizes: traffic.Shapes, stem: str) -> traffic.Shapes:
     """The sizes with the parts that the stem does not have at zero."""
     depends = STEMS[stem]
-    absent = {size: 0 for size in ("n", "r", "k", "h", "q") if size not in depends}
+    absent: dict[str, Any] = {size: 0 for size in ("n", "r", "k", "h", "q") if size not in depends}
     if "length" not in depends:
         absent |= {"batch": 1, "length": 0, "masked": False}
     return dataclasses.replace(sizes, **absent)
 
 
 def _of_peer(sizes: traffic.Shapes, peer: str) -> traffic.Shapes:
-    absent = {"n": 0, "r": 0, "k": 0, "h": 0, "q": 0}
+    absent: dict[str, Any] = {"n": 0, "r": 0, "k": 0, "h": 0, "q": 0}
     if peer == "DePT":
         absent |= {"n": sizes.length, "r": sizes.r}
     elif peer.startswith("prompt tuning"):
@@ -341,6 +345,7 @@ def _lora(x: traffic.Shapes, g: torch.Generator, device: str) -> Work:
     layers.to(device).requires_grad_(False)
     dtype = torch.bfloat16 if x.source_bytes == 2 else torch.float32
     inputs: Inputs = {"x": torch.randn(x.batch, x.length, x.d, generator=g).to(device, dtype).requires_grad_()}
+    layer: Any  # as PEFT has changed it
     for name, layer in layers.items():
         for part in (layer.lora_A, layer.lora_B):
             part.default.weight.data = torch.randn(part.default.weight.shape, generator=g).to(device) / x.d**0.5

@@ -27,6 +27,7 @@ from transformers import (
     BertConfig,
     LlamaConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     T5Config,
 )
 
@@ -42,20 +43,24 @@ __all__ = ["profiled_peak"]
 RESULTS = Path(__file__).parent / "results" / "plan.jsonl"
 WITHIN = 0.15
 
+# What the configs take without naming it.
+STARTS: dict[str, Any] = {"decoder_start_token_id": 0}
+ROTARY: dict[str, Any] = {"rope_theta": 100000.0}
+
 # MiniLM has its real weights; the others are seeded weights in the shapes of the published models.
 CONFIGS = {
     "minilm-l6": lambda: AutoConfig.from_pretrained(minilm()),
-    "t5-small": lambda: T5Config(pad_token_id=0, decoder_start_token_id=0),
+    "t5-small": lambda: T5Config(pad_token_id=0, **STARTS),
     "bert-base": lambda: BertConfig(),
     "smollm2-135m": lambda: LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, pad_token_id=2, rope_theta=100000.0,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, pad_token_id=2, **ROTARY,
     ),
 }  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 
 
-def build(name: str, dtype: str) -> tuple[torch.nn.Module, bool]:
+def build(name: str, dtype: str) -> tuple[PreTrainedModel, bool]:
     """The backbone, and whether its labels are tokens."""
     torch.manual_seed(0)
     config, dtype = CONFIGS[name](), getattr(torch, dtype)

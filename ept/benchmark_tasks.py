@@ -35,6 +35,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.fields)
 
+    def known_labels(self) -> list[int | float]:
+        """The labels of rows that all have one; ValueError otherwise."""
+        known = [label for label in self.labels if label is not None]
+        if len(known) < len(self):
+            raise ValueError(f"{len(self) - len(known)} of {len(self)} rows have no label")
+        return known
+
 
 @dataclass(frozen=True)
 class BenchmarkTask:
@@ -108,13 +115,18 @@ def benchmark_task(name: str) -> BenchmarkTask:
 # ---------------------------------------------------------------------- metrics
 
 
-def _accuracy(task, truth, predicted, groups):
+Values = list[Any]  # class numbers or scores
+Groups = list[tuple[int, int]] | None
+Metric = Callable[[BenchmarkTask, Values, Values, Groups], float]
+
+
+def _accuracy(task: BenchmarkTask, truth: Values, predicted: Values, groups: Groups) -> float:
     from sklearn.metrics import accuracy_score
 
     return accuracy_score(truth, predicted)
 
 
-def _f1(task, truth, predicted, groups):
+def _f1(task: BenchmarkTask, truth: Values, predicted: Values, groups: Groups) -> float:
     """F1 of the class 1 of two (for MultiRC over all answers), or the mean of the classes' F1 (CB)."""
     from sklearn.metrics import f1_score
 
@@ -123,14 +135,14 @@ def _f1(task, truth, predicted, groups):
     return f1_score(truth, predicted, average="macro", labels=range(len(task.labels)), zero_division=0.0)
 
 
-def _matthews(task, truth, predicted, groups):
+def _matthews(task: BenchmarkTask, truth: Values, predicted: Values, groups: Groups) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     return matthews_corrcoef(truth, predicted)
 
 
-def _correlation(kind: str):
-    def correlation(task, truth, predicted, groups):
+def _correlation(kind: str) -> Metric:
+    def correlation(task: BenchmarkTask, truth: Values, predicted: Values, groups: Groups) -> float:
         from scipy import stats
 
         if len(set(truth)) == 1 or len(set(predicted)) == 1:
@@ -140,10 +152,10 @@ def _correlation(kind: str):
     return correlation
 
 
-def _exact_match(task, truth, predicted, groups):
+def _exact_match(task: BenchmarkTask, truth: Values, predicted: Values, groups: Groups) -> float:
     """The share of questions whose answers are all labelled right."""
     right = defaultdict(list)
-    for group, a, b in zip(groups, truth, predicted, strict=True):
+    for group, a, b in zip(groups or (), truth, predicted, strict=True):
         right[group].append(a == b)
     return sum(map(all, right.values())) / len(right)
 
@@ -220,7 +232,7 @@ def _same(*names: str) -> dict[str, tuple[str, ...]]:
 
 _BOOLS = ("False", "True")
 _ENTAILS = ("entailment", "not_entailment")
-_PREMISE = {"premise": ("premise", "sentence1"), "hypothesis": ("hypothesis", "sentence2")}
+_PREMISE: dict[str, tuple[str, ...]] = {"premise": ("premise", "sentence1"), "hypothesis": ("hypothesis", "sentence2")}
 _PAIR = ("{sentence1}", "{sentence2}")
 
 BENCHMARK_TASKS = {task.name: task for task in (

@@ -26,6 +26,7 @@ import transformers
 from transformers.utils import is_liger_kernel_available
 
 from . import __version__
+from .backbones import embedding_width, weight_of
 from .console import bad_input_is_one_line, fail, say
 from .model import EPTModel, get_ept_model
 from .peft_format import read_soft_prompt
@@ -162,7 +163,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, Any, str | None, Any, dict[
     )
     if backbone.config.pad_token_id is None:
         backbone.config.pad_token_id = tokenizer.pad_token_id
-    config = ept_config(sizes, backbone.get_input_embeddings().embedding_dim)
+    config = ept_config(sizes, embedding_width(backbone.get_input_embeddings()))
     limit = input_limit(backbone, tokenizer, config.prompt_length, columns.max_seq_length)
     splits = {
         split: problem.encode(table, source, tokenizer, limit, columns.max_target_length)
@@ -172,7 +173,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, Any, str | None, Any, dict[
     counts = None
     if config.init == "vocab":
         ids = torch.tensor(list(itertools.chain.from_iterable(data["train"]["input_ids"])))
-        counts = torch.bincount(ids, minlength=len(backbone.get_input_embeddings().weight))
+        counts = torch.bincount(ids, minlength=len(weight_of(backbone.get_input_embeddings())))
     soft_prompt = None if sizes.soft_prompt is None else read_soft_prompt(sizes.soft_prompt)
     model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts, soft_prompt=soft_prompt)
     if soft_prompt is not None:
@@ -291,6 +292,12 @@ def _refuse_used(output_dir: str) -> None:
     )
 
 
+def _label_names(model: EPTModel) -> list[str]:
+    """The head's labels in the order of their numbers."""
+    names: Any = model.config.id2label  # by number, though transformers' type has names for keys, too
+    return [names[i] for i in sorted(names)]
+
+
 def _check_same_run(checkpoint: str, model: EPTModel) -> None:
     """ValueError if a checkpoint's adapter has other sizes or labels than the one that is to go on from it."""
     saved = read_adapter(checkpoint)[0]
@@ -298,7 +305,7 @@ def _check_same_run(checkpoint: str, model: EPTModel) -> None:
     for name, value in own.items():
         if saved.get(name) != value:
             raise ValueError(f"{checkpoint} was trained with {name} {saved.get(name)}, not {value}: resume as it began")
-    names = [model.config.id2label[i] for i in sorted(model.config.id2label)]
+    names = _label_names(model)
     if model.head_names and saved.get("label_names") != names:
         raise ValueError(f"{checkpoint} was trained with the labels {saved.get('label_names')}, not {names}")
 
@@ -374,7 +381,9 @@ def _read_problem(model_args: Any, files: Any, given: Any, stream: Any) -> tuple
     return problem, tables
 
 
-def _trainer(model, args, splits, tokenizer, problem, patience: int | None) -> Any:
+def _trainer(
+    model: EPTModel, args: Any, splits: dict[str, Any], tokenizer: Any, problem: Any, patience: int | None
+) -> Any:
     from transformers import EarlyStoppingCallback
 
     from .training import EPTContinuationTrainer, EPTSeq2SeqTrainer, EPTTrainer
@@ -557,7 +566,7 @@ def _evaluated_problem(model: EPTModel, kind: str, files: Any, columns: Any, rec
 
     names = None
     if kind == "classification":
-        names = tuple(model.config.id2label[i] for i in sorted(model.config.id2label))
+        names = tuple(_label_names(model))
     elif kind == "continuation":
         names = _label_words(record, model)
     if files.task_name is None:
@@ -566,7 +575,7 @@ def _evaluated_problem(model: EPTModel, kind: str, files: Any, columns: Any, rec
     own = Problem.of_benchmark(task, kind)
     if names != own.label_names:
         raise ValueError(
-            f"the adapter knows the labels {', '.join(names)}, not {task.name}'s {', '.join(own.label_names)}: "
+            f"the adapter knows the labels {', '.join(names or ())}, not {task.name}'s {', '.join(own.label_names or ())}: "
             "evaluate it on the task that it was trained on"
         )
     return Problem(kind, names, Columns(), task)
@@ -608,12 +617,13 @@ def predict(argv: list[str]) -> None:
         pairs |= task_name is not None and len(benchmark_task(task_name).texts) == 2
         words = _label_words(record, model) if task == "continuation" else None
         collate = None if words is None else ContinuationCollator(tokenizer, candidates(tokenizer, list(words)))
-        name_of = model.config.id2label.__getitem__ if words is None else words.__getitem__
+        by_number: Any = model.config.id2label if words is None else words
         batch_size = options.batch_size or (32 if options.input_file else 1)
         with contextlib.ExitStack() as stack:
             source = options.input_file or "standard input"
             lines = stack.enter_context(open(options.input_file, "rb")) if options.input_file else sys.stdin.buffer
             for texts in _batches(_texts(lines, source, pairs), batch_size):
+                predictions: torch.Tensor | list[str]
                 if collate is not None:
                     room = None if limit is None else limit - max(map(len, collate.label_ids))
                     rows = contexts(tokenizer, [" ".join(row) for row in texts], room)
@@ -622,7 +632,7 @@ def predict(argv: list[str]) -> None:
                     truncation = {} if limit is None else {"truncation": True, "max_length": limit}
                     batch = tokenizer(*zip(*texts, strict=True), padding=True, return_tensors="pt", **truncation)
                     predictions = predict_batch(model, tokenizer, task, batch, options.max_target_length)
-                for line in lines_of(task, predictions, name_of):
+                for line in lines_of(task, predictions, by_number.__getitem__):
                     print(line, flush=True)
 
 

@@ -71,7 +71,7 @@ class EPTConfig:
     backbone_dropout: bool = False
     impl: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("prompt_length", "max_text_length", "space_dim"):
             self._check_size(name, minimum=1)
         for name in ("rank", "num_spaces", "token_rank"):

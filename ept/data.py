@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def decode(path: Path) -> str:
 
 def _read_csv(path: Path, header: bool) -> Dataset:
     tsv = path.suffix.lower() == ".tsv"
-    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else dict(delimiter=",", strict=True)
+    form: dict[str, Any] = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else dict(delimiter=",", strict=True)
     reader = csv.reader(io.StringIO(decode(path), newline=""), **form)
     names, rows = None, []
     try:
@@ -149,7 +150,7 @@ def read_parquet_files(paths: list[Path]) -> Dataset:
     return tables[0] if len(tables) == 1 else concatenate_datasets(tables)
 
 
-def _listed(names) -> str:
+def _listed(names: Iterable[Any]) -> str:
     return ", ".join(map(str, names))
 
 
@@ -163,6 +164,13 @@ class Columns:
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+
+    @property
+    def chosen_label(self) -> str:
+        """The label's column; ValueError while none is chosen."""
+        if self.label is None:
+            raise ValueError("no column is chosen as the label: see choose_columns")
+        return self.label
 
 
 def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
@@ -236,13 +244,15 @@ class Labels:
             return list(table[column])
         values = _strings(table, source, column)
         if self.names is None:
-            numbers = [_number(value) for value in values]
-            for row, (number, value) in enumerate(zip(numbers, values, strict=True), start=1):
+            numbers = []
+            for row, value in enumerate(values, start=1):
+                number = _number(value)
                 if number is None or not math.isfinite(number):
                     raise ValueError(
                         f"{source}, row {row}: label {value!r} is not a finite number, which regression needs: "
                         "correct or remove the row, or classify with --task classification"
                     )
+                numbers.append(number)
             return numbers
         number_of = {name: i for i, name in enumerate(self.names)}
         for row, value in enumerate(values, start=1):

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     get_linear_schedule_with_warmup,
 )
@@ -24,6 +26,8 @@ from transformers import (
 __all__ = ["Fit", "collator", "fit", "in_batches", "predict_logits"]
 
 WARMUP = 0.06
+
+Batch = TypeVar("Batch")
 
 
 @dataclass
@@ -68,20 +72,31 @@ class _Watch(TrainerCallback):
         self.fit = fit
         self.bar = tqdm(total=steps, desc=description, unit="step", disable=description is None)
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.started = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.fit.step_seconds.append(time.perf_counter() - self.started)
         self.bar.update()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs and "loss" in logs:
             self.fit.steps.append(state.global_step)
             self.fit.losses.append(float(logs["loss"]))
             self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.bar.close()
 
 
@@ -126,8 +141,8 @@ def fit(
 def in_batches(
     rows: Any,
     batch_size: int,
-    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
-    run: Callable[[dict[str, Tensor]], Any],
+    collate: Callable[[list[dict[str, Any]]], Batch],
+    run: Callable[[Batch], Any],
     description: str | None = None,
 ) -> list[Any]:
     """What `run` gives for each row, in the order of the rows; batches of similar length; a bar if described."""

@@ -40,8 +40,8 @@ class GenerationMixin(AdaptersMixin):
         attention_mask: Tensor | None = None,
         *,
         adapter_ids: list[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """The wrapped model's `generate`; the prompt's rows are not tokens: they do not count and are not returned.
 
         Args:

@@ -39,7 +39,7 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_encoder(
-        cls, name_or_path: str, num_labels: int = 2, problem_type: str | None = None, **kwargs
+        cls, name_or_path: str, num_labels: int = 2, problem_type: str | None = None, **kwargs: Any
     ) -> "MeanPoolingForSequenceClassification":
         """The model for a pretrained encoder's hub name or directory; `kwargs` go to `AutoModel.from_pretrained`."""
         return cls(AutoModel.from_pretrained(name_or_path, **kwargs), num_labels, problem_type)
@@ -52,7 +52,7 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
         labels: Tensor | None = None,
         pooling_mask: Tensor | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """`pooling_mask` [batch, L] says which positions the mean covers; default: `attention_mask`."""
         outputs = self.encoder(

@@ -126,7 +126,14 @@ class InputsMixin(nn.Module):
     _shifts_labels: bool
 
     def _check_inputs(
-        self, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, kwargs
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+        kwargs: dict[str, Any],
     ) -> None:
         name = type(self.base_model).__name__
         encoded = kwargs.get("encoder_outputs") is not None
@@ -166,7 +173,13 @@ class InputsMixin(nn.Module):
                     "none for the prompt"
                 )
 
-    def _embed(self, layer: EPTLayer | FoldedLayer, input_ids, inputs_embeds, attention_mask) -> Tensor:
+    def _embed(
+        self,
+        layer: EPTLayer | FoldedLayer,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
         """The backbone's input [batch, s + L, d]."""
         if inputs_embeds is not None:
             return layer(None, attention_mask, inputs_embeds=inputs_embeds)
@@ -291,7 +304,14 @@ class InputsMixin(nn.Module):
             columns = columns.expand(batch, -1)
         return Prepared(prepared, columns)
 
-    def _prepare_encoder_of_seq2seq(self, groups, input_ids, inputs_embeds, attention_mask, kwargs) -> Prepared:
+    def _prepare_encoder_of_seq2seq(
+        self,
+        groups: list[Group],
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Prepared:
         if kwargs.get("encoder_outputs") is None:
             return self._prepare_groups(groups, input_ids, inputs_embeds, attention_mask, None, None, None)
         if attention_mask is None:
@@ -349,7 +369,14 @@ class InputsMixin(nn.Module):
             )
 
     def _continue(
-        self, groups: list[Group], input_ids, attention_mask, inputs_embeds, past_key_values, position_ids, labels
+        self,
+        groups: list[Group],
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        past_key_values: Any,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
     ) -> dict[str, Any]:
         """Arguments for new tokens after a cached prefix that holds the prompt: the text's count p goes on."""
         if self._kind != "causal":
@@ -410,7 +437,7 @@ class InputsMixin(nn.Module):
         kwargs["logits_to_keep"] = columns[0, kept] if isinstance(kept, Tensor) else columns[0, -kept:]
         return kwargs["logits_to_keep"]
 
-    def _trim(self, outputs, columns: slice | Tensor, length: int, kept: int | Tensor | None) -> None:
+    def _trim(self, outputs: Any, columns: slice | Tensor, length: int, kept: int | Tensor | None) -> None:
         """Brings token-level outputs into the caller's columns; the prompt's rows go."""
         for key in ("logits", "last_hidden_state"):
             value = outputs.get(key)

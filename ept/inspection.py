@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,8 @@ def _singular_values(layer: EPTLayer | FoldedLayer) -> Tensor | None:
     config = layer.config
     if isinstance(layer, FoldedLayer):
         update = layer.text_update
-        return None if update is None else torch.linalg.svdvals(update.double() / config.embed_scale)[: config.rank]
-    if layer.lowrank_a is None:
+        return None if update is None else torch.linalg.svdvals(update.double() / layer.embed_scale)[: config.rank]
+    if layer.lowrank_a is None or layer.lowrank_b is None:
         return None
     _, a = torch.linalg.qr(layer.lowrank_a.double())  # an r by r problem in place of N by d
     _, b = torch.linalg.qr(layer.lowrank_b.double().T)
@@ -106,7 +107,9 @@ def _singular_values(layer: EPTLayer | FoldedLayer) -> Tensor | None:
 
 def _attention(layer: EPTLayer | FoldedLayer) -> Tensor | None:
     """softmax(P·Cᵀ/√d), step 3 of docs/method.md."""
-    if isinstance(layer, FoldedLayer) or layer.lowrank_a is None or not layer.config.fusion:
+    if isinstance(layer, FoldedLayer) or layer.lowrank_a is None or layer.lowrank_b is None:
+        return None
+    if not layer.config.fusion:
         return None
     c = layer.config.scale * layer.lowrank_a.double() @ layer.lowrank_b.double()
     return torch.softmax(layer.prompt.double() @ c.T / layer.embed_dim**0.5, dim=1)
@@ -137,7 +140,7 @@ def _nearest_words(found: Findings, name_or_path: str | None, nearest: int) -> l
     cosines = F.normalize(found.prompt.float(), dim=1) @ F.normalize(table, dim=1).T
     best = cosines.topk(min(nearest, vocab), dim=1)
     return [
-        [(tokenizer.decode([i]).strip() or f"#{i}", v) for i, v in zip(ids, values, strict=True)]
+        [(str(tokenizer.decode([i])).strip() or f"#{i}", v) for i, v in zip(ids, values, strict=True)]
         for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
@@ -175,8 +178,8 @@ def _about(found: Findings) -> str:
         "backbone": f"{settings.get('base_model_name_or_path') or 'not said'} ({settings.get('base_model_class')})",
         "": f"{backbone.get('model_type', 'unknown')}, width {found.embed_dim}{layers}",
         "sizes": _sizes(config),
-        "unit e": f"{config.embed_scale:.6g} (RMS of the backbone's embeddings)",
-        "P*": f"RMS {found.prompt.float().square().mean().sqrt().item() / config.embed_scale:.4g} e",
+        "unit e": f"{config.known_embed_scale:.6g} (RMS of the backbone's embeddings)",
+        "P*": f"RMS {found.prompt.float().square().mean().sqrt().item() / config.known_embed_scale:.4g} e",
     }
     if settings.get("head"):
         labels = settings.get("label_names") or []
@@ -222,9 +225,11 @@ def _budget(found: Findings) -> str:
 
 
 def _run(record: dict[str, Any]) -> str:
-    metrics = record.get("metrics") if isinstance(record.get("metrics"), dict) else {}
+    metrics = record.get("metrics")
+    metrics = metrics if isinstance(metrics, dict) else {}
     scores = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-    lines = {name: record[name] for name in ("command", "task", "steps", "seed", "max_seq_length") if name in record}
+    told = ("command", "task", "steps", "seed", "max_seq_length")
+    lines: dict[str, Any] = {name: record[name] for name in told if name in record}
     lines |= {
         name: f"{value:.4g}"
         for name, value in scores.items()
@@ -277,7 +282,7 @@ def write_page(found: Findings, output_dir: str | Path) -> list[Path]:
 
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {
+    pictures: dict[str, tuple[Callable[..., Any], Tensor | None]] = {
         "gates.png": (plot_gates, found.gate),
         "singular_values.png": (plot_singular_values, found.singular_values),
         "attention.png": (plot_attention, found.attention),

@@ -147,8 +147,8 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
         past_key_values: Any | None = None,
         return_dict: bool | None = None,
         adapter_ids: list[str] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         if not self._adapter_enabled:
             given = dict(
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
@@ -289,7 +289,7 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
         """The gate's weights [s, K]: one row per prompt row, each summing to 1. Empty where the spaces are off or folded."""
         return self.ept.reconstruct()[1]
 
-    def plot_gates(self, path: str | os.PathLike | None = None, before: Tensor | None = None):
+    def plot_gates(self, path: str | os.PathLike | None = None, before: Tensor | None = None) -> Any:
         """Heat map of `gate_weights()`, prompt rows × spaces, beside `before` [s, K] if given. Returns the figure."""
         from .plots import plot_gates
 

@@ -305,7 +305,7 @@ class OptionParser(HfArgumentParser):
                 parts += [_entry(f, width) for f in fields.values()]
         return "".join(parts)
 
-    def print_usage(self, file=None) -> None:
+    def print_usage(self, file: Any = None) -> None:
         print(f"usage: {self.prog} [options]", file=file or sys.stderr)
 
 

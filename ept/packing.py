@@ -57,7 +57,9 @@ class PackingMixin(InputsMixin):
 
     _packs_by: str | None = None
 
-    def _starts_of(self, position_ids, attention_mask, shape: torch.Size, kwargs: dict[str, Any]) -> Tensor | None:
+    def _starts_of(
+        self, position_ids: Tensor | None, attention_mask: Tensor | None, shape: torch.Size, kwargs: dict[str, Any]
+    ) -> Tensor | None:
         """`example_starts` of a call; takes the keywords of transformers' DataCollatorWithFlattening out of `kwargs`."""
         given = [kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
         for name in ("max_length_q", "max_length_k"):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .backbones import embedding_width
 from .config import EPTConfig
 from .heads import MeanPoolingForSequenceClassification
 from .model import get_ept_model, head_names
@@ -100,18 +101,20 @@ def adapt(
     if method in _EPT:
         preset, without = _EPT[method]
         config = EPTConfig.for_budget(
-            budget, base.get_input_embeddings().embedding_dim, preset=preset, **without | (settings or {})
+            budget, embedding_width(base.get_input_embeddings()), preset=preset, **without | (settings or {})
         )
-        model = get_ept_model(base, config, tokenizer=tokenizer, token_counts=token_counts)
-        groups = parameter_groups(model, **{"head_learning_rate": head_rate} | (rates or {}))
-        head = {id(p) for name in heads for p in base.get_submodule(name).parameters()}
+        wrapped = get_ept_model(base, config, tokenizer=tokenizer, token_counts=token_counts)
+        groups = parameter_groups(wrapped, **{"head_learning_rate": head_rate} | (rates or {}))
+        in_heads = {id(p) for name in heads for p in base.get_submodule(name).parameters()}
         for group in groups:
-            if not any(id(p) in head for p in group["params"]):
+            if not any(id(p) in in_heads for p in group["params"]):
                 group["lr"] *= rate
-        return model, groups
+        return wrapped, groups
     # Training mode would turn on the frozen backbone's dropout, and each architecture reads its own settings for it.
     base.eval()
-    base.train = lambda mode=True: base
+    frozen: Any = base
+    frozen.train = lambda mode=True: base
+    model: nn.Module
     if method in ("head only", "BitFit", "full"):
         model = base
         for name, parameter in base.named_parameters():

@@ -80,7 +80,7 @@ def from_peft(model: PreTrainedModel, path: str | os.PathLike) -> EPTModel:
         sizes |= dict(rank=a.shape[1], max_text_length=len(a), alpha=float(settings.get("lora_alpha", 8)))
     config = EPTConfig(**sizes, fusion=False, num_spaces=0, token_rank=0, prompt_start=0, init="normal")
     wrapped = EPTModel(model, config)
-    e = wrapped.ept_config.embed_scale
+    e = wrapped.ept.embed_scale
     if prompt.shape[1] != wrapped.ept.embed_dim:
         raise ValueError(
             f"{path} holds a prompt of width {prompt.shape[1]}, but the model's embeddings have {wrapped.ept.embed_dim}: "

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -71,14 +72,14 @@ class StorageCounter(TorchDispatchMode):
     A question about a fake tensor's values is answered with False or 0: no padding on the left, some on the right.
     """
 
-    def __init__(self, known: Iterator[Tensor] = (), vocabulary: int | None = None):
+    def __init__(self, known: Iterable[Tensor] = (), vocabulary: int | None = None):
         super().__init__()
         self.vocabulary = vocabulary
         self.live = self.peak = self.peak_logits = self._logits = 0
         self._known = {t.untyped_storage()._cdata for t in known}
         self._sizes: dict[int, tuple[int, int]] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             return False if args[0].dtype == torch.bool else 0
         out = function(*args, **(kwargs or {}))
@@ -145,7 +146,7 @@ def plan_step(
             f"{ept_config.prompt_length}"
         )
     per_token = "ForSequenceClassification" not in type(model.base_model).__name__
-    shape = (batch,)
+    shape: tuple[int, ...] = (batch,)
     if per_token:
         shape = (batch, (target_length or length) if config.is_encoder_decoder else length)
     with FakeTensorMode():
@@ -178,7 +179,7 @@ def _without_weights(
         raise ValueError(f"a {config.model_type} writes no text: use the task classification")
     if task == "classification" and config.is_encoder_decoder:
         raise ValueError(f"a {config.model_type} is an encoder-decoder: use the task text2text")
-    auto = AutoModelForSequenceClassification
+    auto: Any = AutoModelForSequenceClassification
     if task == "text2text":
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     bits = DTYPES[dtype]
@@ -211,7 +212,8 @@ def _make_fake(model: nn.Module) -> list[Tensor]:
     """Turns meta parameters and buffers into fake ones on the CPU, shared ones still shared; within a FakeTensorMode."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in holders:
             for name, tensor in held.items():
                 if tensor is None:
                     continue
@@ -231,12 +233,12 @@ class _Dequantised(torch.autograd.Function):
     """x·Wᵀ with W made from its quantised form for the time of the product, forward and backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: "_QuantisedLinear") -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: "_QuantisedLinear") -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
         return x @ x.new_empty(layer.out_features, layer.in_features).t()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ grad.new_empty(ctx.layer.out_features, ctx.layer.in_features), None
 
 
@@ -258,12 +260,16 @@ class _QuantisedLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def _quantise(model: nn.Module, bits: int) -> None:
+def _quantise(model: PreTrainedModel, bits: int) -> None:
     """Replaces the linear layers that transformers would: not the output embeddings, not a head, none kept in fp32."""
     kept = set(model._keep_in_fp32_modules or ())
     for parent in list(model.base_model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in (nn.Linear, Conv1D) and child is not model.get_output_embeddings() and name not in kept:
+            if (
+                (type(child) is nn.Linear or type(child) is Conv1D)
+                and child is not model.get_output_embeddings()
+                and name not in kept
+            ):
                 setattr(parent, name, _QuantisedLinear(child, bits))
 
 
@@ -318,10 +324,10 @@ def _read_config(name_or_path: str) -> PreTrainedConfig:
 
 def _table(rows: list[dict[str, Any]], gpu: str | None) -> str:
     names = ("dtype", "checkpointing", *BYTES) + (() if gpu is None else (f"fits {gpu}",))
-    lines = [names]
+    lines: list[tuple[str, ...]] = [names]
     for row in rows:
-        line = [row["dtype"], "yes" if row["checkpointing"] else "no", *(_said(row[name]) for name in BYTES)]
-        lines.append(line if gpu is None else [*line, "yes" if row["fits"] else "no"])
+        line = (row["dtype"], "yes" if row["checkpointing"] else "no", *(_said(row[name]) for name in BYTES))
+        lines.append(line if gpu is None else (*line, "yes" if row["fits"] else "no"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

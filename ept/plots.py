@@ -1,13 +1,17 @@
 """Pictures of an adapter and of its training. Needs matplotlib (the extra `train`)."""
 
 import os
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["plot_attention", "plot_gates", "plot_loss", "plot_scores", "plot_singular_values"]
 
 
-def _figure(columns: int, size: tuple[float, float]):
+def _figure(columns: int, size: tuple[float, float]) -> tuple["Figure", Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -16,7 +20,7 @@ def _figure(columns: int, size: tuple[float, float]):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def plot_gates(after: Tensor, before: Tensor | None = None, path: str | os.PathLike | None = None):
+def plot_gates(after: Tensor, before: Tensor | None = None, path: str | os.PathLike | None = None) -> "Figure":
     """Heat maps of the gate's weights [s, K], prompt rows × spaces; written to `path` if given. Returns the figure."""
     if after.dim() != 2 or after.shape[1] == 0:
         raise ValueError("this adapter has no spaces, so there is no gate to plot: use num_spaces >= 1")
@@ -32,7 +36,7 @@ def plot_gates(after: Tensor, before: Tensor | None = None, path: str | os.PathL
     return figure
 
 
-def plot_loss(curves: dict[str, tuple[list[float], list[float]]], path: str | os.PathLike | None = None):
+def plot_loss(curves: dict[str, tuple[list[float], list[float]]], path: str | os.PathLike | None = None) -> "Figure":
     """Training loss over steps, one curve (steps, losses) per method; written to `path` if given. Returns the figure."""
     figure, (axis,) = _figure(1, (6, 4))
     for name, (steps, losses) in curves.items():
@@ -44,7 +48,7 @@ def plot_loss(curves: dict[str, tuple[list[float], list[float]]], path: str | os
     return figure
 
 
-def plot_singular_values(values: Tensor, path: str | os.PathLike | None = None):
+def plot_singular_values(values: Tensor, path: str | os.PathLike | None = None) -> "Figure":
     """Bars of the singular values [r] of C, largest first; written to `path` if given. Returns the figure."""
     figure, (axis,) = _figure(1, (6, 3))
     axis.bar(range(len(values)), values.tolist())
@@ -54,7 +58,7 @@ def plot_singular_values(values: Tensor, path: str | os.PathLike | None = None):
     return figure
 
 
-def plot_attention(attention: Tensor, path: str | os.PathLike | None = None):
+def plot_attention(attention: Tensor, path: str | os.PathLike | None = None) -> "Figure":
     """Heat map of the fusion's attention [s, N], prompt rows × rows of C; written to `path` if given. Returns the figure."""
     figure, (axis,) = _figure(1, (8, 4))
     image = axis.imshow(attention.float(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
@@ -65,7 +69,9 @@ def plot_attention(attention: Tensor, path: str | os.PathLike | None = None):
     return figure
 
 
-def plot_scores(scores: dict[str, list[tuple[float, float]]], tasks: list[str], path: str | os.PathLike | None = None):
+def plot_scores(
+    scores: dict[str, list[tuple[float, float]]], tasks: list[str], path: str | os.PathLike | None = None
+) -> "Figure":
     """Each method's (mean, spread) on each task, one panel a task; written to `path` if given. Returns the figure."""
     figure, axes = _figure(len(tasks), (1.5 + 2.6 * len(tasks), 1.2 + 0.28 * len(scores)))
     for number, (axis, task) in enumerate(zip(axes, tasks, strict=True)):

@@ -62,8 +62,8 @@ class Problem:
         if kind == "text2text":
             return cls(kind, None, columns)
         if stream is not None and kind != "regression":
-            table = stream.distinct(columns.label)  # one pass over all rows: a class may come late
-        labels = Labels.of(table, source, columns.label, "classification" if kind == "continuation" else kind)
+            table = stream.distinct(columns.chosen_label)  # one pass over all rows: a class may come late
+        labels = Labels.of(table, source, columns.chosen_label, "classification" if kind == "continuation" else kind)
         if labels.names is None:
             return cls("regression", None, columns)
         return cls(kind or "classification", labels.names, columns)
@@ -89,32 +89,37 @@ class Problem:
         target_limit: int,
     ) -> Split:
         """The rows as tokens in at most `limit`; says once how many were cut, and how many have no label."""
-        rows, columns = None, self.columns
         if self.kind == "continuation" and limit is not None:
-            limit -= max(map(len, candidates(tokenizer, list(self.label_names))))
-        if self.benchmark is not None:
+            limit -= max(map(len, candidates(tokenizer, self._words())))
+        rows: Rows | None = None
+        if isinstance(table, Rows):
             rows = _labelled(table, source)
-            table, columns = self._table(rows, source, tokenizer, limit)
-        if self.kind == "text2text":
-            truth = list(table[columns.label])
-            encoded = tokenize_targets(table, source, columns.label, tokenizer, target_limit)
+            read, columns = self._table(rows, source, tokenizer, limit)
         else:
-            truth = encoded = Labels(self.label_names).encode(table, source, columns.label)
+            read, columns = table, self.columns
+        label = columns.chosen_label
+        truth: list[Any]
+        encoded: list[Any]
+        if self.kind == "text2text":
+            truth = list(read[label])
+            encoded = tokenize_targets(read, source, label, tokenizer, target_limit)
+        else:
+            truth = encoded = Labels(self.label_names).encode(read, source, label)
         if self.kind == "continuation":
-            texts = [table[name] for name in (columns.text, columns.text_pair) if name is not None]
+            texts = [read[name] for name in (columns.text, columns.text_pair) if name is not None]
             ids = contexts(tokenizer, [" ".join(parts) for parts in zip(*texts, strict=True)], limit)
             data = Dataset.from_dict(
                 {"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": encoded}
             )
         else:
-            data, cut = tokenize(table, source, columns, tokenizer, limit, encoded)
+            data, cut = tokenize(read, source, columns, tokenizer, limit, encoded)
             if cut:
                 say(f"{source}: {cut} of {len(data)} rows were cut to {limit} tokens")
         return Split(data, truth, rows, source)
 
     def _table(self, rows: Rows, source: str, tokenizer: Any, limit: int | None) -> tuple[Dataset, Columns]:
         """A benchmark's rows as text and label, its passages cut to fit; the labels as words where they are written."""
-        task, headed = self.benchmark, self.kind in ("classification", "regression")
+        task, headed = self._task(), self.kind in ("classification", "regression")
         templates = task.texts if headed else (task.prompt,)
 
         def count(texts: list[tuple[str, ...]]) -> list[int]:
@@ -127,13 +132,16 @@ class Problem:
             say(f"{source}: {', '.join(task.cut)} of {cut} of {len(rows)} rows cut to fit in {limit} tokens")
         names = ("text", "text_pair")[: len(templates)]
         columns = {name: list(column) for name, column in zip(names, zip(*texts, strict=True), strict=True)}
-        labels = [float(n) for n in rows.labels] if self.kind == "regression" else [task.word(n) for n in rows.labels]
-        return Dataset.from_dict(columns | {"label": labels}), Columns(*[*names, None][:2], "label")
+        known = rows.known_labels()
+        labels = [float(n) for n in known] if self.kind == "regression" else [task.word(n) for n in known]
+        return Dataset.from_dict(columns | {"label": labels}), Columns(
+            names[0], names[1] if len(names) > 1 else None, "label"
+        )
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Makes a padded batch of a split's rows."""
         if self.kind == "continuation":
-            return ContinuationCollator(tokenizer, candidates(tokenizer, list(self.label_names)))
+            return ContinuationCollator(tokenizer, candidates(tokenizer, self._words()))
         return (DataCollatorForSeq2Seq if self.kind == "text2text" else DataCollatorWithPadding)(tokenizer)
 
     def metrics(self, predictions: Any, split: Split) -> dict[str, float]:
@@ -144,16 +152,32 @@ class Problem:
         """
         if self.benchmark is None:
             return metrics_of(self.kind, predictions, split.truth)
+        if split.rows is None:
+            raise ValueError(f"{split.source} lacks the rows of {self.benchmark.name}: it is not of this problem")
         task = self.benchmark
+        found: list[float]
         if self.kind == "text2text":
-            found = [task.read_word(text, label) for text, label in zip(predictions, split.rows.labels, strict=True)]
+            known = split.rows.known_labels()
+            found = [task.read_word(text, label) for text, label in zip(predictions, known, strict=True)]
         elif self.kind == "regression":
             found = torch.as_tensor(predictions).double().flatten().tolist()
         else:
             found = torch.as_tensor(predictions).argmax(-1).tolist()
             if task.is_regression:
-                found = [float(self.label_names[i]) for i in found]
+                words = self._words()
+                found = [float(words[int(i)]) for i in found]
         return task.judge(found, split.rows)
+
+    def _task(self) -> BenchmarkTask:
+        if self.benchmark is None:
+            raise ValueError("the rows of a benchmark need its problem: see Problem.of_benchmark")
+        return self.benchmark
+
+    def _words(self) -> list[str]:
+        """`label_names` of a kind that has some."""
+        if self.label_names is None:
+            raise ValueError(f"{self.kind} has no label names: give them")
+        return list(self.label_names)
 
     def best_metric(self, wanted: str | None = None) -> tuple[str, bool]:
         """The metric that tells the best checkpoint (by default the paper's), and whether more of it is better."""
@@ -190,8 +214,10 @@ def predict_split(
 
         return torch.stack(in_batches(rows, batch_size, list, run, description))
 
+    writer: Any = model  # of a class that has `generate`, for text2text
+
     def generate(batch: dict[str, Tensor]) -> list[str]:
-        ids = model.generate(**_on(device, batch), max_new_tokens=max_new_tokens)
+        ids = writer.generate(**_on(device, batch), max_new_tokens=max_new_tokens)
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def logits(batch: dict[str, Tensor]) -> Tensor:

@@ -82,7 +82,7 @@ def table(records: list[dict[str, Any]]) -> dict[str, dict[str, Cell]]:
     for (method, task), rates in runs.items():
         metric = next(iter(next(iter(rates.values()))[0]["validation"]))
 
-        def scores(rate: float, split: str, rates=rates, metric=metric) -> list[float]:
+        def scores(rate: float, split: str, rates: Any = rates, metric: str = metric) -> list[float]:
             return [metrics.get(split, metrics["validation"])[metric] for metrics in rates[rate]]
 
         best = max(rates, key=lambda rate: (len(rates[rate]), statistics.mean(scores(rate, "validation"))))

@@ -40,17 +40,18 @@ class RowStream:
     def __init__(self, source: str, *, header: bool = True, hub: tuple[str, str | None, str] | None = None):
         self.source, self.header, self.hub = source, header, hub
         if hub is None:
-            self.reader = READERS.get(Path(source).suffix.lower())
-            if self.reader is None:
+            reader = READERS.get(Path(source).suffix.lower())
+            if reader is None:
                 raise ValueError(f"{source}: unknown extension: give a .csv, .tsv, .jsonl, .json or .parquet file")
             if not Path(source).is_file():
                 raise ValueError(f"{source}: no such file")
-            if not header and self.reader != "csv":
+            if not header and reader != "csv":
                 raise ValueError(f"{source}: --no_header is for csv and tsv")
+            self.reader = reader
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.hub is not None:
-            return self._hub_rows()
+            return self._hub_rows(*self.hub)
         return {"csv": self._csv_rows, "jsonl": self._json_rows, "parquet": self._parquet_rows}[self.reader]()
 
     def head(self, rows: int) -> Dataset:
@@ -73,7 +74,7 @@ class RowStream:
 
     def _csv_rows(self) -> Iterator[dict[str, Any]]:
         tsv = Path(self.source).suffix.lower() == ".tsv"
-        form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else dict(delimiter=",", strict=True)
+        form: dict[str, Any] = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else dict(delimiter=",", strict=True)
         with open(self.source, newline="", encoding="utf-8-sig") as file:
             reader, names = csv.reader(file, **form), None
             try:
@@ -115,8 +116,7 @@ class RowStream:
         except pyarrow.ArrowException as error:
             raise StreamError(f"{self.source} is not a parquet file or is damaged ({error})") from error
 
-    def _hub_rows(self) -> Iterator[dict[str, Any]]:
-        name, config, split = self.hub
+    def _hub_rows(self, name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
         try:
             table = load_dataset(name, config, split=split, streaming=True)
         except (OSError, ValueError) as error:
@@ -176,12 +176,12 @@ class TokenStream(IterableDataset):
         cut = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
         encoded = self.tokenizer(*texts, **cut)
         if self.labels is None:
-            targets = self._texts(numbered, self.columns.label)
+            targets = self._texts(numbered, self.columns.chosen_label)
             labels = self.tokenizer(text_target=targets, truncation=True, max_length=self.max_target_length)[
                 "input_ids"
             ]
         else:
-            labels = self._labels(numbered)
+            labels = self._labels(numbered, self.labels)
         made = [
             dict(zip((*encoded, "labels"), values, strict=True))
             for values in zip(*encoded.values(), labels, strict=True)
@@ -194,11 +194,11 @@ class TokenStream(IterableDataset):
                 )
         return made
 
-    def _labels(self, numbered: list[tuple[int, dict[str, Any]]]) -> list[int] | list[float]:
-        column = self.columns.label
+    def _labels(self, numbered: list[tuple[int, dict[str, Any]]], labels: Labels) -> list[int] | list[float]:
+        column = self.columns.chosen_label
         table = Dataset.from_dict({column: [row.get(column) for _, row in numbered]})
         try:
-            return self.labels.encode(table, self.rows.source, column)
+            return labels.encode(table, self.rows.source, column)
         except ValueError as error:  # it counts the rows of this table
             said = re.sub(r"row (\d+)", lambda found: f"row {numbered[int(found[1]) - 1][0]}", str(error), count=1)
             raise StreamError(said) from error

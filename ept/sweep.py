@@ -185,9 +185,9 @@ def _problem(model: str, task: str, data: str | None) -> tuple[Any, dict[str, tu
     found = _benchmark(task if data is None else data)
     if found is not None:
         return Problem.of_benchmark(found, kind), read_benchmark(found, data, ("train", "validation"))
-    tables = {}
+    tables, directory = {}, Path(task if data is None else data)
     for split, stems in OWN_SPLITS.items():
-        files = [path for stem in stems for suffix in READERS if (path := Path(data) / (stem + suffix)).is_file()]
+        files = [path for stem in stems for suffix in READERS if (path := directory / (stem + suffix)).is_file()]
         if files:
             tables[split] = (read_file(files[0]), str(files[0]))
     for split in ("train", "validation"):
@@ -211,6 +211,7 @@ def _splits(model: str, task: str, data: str | None, max_seq_length: int) -> tup
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """One run of the grid: the job with its metrics by split, its parameters and seconds, and the machine."""
+    from .backbones import weight_of
     from .fitting import fit
     from .peers import adapt
     from .problem import predict_split
@@ -226,7 +227,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     ids = torch.tensor([token for row in rows for token in row["input_ids"]])
     model, groups = adapt(
         job["method"], base, budget=job["budget"], rate=job["learning_rate"], tokenizer=tokenizer,
-        token_counts=torch.bincount(ids, minlength=len(base.get_input_embeddings().weight)),
+        token_counts=torch.bincount(ids, minlength=len(weight_of(base.get_input_embeddings()))),
     )  # fmt: skip
     headed = problem.kind in ("classification", "regression")
     trace = fit(
@@ -283,7 +284,7 @@ def _with_ray(jobs: list[dict[str, Any]], options: SweepArguments, path: Path) -
         raise ImportError("--engine ray needs Ray Tune: pip install 'ept[sweep]', or leave it out") from error
 
     class Keep(tune.Callback):
-        def on_trial_complete(self, iteration, trials, trial, **info):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             _keep(path, trial.last_result["record"])
 
     def trial(config: dict[str, Any]) -> dict[str, Any]:

@@ -97,8 +97,12 @@ def load_backbone(
             return AutoModelForSeq2SeqLM.from_pretrained(name_or_path, **_weights(dtype))
         if task == "continuation":
             return AutoModelForCausalLM.from_pretrained(name_or_path, **_weights(dtype))
-        num_labels = 1 if task == "regression" else len(label_names)
-        problem_type = "regression" if task == "regression" else "single_label_classification"
+        if task == "regression":
+            num_labels, problem_type = 1, "regression"
+        elif label_names is None:
+            raise ValueError(f"{task} needs label_names: the classes' names")
+        else:
+            num_labels, problem_type = len(label_names), "single_label_classification"
         if head == "mean" or (head == "auto" and _pools_the_mean(name_or_path)):
             model = MeanPoolingForSequenceClassification.from_encoder(
                 name_or_path, num_labels, problem_type, **_weights(dtype)
@@ -300,17 +304,17 @@ def predict(
     max_new_tokens: int = 128,
 ) -> Tensor | list[str]:
     """Logits [rows, classes], values [rows] or generated texts for a padded batch of tokens."""
-    batch = {key: value.to(model.ept.prompt.device) for key, value in batch.items() if key != "labels"}
+    inputs: dict[str, Any] = {key: value.to(model.ept.prompt.device) for key, value in batch.items() if key != "labels"}
     if task == "text2text":
-        ids = model.generate(**batch, max_new_tokens=max_new_tokens)
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens)
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
-    logits = model(**batch).logits.float().cpu()
+    logits = model(**inputs).logits.float().cpu()
     return logits.squeeze(-1) if task == "regression" else logits
 
 
 def lines_of(task: str, predictions: Tensor | list[str], label_names: Callable[[int], str]) -> Iterator[str]:
     """One line per row: label and probability with a tab between, the value, or the text."""
-    if task == "text2text":
+    if not isinstance(predictions, Tensor):
         yield from (" ".join(text.split("\n")) for text in predictions)
     elif task == "regression":
         yield from (f"{value:.6g}" for value in predictions.tolist())

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .continuation import label_scores
+from .continuation import ContinuationCollator, label_scores
 from .folding import FoldedLayer
 from .model import EPTModel
 from .saving import read_adapter
@@ -84,12 +84,12 @@ class EPTArguments:
 
 
 @dataclass
-class EPTTrainingArguments(EPTArguments, TrainingArguments):
+class EPTTrainingArguments(EPTArguments, TrainingArguments):  # type: ignore[misc]  # its own str | bool is str here
     """transformers' TrainingArguments with EPT's learning rates and their defaults."""
 
 
 @dataclass
-class EPTSeq2SeqTrainingArguments(EPTArguments, Seq2SeqTrainingArguments):
+class EPTSeq2SeqTrainingArguments(EPTArguments, Seq2SeqTrainingArguments):  # type: ignore[misc]  # as above
     """transformers' Seq2SeqTrainingArguments with EPT's learning rates and their defaults."""
 
 
@@ -121,10 +121,13 @@ def parameter_groups(
     return [{"params": params, "lr": lr, "weight_decay": decay} for lr, decay, params in groups if params]
 
 
-class _EPTTrainerMixin:
+class _EPTTrainerMixin(Trainer):
     """What both trainers add to transformers' own."""
 
-    def __init__(self, *args, **kwargs):
+    model: EPTModel
+    args: EPTTrainingArguments | EPTSeq2SeqTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not isinstance(self.model, EPTModel):
             raise TypeError(
@@ -146,7 +149,8 @@ class _EPTTrainerMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser that `args.optim` names, over `parameter_groups`."""
         if self.optimizer is None:
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            model_here: Any = self.model  # not a PreTrainedModel, but asked for its modules alone
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model_here)
             rates = {
                 name: getattr(self.args, name) for name in EPTArguments.__dataclass_fields__ if name.endswith("rate")
             }
@@ -154,20 +158,22 @@ class _EPTTrainerMixin:
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `train`; True resumes from the last whole checkpoint, passing over one that a kill cut short.
 
         SIGTERM ends the training after the step that it falls into, with a checkpoint; `terminated` says so then.
         Raises OSError if a checkpoint cannot be written; nothing of it is left, and older ones are as they were.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(self._directory)
             if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"{self.args.output_dir} holds no whole checkpoint to resume from: train from the start"
-                )
+                raise ValueError(f"{self._directory} holds no whole checkpoint to resume from: train from the start")
         with self._stop_on_sigterm():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _directory(self) -> str:
+        return cast(str, self.args.output_dir)  # None only until the arguments have seen to it themselves
 
     @property
     def terminated(self) -> bool:
@@ -186,7 +192,7 @@ class _EPTTrainerMixin:
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def _get_train_sampler(self, *args, **kwargs) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler | None:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -199,7 +205,7 @@ class _EPTTrainerMixin:
             return None
         return torch.utils.data.SequentialSampler(eval_dataset)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # A data loader draws a seed: kept apart, evaluating more or less often does not change the training, and a
         # run that resumes past an evaluation has the random state of one that evaluated.
         with torch.random.fork_rng(devices=[]):
@@ -231,7 +237,7 @@ class _EPTTrainerMixin:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        output_dir = self.args.output_dir if output_dir is None else output_dir
+        output_dir = self._directory if output_dir is None else output_dir
         self.model.save_pretrained(output_dir, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
@@ -245,10 +251,11 @@ class _EPTTrainerMixin:
         if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)  # its own files, which hold the backbone's shards, too
             return
-        state = whole_optimizer_state(self.optimizer)
+        optimizer, schedule = self._optimizer_and_schedule()
+        state = whole_optimizer_state(optimizer)
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+            torch.save(schedule.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.is_deepspeed_enabled or checkpoint is None:
@@ -256,15 +263,22 @@ class _EPTTrainerMixin:
             return
         files = [os.path.join(checkpoint, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
         if all(map(os.path.isfile, files)):  # not there with save_only_model
-            state, schedule = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
-            load_optimizer_state(self.optimizer, state)
-            self.lr_scheduler.load_state_dict(schedule)
+            optimizer, schedule = self._optimizer_and_schedule()
+            saved, saved_schedule = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+            load_optimizer_state(optimizer, saved)
+            schedule.load_state_dict(saved_schedule)
+
+    def _optimizer_and_schedule(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        if self.optimizer is None or self.lr_scheduler is None:
+            raise RuntimeError("there is no optimiser yet: train makes it")
+        return self.optimizer, self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_adapter(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_adapter(self.state.best_model_checkpoint)
+        if self.state.best_model_checkpoint is not None:
+            self._load_adapter(self.state.best_model_checkpoint)
 
     def _load_adapter(self, directory: str) -> None:
         self.model.load_adapter_tensors(read_adapter(directory)[1], source=directory)
@@ -273,13 +287,13 @@ class _EPTTrainerMixin:
 class _StopOnSignal(TrainerCallback):
     """Once a signal came to any process, all save a checkpoint after the same step and stop."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.came = False
 
     def note(self, number: int, frame: Any) -> None:
         self.came = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.world_size > 1:  # a process that stopped alone would leave the others waiting for it
             came = torch.tensor(int(self.came), device=args.device)
             torch.distributed.all_reduce(came, torch.distributed.ReduceOp.MAX)
@@ -302,7 +316,7 @@ class _LengthGroupedByEpoch(LengthGroupedSampler):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
 
@@ -321,10 +335,19 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
     Its `data_collator` is a ContinuationCollator.
     """
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """No loss, the scores of all labels, and the rows' class numbers."""
-        contexts, classes = self.data_collator.separate(inputs)
-        scores = label_scores(model.eval(), contexts, self.data_collator)
+        collate = self.data_collator
+        if not isinstance(collate, ContinuationCollator):
+            raise TypeError(f"data_collator must be a ContinuationCollator, not {type(collate).__name__}")
+        contexts, classes = collate.separate(inputs)
+        scores = label_scores(model.eval(), contexts, collate)
         return None, scores.to(self.args.device), torch.tensor(classes, device=self.args.device)
 
 

@@ -4,6 +4,7 @@ Shapes and symbols as in docs/method.md. All of them take every trained tensor i
 """
 
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -182,19 +183,34 @@ def text_update(
             f"{tuple(inputs_embeds.shape[:2])}"
         )
     dtype = _compute_dtype(torch_impl, inputs_embeds, lowrank_a, token_down)
-    x, a, b, down, up = _cast(dtype, inputs_embeds, lowrank_a, lowrank_b, token_down, token_up)
+    a, b, down, up = _cast(dtype, lowrank_a, lowrank_b, token_down, token_up)
     with torch.autocast(inputs_embeds.device.type, enabled=False):
         x = torch_impl.text_update(
-            x, text_positions, a, b,
+            inputs_embeds.to(dtype), text_positions, a, b,
             scale=scale, embed_scale=embed_scale, token_down=down, token_up=up, activation=activation,
         )  # fmt: skip
     return x.to(inputs_embeds.dtype)
 
 
 def _launch(
-    input_ids, source, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
-    scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion,
-):  # fmt: skip
+    input_ids: Tensor | None,
+    source: Tensor,
+    attention_mask: Tensor | None,
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    scale: float,
+    embed_scale: float,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    activation: str,
+    prompt_start: int,
+    lowrank_update: bool,
+    fusion: bool,
+) -> Tensor:
     """_join by the kernels: `source` is E with ids, or the text's embeddings without."""
     from . import triton_op
 
@@ -213,9 +229,24 @@ def _launch(
 
 
 def _join(
-    inputs_embeds, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
-    scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion, impl,
-):  # fmt: skip
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    scale: float,
+    embed_scale: float,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    activation: str,
+    prompt_start: int,
+    lowrank_update: bool,
+    fusion: bool,
+    impl: str,
+) -> Tensor:
     _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, activation, embed_scale)
     _check_text(inputs_embeds, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
     _check_mask(attention_mask, inputs_embeds)
@@ -254,11 +285,11 @@ def _resolve(impl: str, prompt: Tensor) -> str:
     return resolve(impl, prompt.device)
 
 
-def _functions(impl: str):
+def _functions(impl: str) -> ModuleType:
     return reference if impl == "reference" else torch_impl
 
 
-def _compute_dtype(functions, *tensors: Tensor | None) -> torch.dtype:
+def _compute_dtype(functions: ModuleType, *tensors: Tensor | None) -> torch.dtype:
     """The widest dtype among the tensors; at least fp32 in the implementations that are not the specification."""
     present = [t.dtype for t in tensors if t is not None]
     dtype = present[0]
@@ -295,7 +326,16 @@ def _is_traced(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, activation, embed_scale) -> None:
+def _check_prompt(
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    activation: str,
+    embed_scale: float,
+) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown: choose one of {', '.join(map(repr, ACTIVATIONS))}")
     if not 0 < embed_scale < math.inf:
@@ -307,10 +347,10 @@ def _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weigh
     d = prompt.shape[1]
     _all_or_none(lowrank_a=lowrank_a, lowrank_b=lowrank_b)
     _all_or_none(space_down=space_down, space_up=space_up, gate_weight=gate_weight)
-    if lowrank_a is not None:
+    if lowrank_a is not None and lowrank_b is not None:
         _check_shape("lowrank_a", lowrank_a, ("N", "r"))
         _check_shape("lowrank_b", lowrank_b, (lowrank_a.shape[1], d))
-    if space_down is not None:
+    if space_down is not None and space_up is not None and gate_weight is not None:
         _check_shape("space_down", space_down, ("K", "h", d))
         _check_shape("space_up", space_up, tuple(space_down.shape))
         _check_shape("gate_weight", gate_weight, (len(space_down), d))
@@ -321,7 +361,15 @@ def _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weigh
     _check_trained(prompt.device, named)
 
 
-def _check_text(inputs_embeds, d, lowrank_a, lowrank_b, token_down, token_up, activation) -> None:
+def _check_text(
+    inputs_embeds: Tensor,
+    d: int,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    activation: str,
+) -> None:
     if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != d:
         raise ValueError(
             f"the text's embeddings must be [batch, length, {d}] for a prompt of width {d}, "
@@ -331,7 +379,7 @@ def _check_text(inputs_embeds, d, lowrank_a, lowrank_b, token_down, token_up, ac
         raise ValueError(f"activation={activation!r} is unknown: choose one of {', '.join(map(repr, ACTIVATIONS))}")
     _all_or_none(lowrank_a=lowrank_a, lowrank_b=lowrank_b)
     _all_or_none(token_down=token_down, token_up=token_up)
-    if token_down is not None:
+    if token_down is not None and token_up is not None:
         _check_shape("token_down", token_down, ("q", d))
         _check_shape("token_up", token_up, tuple(token_down.shape))
     named = dict(inputs_embeds=inputs_embeds, lowrank_a=lowrank_a, token_down=token_down, token_up=token_up)

@@ -60,27 +60,46 @@ def spaces(prompt: Tensor, space_down: Tensor, space_up: Tensor, gate: Tensor, a
 
 
 def reconstruct_prompt(
-    prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, *, scale, embed_scale, activation, fusion
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    *,
+    scale: float,
+    embed_scale: float,
+    activation: str,
+    fusion: bool,
 ) -> tuple[Tensor, Tensor]:
     """Steps 3 to 6: P* = e·(P + F + Σ_k w[:, k]·Z_k). Returns P* [s, d] and the gate [s, K]."""
     total = prompt
-    if lowrank_a is not None and fusion:
+    if lowrank_a is not None and lowrank_b is not None and fusion:
         total = total + prompt_fusion(prompt, lowrank_a, lowrank_b, scale)
     gate = prompt.new_zeros(len(prompt), 0)
-    if gate_weight is not None:
+    if space_down is not None and space_up is not None and gate_weight is not None:
         gate = gate_weights(prompt, gate_weight)
         total = total + spaces(prompt, space_down, space_up, gate, activation)
     return embed_scale * total, gate
 
 
 def text_update(
-    inputs_embeds, text_positions, lowrank_a, lowrank_b, *, scale, embed_scale, token_down, token_up, activation
+    inputs_embeds: Tensor,
+    text_positions: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    *,
+    scale: float,
+    embed_scale: float,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    activation: str,
 ) -> Tensor:
     """Steps 1 and 2: inputs_embeds [batch, L, d] plus both updates."""
     total = inputs_embeds
-    if lowrank_a is not None:
+    if lowrank_a is not None and lowrank_b is not None:
         total = total + embed_scale * lowrank_update(text_positions, lowrank_a, lowrank_b, scale)
-    if token_down is not None:
+    if token_down is not None and token_up is not None:
         update = token_update(inputs_embeds / embed_scale, text_positions, token_down, token_up, activation)
         total = total + embed_scale * update
     return total

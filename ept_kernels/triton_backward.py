@@ -650,7 +650,16 @@ def backward(
 
 
 def empty_grads(
-    source, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up, input_grad
+    source: Tensor,
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    input_grad: bool,
 ) -> Gradients:
     """The tensors that `backward` fills, for real and for fake inputs."""
     weights = (prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up)

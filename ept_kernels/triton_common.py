@@ -7,6 +7,7 @@ the order of every sum is fixed by the shapes alone, never by the number of mult
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -169,7 +170,7 @@ def backend_flags(dtype: torch.dtype) -> dict:
     return dict(AMD=amd, PRECISION="tf32x3" if tensor_cores else "ieee")
 
 
-def on_device(tensor: Tensor):
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device; the tensors may be on another."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
@@ -199,7 +200,7 @@ class Counters:
         self.reserve = {}
 
     @contextlib.contextmanager
-    def take(self, size: int, device: torch.device):
+    def take(self, size: int, device: torch.device) -> Iterator[Tensor]:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         size = -(-size // self.SIZE) * self.SIZE
         key = (device, stream, size)

@@ -21,6 +21,8 @@ Bytes of the text part, minimum: each row of E is read once and each row of X wr
 A, B (and D, W), the ids and the slots come on top and are small. A·B is never stored.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -437,7 +439,7 @@ def forward(
     partial = down.new_empty(items[PROJECT] * PROMPT_TILE * partial_width)
     with on_device(prompt), counters.take(3 + 2 * blocks, prompt.device) as counter:
 
-        def launch(role, programs):
+        def launch(role: str, programs: int) -> None:
             forward_kernel[(programs,)](
                 ids, source, mask if mask is None or mask.dtype != torch.bool else mask.view(torch.uint8),
                 prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
@@ -462,7 +464,18 @@ def forward(
 
 
 def empty_results(
-    ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, gate_weight, token_down, token_up, fusion, save
+    ids: Tensor | None,
+    source: Tensor,
+    mask: Tensor | None,
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    gate_weight: Tensor | None,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    fusion: bool,
+    save: bool,
 ) -> Results:
     """The tensors that `forward` fills, for real and for fake inputs."""
     batch, length = source.shape[:2] if ids is None else ids.shape
@@ -472,7 +485,7 @@ def empty_results(
     q = 0 if token_down is None or not save else token_down.shape[0]
     masked = mask is not None
     dtype = compute_dtype(source, prompt, lowrank_a, lowrank_b, space_down, gate_weight, token_down, token_up)
-    kept = dict(dtype=dtype, device=prompt.device)
+    kept: dict[str, Any] = dict(dtype=dtype, device=prompt.device)
     return (
         source.new_empty(batch, s + length, d),
         prompt.new_empty(s, k),

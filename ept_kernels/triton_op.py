@@ -7,6 +7,8 @@ Saved for the backward beside the inputs, in bytes (4 per number, 8 in float64):
 there is a mask, batch·L·q for the token-conditioned update, s·(2·(r + K·h) + K + 2) for the prompt.
 """
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,25 @@ def prompt_embed_op(
 
 @prompt_embed_op.register_fake
 def _(
-    ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
-    scale, embed_scale, activation, prompt_start, lowrank_update, fusion, save,
-):  # fmt: skip
+    ids: Tensor | None,
+    source: Tensor,
+    mask: Tensor | None,
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    scale: float,
+    embed_scale: float,
+    activation: str,
+    prompt_start: int,
+    lowrank_update: bool,
+    fusion: bool,
+    save: bool,
+) -> triton_forward.Results:
     return triton_forward.empty_results(
         ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, gate_weight, token_down, token_up, fusion, save
     )
@@ -88,16 +106,39 @@ def prompt_embed_backward_op(
 
 @prompt_embed_backward_op.register_fake
 def _(
-    grad_out, grad_gate, ids, source, masked, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
-    token_down, token_up, slots, lengths, inner, down, mix, softmax,
-    scale, embed_scale, activation, prompt_start, lowrank_update, fusion, input_grad,
-):  # fmt: skip
+    grad_out: Tensor,
+    grad_gate: Tensor | None,
+    ids: Tensor | None,
+    source: Tensor,
+    masked: bool,
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    slots: Tensor,
+    lengths: Tensor,
+    inner: Tensor,
+    down: Tensor,
+    mix: Tensor,
+    softmax: Tensor,
+    scale: float,
+    embed_scale: float,
+    activation: str,
+    prompt_start: int,
+    lowrank_update: bool,
+    fusion: bool,
+    input_grad: bool,
+) -> triton_backward.Gradients:
     return triton_backward.empty_grads(
         source, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up, input_grad
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: triton_forward.Results) -> None:
     ids, source, mask, *weights = inputs[:11]
     out, _, *kept = output
     ctx.set_materialize_grads(False)
@@ -107,7 +148,7 @@ def _setup_context(ctx, inputs, output):
     ctx.out_shape = out.shape
 
 
-def _backward(ctx, grad_out, grad_gate, *_):
+def _backward(ctx: Any, grad_out: Tensor | None, grad_gate: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     ids, source, *tensors = ctx.saved_tensors
     weights, kept = tensors[:8], tensors[8:]
     if grad_out is None:
@@ -123,7 +164,7 @@ def _backward(ctx, grad_out, grad_gate, *_):
     return None, source_grad if input_grad else None, None, *weight_grads, *[None] * 7
 
 
-def _refuse_double_backward(ctx, *grads):
+def _refuse_double_backward(ctx: Any, *grads: Any) -> NoReturn:
     raise RuntimeError('impl="triton" has no second derivative: use impl="torch" for a backward through the backward')
 
 
@@ -132,9 +173,25 @@ prompt_embed_backward_op.register_autograd(_refuse_double_backward)
 
 
 def prompt_embed(
-    ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
-    *, scale, embed_scale, activation, prompt_start, lowrank_update, fusion,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ids: Tensor | None,
+    source: Tensor,
+    mask: Tensor | None,
+    prompt: Tensor,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    space_down: Tensor | None,
+    space_up: Tensor | None,
+    gate_weight: Tensor | None,
+    token_down: Tensor | None,
+    token_up: Tensor | None,
+    *,
+    scale: float,
+    embed_scale: float,
+    activation: str,
+    prompt_start: int,
+    lowrank_update: bool,
+    fusion: bool,
+) -> tuple[Tensor, Tensor]:
     """X [batch, s + L, d] and the gate [s, K]. `source` is E with `ids`, or inputs_embeds without."""
     if ids is None or source.stride(-1) != 1:
         source = source.contiguous()

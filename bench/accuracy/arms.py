@@ -32,7 +32,7 @@ def explore() -> list[Job]:
         "up .009": {"rates": {"learning_rate": 0.009}},
     }
     return [
-        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0, "head_rate": 0.02} | changes)
+        job(name, **dict[str, Any](method="EPT", rate=1.0, task=task, rows=2000, seed=0, head_rate=0.02) | changes)
         for name, changes in variants.items()
         for task in ("movies", "tweets", "authors")
     ]
@@ -51,7 +51,7 @@ def regularise() -> list[Job]:
         "q=8 up .0045": {"settings": q24 | {"token_rank": 8}, "rates": {"learning_rate": 0.0045}},
     }
     return [
-        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0, "head_rate": 0.02} | changes)
+        job(name, **dict[str, Any](method="EPT", rate=1.0, task=task, rows=2000, seed=0, head_rate=0.02) | changes)
         for name, changes in variants.items()
         for task in ("movies", "tweets", "authors")
     ]
@@ -75,7 +75,7 @@ def combine() -> list[Job]:
         "s=2 q=24, relu": {"settings": q24 | {"activation": "relu"}, "rates": fast},
     }
     return [
-        job(name, **{"method": "EPT", "rate": 1.0, "task": task, "rows": 2000, "seed": 0} | changes)
+        job(name, **dict[str, Any](method="EPT", rate=1.0, task=task, rows=2000, seed=0) | changes)
         for name, changes in variants.items()
         for task in ("movies", "tweets", "authors")
     ]
@@ -138,7 +138,7 @@ def final() -> list[Job]:
     order += [(arm, 500, seed) for seed in range(3) for arm in arms[:FIRST]]
     order += [(arm, rows, seed) for rows in (2000, 500) for arm in arms[FIRST:] for seed in range(3)]
     return [
-        job(arm, **{"task": task, "rows": rows, "seed": seed, "reads_test": True} | ARMS[arm])
+        job(arm, **dict[str, Any](task=task, rows=rows, seed=seed, reads_test=True) | ARMS[arm])
         for arm, rows, seed in order
         for task in TASKS
     ]

@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 import warnings
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -135,14 +135,17 @@ def run_stage(name: str, processes: int, minutes: float) -> None:
         load_task(task)  # downloads once, before the processes start
     deadline = time.monotonic() + 60 * minutes
     machine = describe()
-    waiting, pending = iter(missing), set()
+    waiting = iter(missing)
+    pending: set[Future[Any]] = set()
     with (
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(missing), desc=name, unit="run") as bar,
     ):
         while True:
-            while len(pending) < processes and time.monotonic() < deadline and (job := next(waiting, None)) is not None:
-                pending.add(pool.submit(run, job))
+            while (
+                len(pending) < processes and time.monotonic() < deadline and (start := next(waiting, None)) is not None
+            ):
+                pending.add(pool.submit(run, start))
             if not pending:
                 break
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)

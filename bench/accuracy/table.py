@@ -101,7 +101,7 @@ def _picture(records: list[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4), squeeze=False)
     for axis, rows in zip(axes[0], sizes, strict=True):
         scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        trained = defaultdict(int)
+        trained: dict[str, int] = defaultdict(int)
         for record in (r for r in records if r["rows"] == rows):
             scores[record["arm"]][record["task"]].append(record["score"])
             trained[record["arm"]] = max(trained[record["arm"]], record["trained_parameters"])
