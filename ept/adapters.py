@@ -2,15 +2,17 @@
 
 import contextlib
 import copy
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from .backbones import embedding_rms, embedding_width, reads_first_token, weight_of
 from .config import EPTConfig
 from .folding import FoldedLayer
 from .inputs import Group, InputsMixin, in_row_order
@@ -20,6 +22,8 @@ from .sharding import put, whole_shape
 from .start_values import init_prompt
 
 __all__ = ["FACTS", "Adapter", "AdaptersMixin"]
+
+Layer = TypeVar("Layer", EPTLayer, FoldedLayer)
 
 # Keys of adapter_config.json that are facts about the run, not settings of EPTConfig.
 FACTS = (
@@ -70,6 +74,7 @@ class AdaptersMixin(InputsMixin):
     inactive_adapters: nn.ModuleList  # of Adapter
     head_names: list[str]
     _adapter_names: list[str]
+    _active_adapter: str
 
     @property
     def active_adapter(self) -> str:
@@ -103,7 +108,9 @@ class AdaptersMixin(InputsMixin):
         if num_labels is not None:
             if not self.head_names:
                 raise ValueError(f"num_labels={num_labels}: {type(self.base_model).__name__} has no head to train")
-            labels = _numbered_labels(num_labels, labels["problem_type"])
+            # Scores beside classes, or the other way round: transformers tells from the first labels it sees.
+            problem_type = labels["problem_type"] if num_labels == len(labels["id2label"]) else None
+            labels = _numbered_labels(num_labels, problem_type)
         heads = self._new_heads(len(labels["id2label"]), fresh=True) if self.head_names else []
         init_prompt(self.base_model.get_input_embeddings(), layer, tokenizer, token_counts, soft_prompt)
         self._keep(Adapter(adapter_name, layer, heads, labels))
@@ -118,7 +125,8 @@ class AdaptersMixin(InputsMixin):
         if not ignore_backbone_mismatch and facts["backbone"] is not None:
             embedding = self.base_model.get_input_embeddings()
             check_fingerprint(facts["backbone"], backbone_fingerprint(self.config, embedding))
-        layer = self._new_layer(EPTConfig.from_dict(settings), facts)
+        config = EPTConfig.from_dict(settings)
+        layer = self._folded_layer(config, facts["prompt_sha256"]) if facts["folded"] else self._new_layer(config)
         labels = self._labels()
         if self.head_names and facts["num_labels"] is not None:
             labels = _numbered_labels(facts["num_labels"], facts["problem_type"], facts["label_names"])
@@ -155,9 +163,46 @@ class AdaptersMixin(InputsMixin):
 
     # ------------------------------------------------------------------ inside
 
+    def _new_layer(self, config: EPTConfig) -> EPTLayer:
+        """A fresh layer for this backbone. Raises what does not fit."""
+        return self._beside_embeddings(EPTLayer(*self._layer_arguments(config)))
+
+    def _folded_layer(self, config: EPTConfig, prompt_sha256: str | None) -> FoldedLayer:
+        """An empty folded layer for a saved adapter's tensors. Raises what does not fit."""
+        layer = FoldedLayer(*self._layer_arguments(config))
+        layer.sha256 = prompt_sha256
+        return self._beside_embeddings(layer)
+
+    def _layer_arguments(self, config: EPTConfig) -> tuple[EPTConfig, int, int]:
+        """The config with its `embed_scale` measured, d, and the text column of the prompt."""
+        embedding = self.base_model.get_input_embeddings()
+        if config.embed_scale is None:
+            config = dataclasses.replace(config, embed_scale=embedding_rms(embedding))
+        prompt_start = config.prompt_start
+        if prompt_start is None:
+            prompt_start = int(self._kind == "encoder" and reads_first_token(self.base_model))
+        if self._kind.startswith("causal") and prompt_start != 0:
+            raise ValueError(
+                f"prompt_start={prompt_start}: a causal model's prompt stands before the text, where every token sees it; "
+                "leave prompt_start at None"
+            )
+        if self._max_length is not None and config.prompt_length >= self._max_length:
+            raise ValueError(
+                f"prompt_length={config.prompt_length} leaves no room for text in the backbone's {self._max_length} positions"
+            )
+        return config, embedding_width(embedding), prompt_start
+
+    def _beside_embeddings(self, layer: Layer) -> Layer:
+        """The layer, on the device of the backbone's embeddings where that is a real one."""
+        weight = weight_of(self.base_model.get_input_embeddings())
+        return layer if weight.is_meta else layer.to(weight.device)
+
+    def _heads(self) -> list[nn.Module]:
+        return [self.base_model.get_submodule(name) for name in self.head_names]
+
     def _inactive(self, adapter_name: str) -> Adapter:
         for adapter in self.inactive_adapters:
-            if adapter.name == adapter_name:
+            if isinstance(adapter, Adapter) and adapter.name == adapter_name:
                 return adapter
         raise ValueError(f"there is no adapter {adapter_name!r}: there are {', '.join(map(repr, self._adapter_names))}")
 
@@ -197,8 +242,9 @@ class AdaptersMixin(InputsMixin):
             return
         for key, value in labels.items():
             setattr(self.config, key, copy.copy(value))
-        if hasattr(self.base_model, "num_labels"):
-            self.base_model.num_labels = self.config.num_labels
+        backbone: Any = self.base_model
+        if hasattr(backbone, "num_labels"):
+            backbone.num_labels = self.config.num_labels
 
     def _groups(self, adapter_ids: Sequence[str] | None, batch: int, device: torch.device) -> list[Group]:
         """The batch's rows by adapter; one group without row numbers where all rows have the same."""
@@ -209,7 +255,7 @@ class AdaptersMixin(InputsMixin):
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_ids):
             rows.setdefault(name, []).append(row)
-        found = {}
+        found: dict[str, tuple[EPTLayer | FoldedLayer, list[nn.Module]]] = {}
         for name in rows:
             active = name == self._active_adapter
             adapter = None if active else self._inactive(name)

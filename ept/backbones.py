@@ -2,10 +2,10 @@
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -25,6 +25,7 @@ __all__ = [
     "positions_of",
     "reads_first_token",
     "refuse_unsupported",
+    "weight_of",
 ]
 
 
@@ -103,18 +104,24 @@ def positions_of(model: PreTrainedModel) -> tuple[int | None, int]:
 def is_plain(embedding: nn.Module) -> bool:
     """Whether the module is a table look-up and nothing else, so that the fused path may read its weight."""
     hooked = embedding._forward_hooks or embedding._forward_pre_hooks
-    floating = getattr(embedding, "weight", None) is not None and embedding.weight.is_floating_point()
+    floating = getattr(embedding, "weight", None) is not None and weight_of(embedding).is_floating_point()
     return type(embedding) is nn.Embedding and embedding.max_norm is None and not hooked and floating
 
 
+def weight_of(embedding: nn.Module) -> Tensor:
+    """E [vocab, d], as transformers names it in every embedding module."""
+    return cast(Tensor, embedding.weight)
+
+
 def embedding_width(embedding: nn.Module) -> int:
-    return embedding.embedding_dim if hasattr(embedding, "embedding_dim") else embedding.weight.shape[1]
+    width = getattr(embedding, "embedding_dim", None)
+    return weight_of(embedding).shape[1] if width is None else width
 
 
 @torch.no_grad()
 def embedding_rms(embedding: nn.Module) -> float:
     """e: the root mean square of what the embedding module gives, over its whole vocabulary."""
-    weight = embedding.weight
+    weight = weight_of(embedding)
     if weight.is_meta:
         raise ValueError("the backbone is on the meta device: load its weights first, or give embed_scale")
     total, count = 0.0, 0
@@ -136,7 +143,8 @@ def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
         return
     probed = model.get_encoder() if kind == "seq2seq" else model
     training = {module: module.training for module in model.modules()}
-    ids = torch.arange(len(embedding.weight), device=embedding.weight.device)[-4:].unsqueeze(0)
+    weight = weight_of(embedding)
+    ids = torch.arange(len(weight), device=weight.device)[-4:].unsqueeze(0)
     mask = torch.ones_like(ids)
     try:
         model.eval()

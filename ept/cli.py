@@ -103,10 +103,10 @@ def train(argv: list[str]) -> None:
             say(f"stopped by SIGTERM after step {trainer.state.global_step}: go on with --resume_from_checkpoint true")
             raise SystemExit(128 + signal.SIGTERM)
         if trainer.eval_dataset is not None:
-            metrics |= trainer.evaluate()
+            metrics |= _loss_last(trainer.evaluate(), "eval_loss")
         if test is not None:
             trainer.compute_metrics = _compute_metrics(problem, test, trainer.processing_class)
-            metrics |= trainer.evaluate(test.data, metric_key_prefix="test")
+            metrics |= _loss_last(trainer.evaluate(test.data, metric_key_prefix="test"), "test_loss")
         trainer.save_model(output_dir)
         trainer.save_state()
         record |= {"metrics": metrics, "steps": trainer.state.global_step}
@@ -119,6 +119,11 @@ def train(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         say(f"saved the adapter in {output_dir}")
         print(json.dumps(metrics))
+
+
+def _loss_last(metrics: dict[str, float], loss: str) -> dict[str, float]:
+    """An evaluation's metrics with the task's own first, where transformers puts the loss."""
+    return dict(sorted(metrics.items(), key=lambda item: item[0] == loss))
 
 
 def _prepare_training(argv: list[str]) -> tuple[Any, Any, str | None, Any, dict[str, Any]]:
@@ -521,11 +526,11 @@ def _read_evaluated(files: Any, given: Any, record: dict[str, Any]) -> tuple[dic
             raise ValueError(
                 "--task_name brings its own rows: give --data_dir (or nothing, for the hub's), no other data"
             )
-        split = files.dataset_split or "validation"
+        task, split = benchmark_task(files.task_name), files.dataset_split or "validation"
         if split not in ("train", "validation", "test"):
             raise ValueError(f"--dataset_split {split}: a task has train, validation and test")
-        also = ("validation_mismatched",) if split == "validation" and files.task_name.lower() == "mnli" else ()
-        return read_benchmark(benchmark_task(files.task_name), files.data_dir, (split, *also)), None
+        also = ("validation_mismatched",) if split == "validation" and task.name == "mnli" else ()
+        return read_benchmark(task, files.data_dir, (split, *also)), None
     if files.data_dir is not None:
         raise ValueError("--data_dir holds a benchmark's task: say which with --task_name")
     split = files.dataset_split or "test"

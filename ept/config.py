@@ -116,6 +116,13 @@ class EPTConfig:
         return self.alpha / math.sqrt(self.rank) if self.rank else 0.0
 
     @property
+    def known_embed_scale(self) -> float:
+        """e = `embed_scale`; ValueError while that is None."""
+        if self.embed_scale is None:
+            raise ValueError("config.embed_scale is not set: give the embeddings' RMS, or 1.0 for plain units")
+        return self.embed_scale
+
+    @property
     def has_lowrank(self) -> bool:
         """Whether A and B exist: one of the parts that read them is on."""
         return self.rank > 0 and (self.lowrank_update or self.fusion)

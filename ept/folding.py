@@ -6,6 +6,7 @@ the token-conditioned update, which can also become a new table of embeddings. I
 
 import copy
 import hashlib
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import ept_kernels
 from ept_kernels.reference import text_positions
 
+from .backbones import weight_of
 from .config import EPTConfig
 from .console import bad_input_is_one_line, say, without_load_reports
 from .heads import MeanPoolingForSequenceClassification
@@ -43,8 +45,14 @@ class FoldedLayer(nn.Module):
         config: of the EPTLayer. embed_dim: d. prompt_start: text column of the prompt.
     """
 
+    prompt: Tensor
+    text_update: Tensor | None
+    token_down: Tensor | None
+    token_up: Tensor | None
+
     def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
         super().__init__()
+        self.embed_scale = config.known_embed_scale
         self.config, self.embed_dim, self.prompt_start = config, embed_dim, prompt_start
         has_update = config.has_lowrank and config.lowrank_update
         token_shape = (config.token_rank, embed_dim) if config.has_token_update else None
@@ -67,6 +75,8 @@ class FoldedLayer(nn.Module):
     ) -> Tensor:
         """The backbone's input [batch, s + L, d], as EPTLayer.forward."""
         if inputs_embeds is None:
+            if input_ids is None or embedding_weight is None:
+                raise ValueError("give input_ids with embedding_weight, or inputs_embeds")
             inputs_embeds = F.embedding(input_ids, embedding_weight)
         if attention_mask is None:
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).expand(len(inputs_embeds), -1)
@@ -82,7 +92,7 @@ class FoldedLayer(nn.Module):
         total = inputs_embeds.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
         if self.token_down is not None:
             total = ept_kernels.text_update(
-                total, text_positions, None, None, scale=0.0, embed_scale=self.config.embed_scale,
+                total, text_positions, None, None, scale=0.0, embed_scale=self.embed_scale,
                 token_down=self.token_down, token_up=self.token_up, activation=self.config.activation,
             )  # fmt: skip
         if self.text_update is not None:
@@ -117,11 +127,11 @@ def fold_layer(layer: EPTLayer | FoldedLayer) -> FoldedLayer:
     folded = FoldedLayer(config, layer.embed_dim, layer.prompt_start)
     folded.prompt.copy_(exact.reconstruct()[0])
     folded.sha256 = prompt_hash(folded.prompt)
-    if folded.text_update is not None:
-        folded.text_update.copy_(config.embed_scale * config.scale * exact.lowrank_a @ exact.lowrank_b)
-    if folded.token_down is not None:
-        folded.token_down.copy_(layer.token_down)
-        folded.token_up.copy_(layer.token_up)
+    if folded.text_update is not None and exact.lowrank_a is not None and exact.lowrank_b is not None:
+        folded.text_update.copy_(layer.embed_scale * config.scale * exact.lowrank_a @ exact.lowrank_b)
+    for mine, theirs in ((folded.token_down, layer.token_down), (folded.token_up, layer.token_up)):
+        if mine is not None and theirs is not None:
+            mine.copy_(theirs)
     return folded.to(device)
 
 
@@ -142,7 +152,8 @@ def embedding_table(model: "EPTModel") -> Tensor:
     if layer.token_down is None:
         raise ValueError("this adapter has no token-conditioned update: the backbone's own embeddings are the table")
     rows = []
-    for ids in torch.arange(len(embedding.weight), device=embedding.weight.device).split(8192):
+    weight = weight_of(embedding)
+    for ids in torch.arange(len(weight), device=weight.device).split(8192):
         # Beyond the last position there is only the token-conditioned update.
         beyond = ids.new_full((1, len(ids)), layer.config.max_text_length)
         rows.append(layer.continue_text(embedding(ids).unsqueeze(0), beyond)[0])
@@ -178,6 +189,7 @@ class FoldArguments:
 def run(argv: list[str]) -> None:
     """`ept fold`: an adapter as the constants that inference needs, in PEFT's form where that can hold them."""
     with bad_input_is_one_line("fold"):
+        from .cli import RUN_NAME
         from .options import OptionParser
         from .peft_format import save_peft, why_not_peft
 
@@ -195,6 +207,9 @@ def run(argv: list[str]) -> None:
         else:
             heads = {name: t for name, t in model.adapter_tensors().items() if name.startswith("head.")}
             write_adapter(output, settings | folded.facts(), folded.state_dict() | heads)
+            record = Path(given.adapter) / RUN_NAME
+            if record.is_file():  # eval and predict know from it the columns, the label words and pairs of texts
+                shutil.copyfile(record, output / RUN_NAME)
             say(f"{output}: a folded EPT adapter" + (f" ({reason})" if given.format == "auto" else ""))
         if given.embedding_table:
             save_file({"weight": embedding_table(model).cpu().contiguous()}, output / TABLE_NAME)
@@ -218,6 +233,7 @@ def _adapter_without_backbone(
     if cls is None:
         raise ValueError(f"{directory} adapts a {kind or 'model of no known kind'}, which transformers has not")
     labels = {} if settings.get("num_labels") is None else {"num_labels": settings["num_labels"]}
+    base: Any
     if with_weights:
         with without_load_reports():
             base = cls.from_pretrained(name_or_path, **({} if pooled else labels))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ept_kernels.reference import text_positions
 
-from .inputs import Group, InputsMixin, leading_padding, prompt_width
+from .adapters import AdaptersMixin
+from .inputs import Group, leading_padding, prompt_width
 
 __all__ = ["GenerationMixin"]
 
@@ -27,8 +28,10 @@ UNSUPPORTED = {
 DEFAULT_NEW_TOKENS = 20  # transformers', where nothing says how many
 
 
-class GenerationMixin(InputsMixin):
+class GenerationMixin(AdaptersMixin):
     """What an EPTModel does to generate text."""
+
+    _adapter_enabled: bool
 
     @torch.no_grad()
     def generate(
@@ -52,8 +55,9 @@ class GenerationMixin(InputsMixin):
         Raises:
             ValueError, TypeError: what cannot be right is refused with the reason.
         """
+        backbone: Any = self.base_model  # its class has `generate`; PreTrainedModel alone has not
         if not self._adapter_enabled:
-            return self.base_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
         inputs_embeds = kwargs.pop("inputs_embeds", None)
@@ -72,7 +76,7 @@ class GenerationMixin(InputsMixin):
         groups = self._groups(adapter_ids, len(text), text.device)
         if self._kind == "seq2seq":
             prepared = self._prepare_encoder_of_seq2seq(groups, read_ids, inputs_embeds, attention_mask, {})
-            return self.base_model.generate(**{k: v for k, v in prepared.arguments.items() if v is not None}, **kwargs)
+            return backbone.generate(**{k: v for k, v in prepared.arguments.items() if v is not None}, **kwargs)
         if not self._shifts_labels or "past_key_values" not in inspect.signature(self.base_model.forward).parameters:
             raise TypeError(f"{type(self.base_model).__name__} does not generate text with a key-value cache")
         if kwargs.get("position_ids") is not None:
@@ -84,16 +88,14 @@ class GenerationMixin(InputsMixin):
         self._check_cache(kwargs.get("past_key_values"), groups, text.shape[1])
         self._lengths_without_prompt(kwargs, text.shape[1])
         self._check_room(kwargs, groups, attention_mask)
-        prepared = self._prepare_groups(groups, read_ids, inputs_embeds, attention_mask, None, None, None).arguments
+        arguments = self._prepare_groups(groups, read_ids, inputs_embeds, attention_mask, None, None, None).arguments
         start = prompt_width(groups) + leading_padding(attention_mask)
         hook = functools.partial(self._update_decoding_step, groups=groups, start=start)
         handle = self.base_model.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             ids = {} if input_ids is None else {"input_ids": input_ids}
-            mask = prepared["attention_mask"]
-            return self.base_model.generate(
-                **ids, inputs_embeds=prepared["inputs_embeds"], attention_mask=mask, **kwargs
-            )
+            mask = arguments["attention_mask"]
+            return backbone.generate(**ids, inputs_embeds=arguments["inputs_embeds"], attention_mask=mask, **kwargs)
         finally:
             handle.remove()
 

@@ -4,6 +4,8 @@ Sentence encoders (MiniLM, MPNet, E5, …) are trained with mean pooling; the fi
 `AutoModelForSequenceClassification` puts on a BERT reads a token that they never trained.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
@@ -26,16 +28,19 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, encoder: PreTrainedModel, num_labels: int = 2, problem_type: str | None = None):
-        encoder.config.num_labels = num_labels
-        encoder.config.problem_type = problem_type
-        super().__init__(encoder.config)
+        config: Any = encoder.config  # whose problem_type is typed as the three words that its loss knows
+        config.num_labels = num_labels
+        config.problem_type = problem_type
+        super().__init__(config)
         self.encoder = encoder
         self.classifier = nn.Linear(encoder.config.hidden_size, num_labels)
         nn.init.normal_(self.classifier.weight, std=getattr(encoder.config, "initializer_range", 0.02))
         nn.init.zeros_(self.classifier.bias)
 
     @classmethod
-    def from_encoder(cls, name_or_path: str, num_labels: int = 2, problem_type: str | None = None, **kwargs):
+    def from_encoder(
+        cls, name_or_path: str, num_labels: int = 2, problem_type: str | None = None, **kwargs
+    ) -> "MeanPoolingForSequenceClassification":
         """The model for a pretrained encoder's hub name or directory; `kwargs` go to `AutoModel.from_pretrained`."""
         return cls(AutoModel.from_pretrained(name_or_path, **kwargs), num_labels, problem_type)
 
@@ -48,7 +53,7 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
         pooling_mask: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutput:
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """`pooling_mask` [batch, L] says which positions the mean covers; default: `attention_mask`."""
         outputs = self.encoder(
             input_ids=input_ids,

@@ -5,16 +5,16 @@ brought to one width, so that the backbone runs once.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ept_kernels.reference import text_positions
 
-from .backbones import is_plain
+from .backbones import is_plain, weight_of
 from .folding import FoldedLayer
 from .heads import MeanPoolingForSequenceClassification
 from .layer import EPTLayer
@@ -32,6 +32,12 @@ class Group:
     layer: EPTLayer | FoldedLayer
     heads: list[nn.Module]
     rows: Tensor | None = None
+
+    @overload
+    def of(self, tensor: Tensor) -> Tensor: ...
+
+    @overload
+    def of(self, tensor: Tensor | None) -> Tensor | None: ...
 
     def of(self, tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is None or self.rows is None else tensor.index_select(0, self.rows)
@@ -57,6 +63,14 @@ class Prepared:
         return (self.arguments["attention_mask"] if held is None else held).shape[1]
 
 
+def text_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The text as it was given: ids [batch, L] or embeddings [batch, L, d]."""
+    text = inputs_embeds if input_ids is None else input_ids
+    if text is None:
+        raise ValueError("pass either input_ids or inputs_embeds")
+    return text
+
+
 def leading_padding(attention_mask: Tensor) -> Tensor:
     """[batch] columns before each row's first text token."""
     return ((attention_mask != 0).cumsum(1) == 0).sum(1)
@@ -66,7 +80,7 @@ def in_row_order(parts: list[Tensor], groups: list[Group]) -> Tensor:
     """One tensor of all rows from each group's, in the batch's order."""
     if groups[0].rows is None:
         return parts[0]
-    order = torch.argsort(torch.cat([group.rows for group in groups]))
+    order = torch.argsort(torch.cat([group.rows for group in groups if group.rows is not None]))
     return torch.cat(parts).index_select(0, order)
 
 
@@ -100,9 +114,10 @@ def widened(columns: Tensor, width: int, value: int, left: bool) -> Tensor:
     return F.pad(columns, (0, 0) * (columns.dim() - 2) + sides, value=value) if missing else columns
 
 
-class InputsMixin:
+class InputsMixin(nn.Module):
     """What an EPTModel does to its inputs and outputs."""
 
+    config: PretrainedConfig
     base_model: PreTrainedModel
     _kind: str
     _accepts: set[str]
@@ -133,7 +148,7 @@ class InputsMixin:
             raise ValueError(f"{name} has no token types: leave token_type_ids out")
         if encoded:
             return
-        batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        batch, length = text_of(input_ids, inputs_embeds).shape[:2]
         continued = self._kind == "causal" and attention_mask is not None and attention_mask.shape[1] > length
         given = {"attention_mask": None if continued else attention_mask, "token_type_ids": token_type_ids}
         given |= {"position_ids": position_ids}
@@ -157,7 +172,7 @@ class InputsMixin:
             return layer(None, attention_mask, inputs_embeds=inputs_embeds)
         embedding = self.base_model.get_input_embeddings()
         if is_plain(embedding):
-            return layer(input_ids, attention_mask, embedding_weight=embedding.weight)
+            return layer(input_ids, attention_mask, embedding_weight=weight_of(embedding))
         return layer(None, attention_mask, inputs_embeds=embedding(input_ids))
 
     def _prepare_groups(
@@ -171,7 +186,7 @@ class InputsMixin:
         labels: Tensor | None,
     ) -> Prepared:
         """The wrapped model's arguments for rows of several adapters (or of one)."""
-        text = inputs_embeds if input_ids is None else input_ids
+        text = text_of(input_ids, inputs_embeds)
         batch, length = text.shape[:2]
         if attention_mask is None and self._kind == "causal-pooled" and input_ids is not None:
             attention_mask = self._mask_by_last_token(input_ids)
@@ -231,12 +246,13 @@ class InputsMixin:
             )
             if inputs_embeds is not None:
                 inputs_embeds = inputs_embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[2]))
-            if token_labels:
+            if labels is not None and token_labels:
                 labels = labels.gather(1, order)
-        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        length = text_of(input_ids, inputs_embeds).shape[1]
         self._check_length(layer, length, attention_mask)
-        prepared = {"inputs_embeds": self._embed(layer, input_ids, inputs_embeds, attention_mask)}
-        batch, device = len(prepared["inputs_embeds"]), prepared["inputs_embeds"].device
+        embeds = self._embed(layer, input_ids, inputs_embeds, attention_mask)
+        prepared: dict[str, Any] = {"inputs_embeds": embeds}
+        batch, device = len(embeds), embeds.device
         if position_ids is not None and attention_mask is None and self._kind.startswith("causal"):
             # Without a mask transformers takes a gap between positions for the start of another example.
             attention_mask = torch.ones(batch, length, dtype=torch.int64, device=device)
@@ -256,7 +272,7 @@ class InputsMixin:
                 prepared["position_ids"] = positions + self._first_position
             elif position_ids is None and moved:
                 self._refuse_moved_text()
-        if token_labels:
+        if labels is not None and token_labels:
             # A column's label stands s columns on, where _trim finds its logits.
             if self._shifts_labels:
                 labels = labels.clone()

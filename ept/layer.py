@@ -1,6 +1,7 @@
 """EPTLayer: the trained tensors of EPT and the drop-in layer that makes a frozen backbone's input from them."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from .config import EPTConfig
 from .sharding import whole
 
 __all__ = ["EPTLayer", "decompose"]
+
+# P, A, B, U, V, G; None for parts that are off.
+PromptTensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class EPTLayer(nn.Module):
@@ -26,10 +30,18 @@ class EPTLayer(nn.Module):
     `init_prompt` puts something better there.
     """
 
+    prompt: nn.Parameter
+    lowrank_a: nn.Parameter | None
+    lowrank_b: nn.Parameter | None
+    space_down: nn.Parameter | None
+    space_up: nn.Parameter | None
+    gate_weight: nn.Parameter | None
+    token_down: nn.Parameter | None
+    token_up: nn.Parameter | None
+
     def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
         super().__init__()
-        if config.embed_scale is None:
-            raise ValueError("config.embed_scale is not set: give the embeddings' RMS, or 1.0 for plain units")
+        self.embed_scale = config.known_embed_scale
         if config.rank > embed_dim:
             raise ValueError(f"rank={config.rank} is larger than the embeddings' width {embed_dim}: lower rank")
         if config.has_spaces and config.space_dim > embed_dim:
@@ -55,14 +67,14 @@ class EPTLayer(nn.Module):
     def reset_parameters(self) -> None:
         """The start values of docs/method.md, from torch's global random numbers."""
         self.prompt.normal_()
-        if self.lowrank_a is not None:
+        if self.lowrank_a is not None and self.lowrank_b is not None:
             self.lowrank_a.normal_(std=1 / math.sqrt(self.config.rank))
             self.lowrank_b.zero_()
-        if self.gate_weight is not None:
+        if self.space_down is not None and self.space_up is not None and self.gate_weight is not None:
             self.space_down.normal_(std=1 / math.sqrt(self.embed_dim))
             self.space_up.zero_()
             self.gate_weight.normal_(std=1 / math.sqrt(self.embed_dim))
-        if self.token_down is not None:
+        if self.token_down is not None and self.token_up is not None:
             self.token_down.normal_(std=1 / math.sqrt(self.embed_dim))
             self.token_up.zero_()
 
@@ -71,7 +83,7 @@ class EPTLayer(nn.Module):
         """P from embeddings [n, d] in the backbone's own size: repeated or cut to s rows, put into units of e."""
         repeats = -(-self.config.prompt_length // len(rows))
         rows = rows.repeat(repeats, 1)[: self.config.prompt_length]
-        self.prompt.copy_(rows.to(self.prompt) / self.config.embed_scale)
+        self.prompt.copy_(rows.to(self.prompt) / self.embed_scale)
 
     @torch.no_grad()
     def init_decompose(self, soft_prompt: Tensor) -> float:
@@ -82,7 +94,7 @@ class EPTLayer(nn.Module):
         if soft_prompt.dim() != 2 or soft_prompt.shape[1] != self.embed_dim:
             raise ValueError(f"soft_prompt must be [m, {self.embed_dim}], not {tuple(soft_prompt.shape)}")
         s, covered = self.config.prompt_length, self.config.max_text_length
-        if self.lowrank_a is None:
+        if self.lowrank_a is None or self.lowrank_b is None:
             raise ValueError('init="decompose" needs the low-rank pair: give rank >= 1')
         if not s <= len(soft_prompt) <= s + covered:
             raise ValueError(
@@ -91,7 +103,7 @@ class EPTLayer(nn.Module):
             )
         if not soft_prompt.isfinite().all():
             raise ValueError("soft_prompt holds NaN or infinity")
-        rows = soft_prompt.double() / self.config.embed_scale
+        rows = soft_prompt.double() / self.embed_scale
         self.prompt.copy_(rows[:s])
         a, b, self.decomposition_error = decompose(rows[s:], self.config.rank)
         self.lowrank_a.zero_()
@@ -107,10 +119,12 @@ class EPTLayer(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """The backbone's input [batch, s + L, d] from `input_ids` and E, or from `inputs_embeds` [batch, L, d]."""
-        settings = dict(prompt_start=self.prompt_start, lowrank_update=self.config.lowrank_update)
+        settings: dict[str, Any] = dict(prompt_start=self.prompt_start, lowrank_update=self.config.lowrank_update)
         settings |= self._prompt_settings() | self._token_settings()
         if inputs_embeds is not None:
             return ept_kernels.prompt_embed_inputs(inputs_embeds, attention_mask, *self._prompt_tensors(), **settings)
+        if input_ids is None or embedding_weight is None:
+            raise ValueError("give input_ids with embedding_weight, or inputs_embeds")
         return ept_kernels.prompt_embed(
             input_ids, attention_mask, embedding_weight, *self._prompt_tensors(), **settings
         )
@@ -120,24 +134,25 @@ class EPTLayer(nn.Module):
         a, b = (self.lowrank_a, self.lowrank_b) if self.config.lowrank_update else (None, None)
         return ept_kernels.text_update(
             inputs_embeds, text_positions, a, b,
-            scale=self.config.scale, embed_scale=self.config.embed_scale, **self._token_settings(),
+            scale=self.config.scale, embed_scale=self.embed_scale, **self._token_settings(),
         )  # fmt: skip
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] in the backbone's own size, and the gate's weights [s, K]; also where they are sharded."""
-        tensors = (t if t is None else whole(t) for t in self._prompt_tensors())
-        return ept_kernels.reconstruct_prompt(*tensors, **self._prompt_settings())
+        prompt, *others = self._prompt_tensors()
+        others = [t if t is None else whole(t) for t in others]
+        return ept_kernels.reconstruct_prompt(whole(prompt), *others, **self._prompt_settings())
 
-    def _prompt_tensors(self) -> tuple[Tensor | None, ...]:
+    def _prompt_tensors(self) -> PromptTensors:
         return (self.prompt, self.lowrank_a, self.lowrank_b, self.space_down, self.space_up, self.gate_weight)
 
-    def _prompt_settings(self) -> dict:
+    def _prompt_settings(self) -> dict[str, Any]:
         return dict(
-            scale=self.config.scale, embed_scale=self.config.embed_scale, activation=self.config.activation,
+            scale=self.config.scale, embed_scale=self.embed_scale, activation=self.config.activation,
             fusion=self.config.fusion, impl=self.config.impl,
         )  # fmt: skip
 
-    def _token_settings(self) -> dict:
+    def _token_settings(self) -> dict[str, Any]:
         return dict(token_down=self.token_down, token_up=self.token_up, activation=self.config.activation)
 
     def extra_repr(self) -> str:

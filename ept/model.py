@@ -5,7 +5,6 @@ made independent of it here: encoders get their rows right-padded, causal models
 """
 
 import contextlib
-import dataclasses
 import inspect
 import os
 from collections.abc import Iterator
@@ -18,13 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .adapters import FACTS, AdaptersMixin, copy_tensors
 from .backbones import (
     check_inputs_embeds,
-    embedding_rms,
-    embedding_width,
     head_names,
     kind_of,
     max_text_tokens,
     positions_of,
-    reads_first_token,
     refuse_unsupported,
 )
 from .config import EPTConfig
@@ -70,7 +66,8 @@ def get_ept_model(
     if not isinstance(config, EPTConfig):
         raise TypeError(f"config must be an EPTConfig, not {type(config).__name__}: EPTConfig.from_dict makes one")
     wrapped = EPTModel(model, config, adapter_name)
-    init_prompt(model.get_input_embeddings(), wrapped.ept, tokenizer, token_counts, soft_prompt)
+    if isinstance(wrapped.ept, EPTLayer):  # as a fresh one is
+        init_prompt(model.get_input_embeddings(), wrapped.ept, tokenizer, token_counts, soft_prompt)
     return wrapped
 
 
@@ -308,9 +305,8 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
         The active adapter, or the one named. Where the model is spread over processes, every one of them calls this,
         and one has `is_main_process`. Raises FloatingPointError, and writes nothing, if a tensor holds NaN or infinity.
         """
-        active = adapter_name is None or adapter_name == self._active_adapter
         layer, labels = self.ept, self._labels()
-        if not active:
+        if adapter_name is not None and adapter_name != self._active_adapter:
             adapter = self._inactive(adapter_name)
             layer, labels = adapter.layer, adapter.labels
         tensors = self.adapter_tensors(adapter_name)
@@ -357,7 +353,7 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
             check_fingerprint(facts["backbone"], backbone_fingerprint(model.config, model.get_input_embeddings()))
         wrapped = cls(model, config, adapter_name)
         if facts["folded"]:
-            wrapped._put_folded(wrapped._new_layer(wrapped.ept_config, facts))
+            wrapped._put_folded(wrapped._folded_layer(wrapped.ept_config, facts["prompt_sha256"]))
         wrapped.load_adapter_tensors(tensors, source=str(path))
         check_weights(path)
         return wrapped
@@ -401,32 +397,6 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
         for name, head in zip(self.head_names, self._heads(), strict=True):
             tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict(keep_vars=True).items()}
         return tensors
-
-    def _new_layer(self, config: EPTConfig, facts: dict[str, Any] | None = None) -> EPTLayer | FoldedLayer:
-        """A layer for this backbone; folded if the `facts` of a saved adapter say so. Raises what does not fit."""
-        embedding = self.base_model.get_input_embeddings()
-        if config.embed_scale is None:
-            config = dataclasses.replace(config, embed_scale=embedding_rms(embedding))
-        prompt_start = config.prompt_start
-        if prompt_start is None:
-            prompt_start = int(self._kind == "encoder" and reads_first_token(self.base_model))
-        if self._kind.startswith("causal") and prompt_start != 0:
-            raise ValueError(
-                f"prompt_start={prompt_start}: a causal model's prompt stands before the text, where every token sees it; "
-                "leave prompt_start at None"
-            )
-        if self._max_length is not None and config.prompt_length >= self._max_length:
-            raise ValueError(
-                f"prompt_length={config.prompt_length} leaves no room for text in the backbone's {self._max_length} positions"
-            )
-        made = FoldedLayer if facts is not None and facts["folded"] else EPTLayer
-        layer = made(config, embedding_width(embedding), prompt_start)
-        if isinstance(layer, FoldedLayer):
-            layer.sha256 = facts["prompt_sha256"]
-        return layer if embedding.weight.is_meta else layer.to(embedding.weight.device)
-
-    def _heads(self) -> list[nn.Module]:
-        return [self.base_model.get_submodule(name) for name in self.head_names]
 
 
 def _inputs_to_the_heads_dtype(module: nn.Module, args: tuple) -> tuple:

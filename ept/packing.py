@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backbones import weight_of
 from .inputs import Group, InputsMixin, Prepared
 
 __all__ = ["PackingMixin", "example_starts"]
@@ -179,7 +180,8 @@ class PackingMixin(InputsMixin):
         model, embedding = self.base_model, self.base_model.get_input_embeddings()
         training = {module: module.training for module in model.modules()}
         model.eval()
-        embeds = embedding(torch.arange(len(embedding.weight), device=embedding.weight.device)[-5:].unsqueeze(0))
+        weight = weight_of(embedding)
+        embeds = embedding(torch.arange(len(weight), device=weight.device)[-5:].unsqueeze(0))
         numbers = torch.tensor([[1, 1, 1, 2, 2]], device=embeds.device)
         positions = torch.tensor([[0, 1, 2, 0, 1]], device=embeds.device) + self._first_position
         config = self.config.get_text_config()

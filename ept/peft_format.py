@@ -18,6 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -30,7 +31,7 @@ from .config import EPTConfig
 from .console import bad_input_is_one_line, without_load_reports
 from .folding import fold_layer
 from .heads import MeanPoolingForSequenceClassification
-from .model import EPTModel
+from .model import EPTModel, head_names
 from .saving import CONFIG_NAME, WEIGHTS_NAME
 
 __all__ = ["from_peft", "read_soft_prompt", "run", "save_peft", "why_not_peft"]
@@ -174,16 +175,22 @@ def _checked(prompt: Tensor, path: Path) -> Tensor:
 
 def _head_of(model: EPTModel, tensors: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
     """The model's head, with the adapter's tensors where it has them; an adapter's tensor that finds no place is an error."""
-    named = {}
-    for name, tensor in tensors.items():
-        if name != PROMPT and name not in LOW_RANK:
-            parts = [part for part in name.split(".") if part not in ("base_model", "model", "modules_to_save")]
-            named["head." + ".".join(parts)] = tensor
+    named = _named_as_head(tensors)
     head = {name: tensor for name, tensor in model.adapter_tensors().items() if name.startswith("head.")}
     extra = sorted(set(named) - set(head))
     if extra:
         raise ValueError(f"{path} holds {', '.join(extra)}, which {type(model.base_model).__name__} has not")
     return head | named
+
+
+def _named_as_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors beside the prompt, by the names that the head has in an EPT adapter."""
+    named = {}
+    for name, tensor in tensors.items():
+        if name != PROMPT and name not in LOW_RANK:
+            parts = [part for part in name.split(".") if part not in ("base_model", "model", "modules_to_save")]
+            named["head." + ".".join(parts)] = tensor
+    return named
 
 
 # ---------------------------------------------------------------------- out
@@ -270,7 +277,7 @@ def run(argv: list[str]) -> None:
 
 
 def _backbone_of(path: str, name_or_path: str | None) -> PreTrainedModel:
-    settings = _read_peft(path)[0]
+    settings, tensors = _read_peft(path)
     name_or_path, task_type = name_or_path or settings.get("base_model_name_or_path"), settings.get("task_type")
     if not name_or_path:
         raise ValueError(f"{path} does not say what model it was trained on: give --model_name_or_path")
@@ -284,4 +291,18 @@ def _backbone_of(path: str, name_or_path: str | None) -> PreTrainedModel:
     if task_type not in classes:
         raise ValueError(f"{path} is for the task type {task_type}, but EPT reads {', '.join(classes)}")
     with without_load_reports():
-        return classes[task_type].from_pretrained(name_or_path)
+        labels = _number_of_labels(classes[task_type], name_or_path, tensors)
+        return classes[task_type].from_pretrained(name_or_path, **labels)
+
+
+def _number_of_labels(auto_class: Any, name_or_path: str, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """`num_labels` of an adapter whose head has another number than the model's config says, which PEFT does not note."""
+    with torch.device("meta"):
+        empty = auto_class.from_config(AutoConfig.from_pretrained(name_or_path))
+    given = _named_as_head(tensors)
+    for head in head_names(empty):
+        for name, own in empty.get_submodule(head).state_dict().items():
+            found = given.get(f"head.{head}.{name}", own)
+            if len(found) != len(own) == empty.config.num_labels:
+                return {"num_labels": len(found)}
+    return {}

@@ -74,7 +74,9 @@ class Problem:
         if kind in (None, "classification", "regression"):
             own = "regression" if task.is_regression else "classification"
             if kind not in (None, own):
-                raise ValueError(f"{task.name} is a {own}: leave out --task {kind}")
+                raise ValueError(
+                    f"{task.name} is a {own}, not a {kind}: leave --task out, or give an adapter of this task"
+                )
             return cls(own, task.labels or None, Columns(), task)
         return cls(kind, task.words if kind == "continuation" else None, Columns(), task)
 
@@ -158,10 +160,10 @@ class Problem:
         if self.benchmark is None:
             return best_metric(self.kind, wanted)
         name = self.benchmark.metrics[0] if wanted is None else wanted.removeprefix("eval_")
-        if name not in (*self.benchmark.metrics, "loss"):
+        known = [*self.benchmark.metrics, *([] if self.kind == "continuation" else ["loss"])]
+        if name not in known:
             raise ValueError(
-                f"--metric_for_best_model {wanted} is unknown: {self.benchmark.name} has "
-                f"{', '.join(self.benchmark.metrics)}, loss"
+                f"--metric_for_best_model {wanted} is unknown: {self.benchmark.name} has {', '.join(known)}"
             )
         return name, name != "loss"
 

@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
+from .backbones import weight_of
 from .sharding import whole
 
 __all__ = [
@@ -65,6 +66,10 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         settings = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_file} is not valid JSON ({error}): the file is damaged, save again") from error
+    if isinstance(settings, dict) and "peft_type" in settings:
+        raise ValueError(
+            f"{directory} holds a PEFT adapter: ept import makes an EPT adapter of it, if it is a prompt's"
+        )
     if not isinstance(settings, dict) or settings.get("method") != "EPT":
         raise ValueError(
             f'{config_file} is not an EPT adapter (it lacks "method": "EPT"): was it made by another tool?'
@@ -135,7 +140,7 @@ def backbone_fingerprint(config: Any, embedding: nn.Module) -> dict[str, Any]:
     The embeddings' SHA-256 is compared where the dtype is the same; a sample of entries, to a bfloat16's precision,
     where it is not, so that an adapter trained beside a bf16 backbone loads onto the fp32 one.
     """
-    weight = whole(embedding.weight).detach()
+    weight = whole(weight_of(embedding)).detach()
     facts = {key: getattr(config, key) for key in _CONFIG_KEYS if getattr(config, key, None) is not None}
     facts["embedding_shape"] = list(weight.shape)
     if weight.is_meta:
@@ -144,7 +149,7 @@ def backbone_fingerprint(config: Any, embedding: nn.Module) -> dict[str, Any]:
     sample = weight.flatten()[:: max(1, weight.numel() // 64)][:64]
     return facts | {
         "embedding_dtype": str(weight.dtype).removeprefix("torch."),
-        "embedding_sha256": hashlib.sha256(flat).hexdigest(),
+        "embedding_sha256": hashlib.sha256(flat.data).hexdigest(),
         "embedding_sample": [float(f"{value:.6g}") for value in sample.float().tolist()],
     }
 

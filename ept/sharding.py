@@ -3,7 +3,7 @@
 Both are collective operations: every process must do them.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    return tensor.ds_shape if _is_partitioned(tensor) else tensor.shape
+    return cast(Any, tensor).ds_shape if _is_partitioned(tensor) else tensor.shape  # DeepSpeed's own attribute
 
 
 @torch.no_grad()

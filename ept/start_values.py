@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .backbones import weight_of
 from .layer import EPTLayer
 
 __all__ = ["init_prompt"]
@@ -22,7 +23,7 @@ def init_prompt(
     config = layer.config
     if (config.init == "decompose") != (soft_prompt is not None):
         raise ValueError('init="decompose" and soft_prompt go together: give both or neither')
-    if config.init == "decompose":
+    if soft_prompt is not None:
         layer.init_decompose(soft_prompt)
     elif config.init == "text":
         if tokenizer is None:
@@ -30,21 +31,23 @@ def init_prompt(
         ids = tokenizer(config.init_text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if len(ids) == 0:
             raise ValueError(f"init_text={config.init_text!r} holds no token")
-        layer.init_prompt(embedding(ids.to(embedding.weight.device)))
+        layer.init_prompt(embedding(ids.to(weight_of(embedding).device)))
     elif config.init == "vocab":
         ids = _frequent_ids(embedding, tokenizer, token_counts)
         chosen = ids[torch.randperm(len(ids))[: config.prompt_length]]
-        layer.init_prompt(embedding(chosen.to(embedding.weight.device)))
+        layer.init_prompt(embedding(chosen.to(weight_of(embedding).device)))
 
 
 @torch.no_grad()
-def _frequent_ids(embedding: nn.Module, tokenizer, token_counts: Tensor | None) -> Tensor:
+def _frequent_ids(
+    embedding: nn.Module, tokenizer: PreTrainedTokenizerBase | None, token_counts: Tensor | None
+) -> Tensor:
     """Ids of frequent tokens: by counts if given, else the first of the vocabulary, which tokenizers sort so."""
-    vocab = len(embedding.weight)
+    vocab = len(weight_of(embedding))
     allowed = torch.ones(vocab, dtype=torch.bool)
     # Tokens that were never trained keep a small norm; the padding's is often zero.
     norms = torch.cat(
-        [embedding(ids).float().norm(dim=1) for ids in torch.arange(vocab).to(embedding.weight.device).split(8192)]
+        [embedding(ids).float().norm(dim=1) for ids in torch.arange(vocab).to(weight_of(embedding).device).split(8192)]
     )
     allowed &= (norms > 0.5 * norms.median()).cpu()
     if tokenizer is not None:

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file, is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
+from .backbones import head_names
 from .config import EPTConfig
 from .heads import MeanPoolingForSequenceClassification
 from .model import EPTModel, max_text_tokens
@@ -104,7 +105,10 @@ def load_backbone(
             )
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path, num_labels=num_labels, problem_type=problem_type, **_weights(dtype)
+                name_or_path,
+                num_labels=num_labels,
+                problem_type=problem_type,
+                **_weights(dtype, _heads_of_a_classifier(name_or_path)),
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -114,17 +118,26 @@ def load_backbone(
     return model
 
 
-def _weights(dtype: str) -> dict[str, Any]:
-    """from_pretrained's arguments for a type of the frozen weights."""
+def _heads_of_a_classifier(name_or_path: str) -> list[str]:
+    """The modules that a classification model of this kind trains, from its config alone."""
+    with torch.device("meta"):
+        return head_names(AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name_or_path)))
+
+
+def _weights(dtype: str, trained: list[str] | None = None) -> dict[str, Any]:
+    """from_pretrained's arguments for a type of the frozen weights; `trained` modules are not quantised."""
     if dtype not in ("8bit", "4bit"):
         return {"dtype": dtype}
     if not is_bitsandbytes_available():
         raise ValueError(f"--dtype {dtype} needs bitsandbytes: pip install bitsandbytes, or take --dtype bfloat16")
     if dtype == "8bit":
-        quantised = BitsAndBytesConfig(load_in_8bit=True)
+        quantised = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=trained)
     else:
         quantised = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=trained,
         )
     return {"dtype": torch.bfloat16, "quantization_config": quantised}
 

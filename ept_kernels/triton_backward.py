@@ -28,6 +28,8 @@ of TEXT_TILE slots, partial sums of dB would be r / TEXT_TILE times as large. Th
 shapes, so equal inputs give equal bits.
 """
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -55,6 +57,9 @@ from .triton_common import (
     triton_dtype,
 )
 from .triton_forward import locate
+
+# Of P, A, B, U, V, G, D, W and inputs_embeds: see `backward`.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 WEIGHTS_TILE = 4096  # numbers of dB, dU, dV and dG that a program of the second launch adds up in registers
 POSITION_TILE = 16  # rows of A per step; twice as many spill on sm_100, with two products of each in registers
@@ -579,7 +584,7 @@ def backward(
     lowrank_update: bool,
     fusion: bool,
     input_grad: bool,
-) -> tuple[Tensor, ...]:
+) -> Gradients:
     """Gradients of P, A, B, U, V, G, D, W and inputs_embeds (if `input_grad`), each in its tensor's dtype.
 
     The arguments are those of `forward` with what it returned; a gradient that does not exist is empty.
@@ -589,7 +594,9 @@ def backward(
     )
     *weight_grads, dx = grads
     if grad_out.numel() == 0:
-        return tuple(grad.zero_() for grad in grads)
+        for grad in grads:
+            grad.zero_()
+        return grads
     batch, length = grad_out.shape[0], grad_out.shape[1] - len(prompt)
     s, d = prompt.shape
     n, r = (0, 0) if lowrank_a is None else lowrank_a.shape
@@ -644,8 +651,9 @@ def backward(
 
 def empty_grads(
     source, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up, input_grad
-) -> tuple[Tensor, ...]:
+) -> Gradients:
     """The tensors that `backward` fills, for real and for fake inputs."""
     weights = (prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up)
     grads = [prompt.new_empty(0) if weight is None else torch.empty_like(weight) for weight in weights]
-    return *grads, torch.empty_like(source) if input_grad else source.new_empty(0)
+    source_grad = torch.empty_like(source) if input_grad else source.new_empty(0)
+    return cast(Gradients, (*grads, source_grad))  # eight and one

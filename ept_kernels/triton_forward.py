@@ -52,6 +52,9 @@ from .triton_common import (
     wait,
 )
 
+# X, the gate, slots, lengths, inner, down, mix, softmax: see `forward`.
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
 ALL, ORDER, PROJECT, TEXT, PROMPT = ROLES = ("all", "order", "project", "text", "prompt")
 
 TICKET, DONE, ORDERED, ARRIVED = (tl.constexpr(i) for i in range(4))  # counters; flags follow the arrivals
@@ -398,7 +401,7 @@ def forward(
     lowrank_update: bool,
     fusion: bool,
     save: bool,
-) -> tuple[Tensor, ...]:
+) -> Results:
     """X [batch, s + L, d] in the source's dtype, the gate [s, K] in the prompt's, and what the backward needs.
 
     `source` is E [vocab, d] with `ids` [batch, L], or inputs_embeds [batch, L, d] without. The rest of the result:
@@ -460,7 +463,7 @@ def forward(
 
 def empty_results(
     ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, gate_weight, token_down, token_up, fusion, save
-) -> tuple[Tensor, ...]:
+) -> Results:
     """The tensors that `forward` fills, for real and for fake inputs."""
     batch, length = source.shape[:2] if ids is None else ids.shape
     s, d = prompt.shape

@@ -109,6 +109,19 @@ def test_rows_go_through_their_own_adapters_head_of_its_own_label_count(name):
         model(batch, mask, labels=torch.zeros(6, dtype=torch.int64), adapter_ids=NAMES)
 
 
+def test_an_adapter_with_scores_stands_beside_one_with_classes():
+    model, x = wrapped(backbone("bert", SEQ, num_labels=3)), ids(4, 6)
+    classes, scores = torch.tensor([0, 1, 2, 1]), torch.tensor([0.5, 1.5, 2.5, 0.0])
+    model(x, labels=classes)  # transformers notes in the config what kind of labels it saw
+    model.add_adapter("scores", all_parts(), num_labels=1)
+    model.set_adapter("scores")
+    out = model(x, labels=scores)
+    torch.testing.assert_close(out.loss, torch.nn.functional.mse_loss(out.logits[:, 0], scores))
+    model.set_adapter("default")
+    out = model(x, labels=classes)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, classes))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_mixed_batch_generates_what_each_row_generates_alone(name):
     model = with_others(backbone(name, hf.AutoModelForCausalLM))

@@ -10,6 +10,7 @@ from datasets import Dataset
 from ept.benchmark_tasks import BENCHMARK_TASKS, Rows, benchmark_task, fit_texts, read_task
 from ept.cli import main
 from ept.continuation import ContinuationCollator, candidates, contexts, label_scores
+from ept.problem import Problem
 from tiny_models import backbone
 from tiny_text import GOOD, reviews, save_model, tokenizer
 
@@ -181,6 +182,14 @@ def test_metrics_are_the_benchmarks_and_a_text_that_is_no_label_is_wrong():
     assert stsb.read_word("3.2", 1) == 3.2 and stsb.read_word("much", 1) == -1 and stsb.read_word("nan", 1) == -1
 
 
+def test_the_best_checkpoint_is_judged_by_what_an_evaluation_gives():
+    task = BENCHMARK_TASKS["mrpc"]
+    assert Problem.of_benchmark(task, None).best_metric() == ("accuracy", True)
+    assert Problem.of_benchmark(task, "text2text").best_metric("eval_loss") == ("loss", False)
+    with pytest.raises(ValueError, match="loss is unknown: mrpc has accuracy, f1"):
+        Problem.of_benchmark(task, "continuation").best_metric("loss")  # scores of labels have no loss
+
+
 def test_what_is_too_long_loses_the_passage_and_never_the_question():
     task = BENCHMARK_TASKS["boolq"]
     rows = Rows([{"passage": "a " * 50, "question": "is it so"}, {"passage": "a", "question": "b"}], [1, 0])
@@ -250,6 +259,7 @@ def test_a_task_trains_by_its_name_and_eval_gives_the_same_metrics(
         "--disable_tqdm", "true", "--load_best_model_at_end", "true", "--max_target_length", 4]  # fmt: skip
     assert main(list(map(str, command))) == 0
     trained = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(trained)[: len(metrics)] == [f"eval_{name}" for name in metrics]
     command = ["eval", "--task_name", task, "--data_dir", place / task, "--adapter", tmp_path / "out",
         "--model_name_or_path", place / model, "--max_target_length", 4]  # fmt: skip
     assert main(list(map(str, command))) == 0

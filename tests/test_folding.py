@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import struct
 
 import pytest
@@ -167,6 +168,26 @@ def test_ept_fold_writes_a_small_file_that_gives_the_same_logits(tmp_path, capsy
     with pytest.raises(SystemExit):
         main(["fold", "--adapter", str(tmp_path / "adapter"), "--output_dir", out])
     assert "holds another adapter" in capsys.readouterr().err
+
+
+def test_a_folded_adapter_still_knows_that_it_labels_pairs(tmp_path, capsys):
+    saved(tmp_path, all_parts())
+    adapter, folded, pairs = (tmp_path / name for name in ("adapter", "folded", "pairs.txt"))
+    columns = {"text": "a", "text_pair": "b", "label": "label"}
+    (adapter / "run.json").write_text(json.dumps({"columns": columns, "max_seq_length": 9}))
+    pairs.write_text("the film\ta great story\nvery dull\tthe plot\n")
+    assert main(["fold", "--adapter", str(adapter), "--output_dir", str(folded)]) == 0
+    capsys.readouterr()
+    said = []
+    for directory in (adapter, folded):
+        assert main(["predict", "--adapter", str(directory), "--input_file", str(pairs)]) == 0
+        said.append([line.split("\t") for line in capsys.readouterr().out.splitlines()])
+    assert [label for label, _ in said[0]] == [label for label, _ in said[1]]
+    assert [float(p) for _, p in said[0]] == pytest.approx([float(p) for _, p in said[1]], abs=2e-6)
+    pairs.write_text("one text\n")
+    with pytest.raises(SystemExit):
+        main(["predict", "--adapter", str(folded), "--input_file", str(pairs)])
+    assert "labels pairs" in capsys.readouterr().err
 
 
 def test_ept_fold_says_why_peft_cannot_hold_an_adapter(tmp_path, capsys):

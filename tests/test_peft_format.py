@@ -97,12 +97,32 @@ def test_ept_fold_then_ept_import_is_the_way_to_peft_and_back(tmp_path, capsys):
     assert "a PEFT prompt-tuning adapter" in capsys.readouterr().err
     loaded = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "model"), paths["peft"])
     torch.testing.assert_close(result(loaded, rows=5), result(model), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="a PEFT adapter: ept import makes"):
+        EPTModel.from_pretrained(auto.from_pretrained(tmp_path / "model"), paths["peft"])
     assert main(["import", "--adapter", paths["peft"], "--output_dir", paths["back"]]) == 0
     back = EPTModel.from_pretrained(auto.from_pretrained(tmp_path / "model"), paths["back"])
     torch.testing.assert_close(result(back), result(model), rtol=1e-4, atol=1e-5)
     with pytest.raises(SystemExit):
         main(["import", "--adapter", paths["back"], "--output_dir", paths["back"] + "2"])
     assert "is an EPT adapter already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_ept_import_gives_the_model_as_many_labels_as_the_adapters_head(name, tmp_path):
+    auto = KINDS["seq_cls"][1]
+    tiny_text.save_model(tmp_path / "model", name)
+    tuned = peft.get_peft_model(
+        auto.from_pretrained(tmp_path / "model", num_labels=3),
+        peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
+    )
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    tuned.save_pretrained(tmp_path / "peft")
+    assert main(["import", "--adapter", str(tmp_path / "peft"), "--output_dir", str(tmp_path / "ept")]) == 0
+    model = EPTModel.from_pretrained(auto.from_pretrained(tmp_path / "model", num_labels=3), tmp_path / "ept")
+    assert result(model).shape == (2, 3)
+    torch.testing.assert_close(result(model), result(tuned), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

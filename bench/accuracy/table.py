@@ -18,7 +18,7 @@ from .arms import COMPARISONS, TASKS
 from .study import RESULTS, decode_predictions, read
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 Runs = dict[str, dict[int, np.ndarray]]  # task -> seed -> predictions [test rows]
 
@@ -62,7 +62,7 @@ def _table(records: list[dict[str, Any]], rows: int) -> list[str]:
     by_arm: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         by_arm[record["arm"]][record["task"]].append(record)
-    lines = [f"| arm | trained | {' | '.join(TASKS)} | mean |", "|---" * (len(TASKS) + 3) + "|"]
+    lines = [f"| arm | trained, with the head | {' | '.join(TASKS)} | mean |", "|---" * (len(TASKS) + 3) + "|"]
     means = {}
     for arm, tasks in by_arm.items():
         cells, task_means = [], []
@@ -112,6 +112,7 @@ def _picture(records: list[dict[str, Any]]) -> None:
                 axis.annotate(arm, (trained[arm], mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
         axis.set(xscale="log", xlabel="trained parameters, with the head", ylabel="mean over the tasks")
         axis.set_title(f"{rows:,} training rows")
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.margins(x=0.15)
     figure.tight_layout()
     figure.savefig(RESULTS / "accuracy.png", dpi=120)
