@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.6",
-        "triton>=3.2; platform_system == 'Linux'",
+        "triton>=3.7; platform_system == 'Linux'",
         "transformers>=5.19,<6",
         "numpy>=1.26",
         "safetensors>=0.8.0",
