@@ -15,7 +15,6 @@ stands there is not repeated, so an interrupted comparison goes on. The table is
 import argparse
 import json
 import statistics
-import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,13 +22,13 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, set_seed
-from transformers.utils import logging as hf_logging
+from transformers import set_seed
 
+from ept.machine import describe
 from ept.peers import METHODS, build
+from ept.start_values import token_counts
 
-from .fit import encode, fit, predict, score, token_counts
-from .machine import describe
+from .fit import fit, load, predict, quiet, score
 from .real_text import TASKS, load_task, minilm
 from .step_time import interleaved_seconds, ratio
 
@@ -46,7 +45,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """One training run in a process of its own; returns the job with its scores."""
     torch.set_num_threads(1)
     quiet()
-    task, tokenizer, rows = data(job["task"])
+    task, tokenizer, rows = load(job["task"], MAX_LENGTH)
     set_seed(job["seed"])
     model, groups = build_method(job["method"], job["rate"], task, tokenizer, rows["train"])
     trace = fit(model, groups, rows["train"], tokenizer, steps=job["steps"], seed=job["seed"])
@@ -59,21 +58,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def quiet() -> None:
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT's
-
-
-def data(name: str):
-    task, tokenizer = load_task(name), AutoTokenizer.from_pretrained(minilm())
-    return task, tokenizer, {part: encode(task, part, tokenizer, MAX_LENGTH) for part in ("train", "dev", "test")}
-
-
 def build_method(method: str, rate: float, task, tokenizer, train_rows):
+    counts = token_counts([row["input_ids"] for row in train_rows], len(tokenizer))
     return build(
         method, minilm(), task.num_labels, task.problem_type,
-        budget=BUDGET_ROWS * 384, rate=rate, tokenizer=tokenizer, token_counts=token_counts(train_rows, len(tokenizer)),
+        budget=BUDGET_ROWS * 384, rate=rate, tokenizer=tokenizer, token_counts=counts,
     )  # fmt: skip
 
 
@@ -101,7 +90,7 @@ def run_all(jobs: list[dict[str, Any]], path: Path, processes: int, description:
 def step_ratios(name: str, methods: list[str], rounds: int = 8) -> dict[str, float]:
     """Each method's step time over prompt tuning's with 100 tokens, in turn on the task's own batches, one thread."""
     torch.set_num_threads(1)
-    task, tokenizer, rows = data(name)
+    task, tokenizer, rows = load(name, MAX_LENGTH)
     models = {method: build_method(method, 1.0, task, tokenizer, rows["train"]) for method in methods}
     seconds = interleaved_seconds(models, rows["train"], tokenizer, rounds=rounds)
     return {method: ratio(seconds[method], seconds[PATIENT]) for method in methods}

@@ -12,20 +12,19 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, set_seed
-from transformers.utils import logging as hf_logging
 
 import ept
 from ept import EPTModel, MeanPoolingForSequenceClassification
+from ept.machine import describe
 from ept.peers import build
 from ept.plots import plot_gates, plot_loss
+from ept.start_values import token_counts
 
-from .fit import encode, fit, predict, score, token_counts
-from .machine import describe
+from .fit import encode, fit, predict, quiet, score
 from .real_text import load_task, minilm
 from .step_time import interleaved_seconds, ratio
 
@@ -50,9 +49,7 @@ def main() -> None:
         "--predict", action="store_true", help="only load the adapter of output_dir and label sentences"
     )
     options = parser.parse_args()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT's, not the user's
+    quiet()
     if options.predict:
         label_sentences(options.output_dir)
         return
@@ -88,7 +85,7 @@ def run(directory: Path, settings: dict) -> None:
     encoder, task = minilm(), load_task(settings["task"])
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     rows = {part: encode(task, part, tokenizer, MAX_LENGTH) for part in ("train", "test")}
-    counts = token_counts(rows["train"], len(tokenizer))
+    counts = token_counts([row["input_ids"] for row in rows["train"]], len(tokenizer))
     print(
         f"movie-review sentiment, {len(rows['train']):,} rows to train on, {len(rows['test']):,} held out; "
         f"MiniLM-L6, frozen; {torch.get_num_threads()} threads"

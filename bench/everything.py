@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from ept.machine import describe
+
 from . import end_to_end, micro, records
-from .compare import quiet
-from .machine import describe
+from .fit import quiet
 
 __all__ = ["CLOCKS", "on_cpu", "on_gpu"]
 

@@ -1,19 +1,34 @@
 """A task of `bench.real_text` as rows for `ept.fitting`, and the score of a model's logits on it."""
 
+import functools
+import warnings
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import pearsonr
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from ept.fitting import Fit, collator, fit
 from ept.fitting import predict_logits as predict
 
-from .real_text import Task
+from .real_text import Task, load_task, minilm
 
-__all__ = ["Fit", "collator", "encode", "fit", "predict", "score", "token_counts"]
+__all__ = ["Fit", "collator", "encode", "fit", "load", "predict", "quiet", "score"]
+
+
+def quiet() -> None:
+    """No progress bars and warnings of transformers and PEFT, which are not the reader's."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT's
+
+
+@functools.cache
+def load(name: str, max_length: int) -> tuple[Task, PreTrainedTokenizerBase, dict[str, list[dict[str, Any]]]]:
+    """A task, MiniLM's tokenizer, and the rows of each part as `encode` makes them."""
+    task, tokenizer = load_task(name), AutoTokenizer.from_pretrained(minilm())
+    return task, tokenizer, {part: encode(task, part, tokenizer, max_length) for part in ("train", "dev", "test")}
 
 
 def encode(task: Task, part: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:
@@ -24,11 +39,6 @@ def encode(task: Task, part: str, tokenizer: PreTrainedTokenizerBase, max_length
         {"input_ids": ids, "attention_mask": mask, "labels": label_type(label), "length": len(ids)}
         for ids, mask, label in zip(encoded["input_ids"], encoded["attention_mask"], task.labels[part], strict=True)
     ]
-
-
-def token_counts(rows: list[dict[str, Any]], vocab_size: int) -> Tensor:
-    """[vocab] how often each token occurs."""
-    return torch.bincount(torch.tensor([i for row in rows for i in row["input_ids"]]), minlength=vocab_size)
 
 
 def score(task: Task, logits: np.ndarray, part: str) -> float:

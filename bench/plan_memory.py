@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from ept import EPTConfig, get_ept_model
+from ept.machine import describe
 from ept.plan import plan_step
 from ept.training import parameter_groups
 
-from .machine import describe
 from .real_text import minilm
 
 __all__ = ["profiled_peak"]

@@ -1,7 +1,7 @@
 """Result tables: one CSV per kind of measurement and device, in bench/results/<device>/.
 
 Every row says what was measured (`IDENTITY`), a median with its quartiles (`unit`, `median`, `low`, `high`, `rounds`),
-what belongs to it, and the machine (`bench.machine.describe`). Columns that a table has no use for are left out.
+what belongs to it, and the machine (`ept.machine.describe`). Columns that a table has no use for are left out.
 """
 
 import csv

@@ -4,7 +4,6 @@ A task's rows are read from GLUE's tsv, SuperGLUE's jsonl or the hub's parquet (
 fields, and shown to a model as texts: one or two for an encoder, one (T5's form) for a text-to-text or a causal model.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import say
-from .data import decode, read_hub, read_parquet_files
+from .data import decode, json_lines, read_hub, read_parquet_files
 
 __all__ = ["BENCHMARK_TASKS", "BenchmarkTask", "Rows", "benchmark_task", "fit_texts", "read_task"]
 
@@ -314,7 +313,7 @@ def read_task(task: BenchmarkTask, split: str, data_dir: str | None = None) -> t
     if kind == ".parquet":
         found = list(enumerate(read_parquet_files(files).to_list(), start=1))
     elif kind in (".jsonl", ".json"):
-        found = _jsonl(files[0])
+        found = list(json_lines(files[0], "one object per line"))
     else:
         found = _tsv(task, files[0])
     rows = _rows(task, found, source)
@@ -365,21 +364,6 @@ def _tsv(task: BenchmarkTask, path: Path) -> list[tuple[int, dict[str, Any]]]:
     if len(rows) < len(lines):
         short = next(n for n, fields in lines if len(fields) <= last)
         say(f"{path}: {len(lines) - len(rows)} lines with too few fields are left out, the first is line {short}")
-    return rows
-
-
-def _jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    rows = []
-    for number, line in enumerate(decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error}): one object per line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: not an object")
-        rows.append((number, row))
     return rows
 
 

@@ -31,6 +31,7 @@ from .console import bad_input_is_one_line, fail, say
 from .model import EPTModel, get_ept_model
 from .peft_format import read_soft_prompt
 from .saving import CONFIG_NAME, read_adapter
+from .start_values import token_counts
 
 __all__ = ["main"]
 
@@ -172,8 +173,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, Any, str | None, Any, dict[
     data = {name: split.data for name, split in splits.items()}
     counts = None
     if config.init == "vocab":
-        ids = torch.tensor(list(itertools.chain.from_iterable(data["train"]["input_ids"])))
-        counts = torch.bincount(ids, minlength=len(weight_of(backbone.get_input_embeddings())))
+        counts = token_counts(data["train"]["input_ids"], len(weight_of(backbone.get_input_embeddings())))
     soft_prompt = None if sizes.soft_prompt is None else read_soft_prompt(sizes.soft_prompt)
     model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts, soft_prompt=soft_prompt)
     if soft_prompt is not None:

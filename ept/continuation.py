@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .inputs import IGNORE_INDEX
+
 __all__ = ["CUE", "ContinuationCollator", "candidates", "contexts", "label_scores"]
 
 CUE = " Answer:"  # stands between a text and its label, which follows after a space
-IGNORE_INDEX = -100
 
 
 def candidates(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[list[int]]:

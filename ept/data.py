@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "Columns", "Labels", "choose_columns", "decode", "read_file", "read_hub", "read_parquet_files", "tokenize",
+    "Columns", "Labels", "choose_columns", "decode", "json_lines", "read_file", "read_hub", "read_parquet_files", "tokenize",
     "tokenize_targets",
 ]  # fmt: skip
 
@@ -117,15 +117,7 @@ def _read_csv(path: Path, header: bool) -> Dataset:
 
 def _read_jsonl(path: Path) -> Dataset:
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error}): one object per line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f'{path}, line {number}: not an object: write {{"text": …, "label": …}} on every line')
+    for number, row in json_lines(path, 'write {"text": …, "label": …} on every line'):
         if rows and set(row) != set(rows[0]):
             raise ValueError(
                 f"{path}, line {number}: its keys {_listed(row)} are not those of the first row, {_listed(rows[0])}"
@@ -135,6 +127,20 @@ def _read_jsonl(path: Path) -> Dataset:
         return Dataset.from_dict({name: [row[name] for row in rows] for name in (rows[0] if rows else [])})
     except (pyarrow.ArrowException, OverflowError) as error:
         raise ValueError(f"{path}: a column holds values of different types or too large ({error})") from error
+
+
+def json_lines(path: Path, hint: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a jsonl file with the numbers of their lines; `hint` says what to write in place of another value."""
+    for number, line in enumerate(decode(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}): one object per line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: not an object: {hint}")
+        yield number, row
 
 
 def read_parquet_files(paths: list[Path]) -> Dataset:

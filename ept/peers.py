@@ -50,25 +50,11 @@ _EPT = _WITHOUT | {
 
 
 def build(
-    method: str,
-    encoder: str | os.PathLike,
-    num_labels: int,
-    problem_type: str,
-    *,
-    budget: int,
-    rate: float,
-    head_rate: float = HEAD_LEARNING_RATE,
-    tokenizer: Any = None,
-    token_counts: Tensor | None = None,
-    settings: dict[str, Any] | None = None,
-    rates: dict[str, float] | None = None,
+    method: str, encoder: str | os.PathLike, num_labels: int, problem_type: str, **settings: Any
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """`adapt` on a pretrained encoder with a fresh linear head on the mean of its text tokens."""
+    """`adapt`, with its `settings`, on a pretrained encoder with a fresh linear head on the mean of its text tokens."""
     base = MeanPoolingForSequenceClassification.from_encoder(str(encoder), num_labels, problem_type)
-    return adapt(
-        method, base, budget=budget, rate=rate, head_rate=head_rate,
-        tokenizer=tokenizer, token_counts=token_counts, settings=settings, rates=rates,
-    )  # fmt: skip
+    return adapt(method, base, **settings)
 
 
 def adapt(

@@ -1,5 +1,8 @@
 """Where a fresh prompt starts: rows of frequent tokens, of given words, or of a trained soft prompt."""
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -7,9 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from .backbones import weight_of
 from .layer import EPTLayer
 
-__all__ = ["init_prompt"]
+__all__ = ["init_prompt", "token_counts"]
 
 FREQUENT = 5000  # tokens that init="vocab" draws from, as Lester et al. 2021 do
+
+
+def token_counts(rows: Iterable[Iterable[int]], vocab_size: int) -> Tensor:
+    """[vocab] how often each token occurs in rows of token ids."""
+    return torch.bincount(torch.tensor(list(itertools.chain.from_iterable(rows))), minlength=vocab_size)
 
 
 def init_prompt(

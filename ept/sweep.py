@@ -7,22 +7,21 @@ one another in this process, or lie side by side on the devices and machines of 
 import functools
 import itertools
 import json
-import platform
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from . import __version__
 from .benchmark_tasks import BenchmarkTask, benchmark_task
 from .console import bad_input_is_one_line, say
+from .machine import describe
 from .options import OptionParser, option
 from .peers import ABLATIONS, METHODS
+from .start_values import token_counts
 
 __all__ = ["finished", "run", "run_job"]
 
@@ -224,10 +223,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
     rows = splits["train"].data.to_list()
-    ids = torch.tensor([token for row in rows for token in row["input_ids"]])
     model, groups = adapt(
         job["method"], base, budget=job["budget"], rate=job["learning_rate"], tokenizer=tokenizer,
-        token_counts=torch.bincount(ids, minlength=len(weight_of(base.get_input_embeddings()))),
+        token_counts=token_counts([row["input_ids"] for row in rows], len(weight_of(base.get_input_embeddings()))),
     )  # fmt: skip
     headed = problem.kind in ("classification", "regression")
     trace = fit(
@@ -245,28 +243,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         "train_loss": statistics.mean(trace.losses[-5:]),
         "step_seconds": statistics.median(trace.step_seconds),
         "seconds": time.perf_counter() - started,
-        "machine": _machine(),
-    }
-
-
-def _machine() -> dict[str, Any]:
-    """Device, threads, versions, and the commit where the package lies in a checkout."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    try:
-        git = ["git", "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except OSError:
-        commit = ""
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {cpu}",
-        "threads": torch.get_num_threads(),
-        "ept": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit or None,
+        "machine": describe() | {"ept": __version__},
     }
 
 

@@ -25,10 +25,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 from transformers.utils import cached_file, is_bitsandbytes_available
-from transformers.utils import logging as transformers_logging
 
 from .backbones import head_names
 from .config import EPTConfig
+from .console import without_load_reports
 from .heads import MeanPoolingForSequenceClassification
 from .model import EPTModel, max_text_tokens
 from .saving import CONFIG_NAME, read_adapter
@@ -89,10 +89,7 @@ def load_backbone(
         raise ValueError(f"{name_or_path} is no causal language model, which continuation needs: leave out --task")
     if Path(name_or_path).is_dir():
         name_or_path = str(Path(name_or_path).resolve())  # the adapter names it, and may be used from elsewhere
-    # A fresh head is what is wanted; transformers reports it as missing weights.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
+    with without_load_reports():
         if task == "text2text":
             return AutoModelForSeq2SeqLM.from_pretrained(name_or_path, **_weights(dtype))
         if task == "continuation":
@@ -114,8 +111,6 @@ def load_backbone(
                 problem_type=problem_type,
                 **_weights(dtype, _heads_of_a_classifier(name_or_path)),
             )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     if label_names is not None:
         model.config.id2label = dict(enumerate(label_names))
         model.config.label2id = {name: i for i, name in enumerate(label_names)}

@@ -7,14 +7,25 @@ __all__ = ["ARMS", "COMPARISONS", "STAGES", "TASKS"]
 TASKS = ("movies", "rating", "tweets", "news", "authors")
 BUDGET = 38_400  # a soft prompt of 100 tokens at d = 384
 HEAD_RATE = 0.005
-STEPS = {500: 150, 2000: 150, None: 300}  # training rows (None: all) -> steps of 32 rows
+HALF = {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}  # 19,200 parameters; the best of the variants looked at
+STEPS = 150  # of 32 rows
 
 Job = dict[str, Any]
 
 
-def job(arm: str, method: str, rate: float, task: str, rows: int | None, seed: int, **more: Any) -> Job:
-    common = {"budget": BUDGET, "steps": STEPS[rows], "reads_test": False, "dtype": "bfloat16", "head_rate": HEAD_RATE}
+def job(arm: str, method: str, rate: float, task: str, rows: int, seed: int, **more: Any) -> Job:
+    common = {"budget": BUDGET, "steps": STEPS, "reads_test": False, "dtype": "bfloat16", "head_rate": HEAD_RATE}
     return {"arm": arm, "method": method, "rate": rate, "task": task, "rows": rows, "seed": seed} | common | more
+
+
+def _looked_at(variants: dict[str, dict[str, Any]], **more: Any) -> list[Job]:
+    """EPT with each variant's changes, on the dev parts of three tasks at one seed."""
+    common = dict[str, Any](method="EPT", rate=1.0, rows=2000, seed=0) | more
+    return [
+        job(name, **common | {"task": task} | changes)
+        for name, changes in variants.items()
+        for task in ("movies", "tweets", "authors")
+    ]
 
 
 def explore() -> list[Job]:
@@ -23,7 +34,7 @@ def explore() -> list[Job]:
         "default": {},
         "s=2 q=49": {"settings": {"prompt_length": 2, "num_spaces": 0, "token_rank": 49}},
         "LoRA .005": {"method": "LoRA", "rate": 0.005},
-        "s=2 q=24": {"settings": {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}},
+        "s=2 q=24": {"settings": HALF},
         "rate 0.5": {"rate": 0.5},
         "head .005": {"head_rate": 0.005},
         "s=8 q=46": {"settings": {"prompt_length": 8, "num_spaces": 0, "token_rank": 46}},
@@ -31,54 +42,40 @@ def explore() -> list[Job]:
         "down .004": {"rates": {"down_learning_rate": 0.004}},
         "up .009": {"rates": {"learning_rate": 0.009}},
     }
-    return [
-        job(name, **dict[str, Any](method="EPT", rate=1.0, task=task, rows=2000, seed=0, head_rate=0.02) | changes)
-        for name, changes in variants.items()
-        for task in ("movies", "tweets", "authors")
-    ]
+    return _looked_at(variants, head_rate=0.02)
 
 
 def regularise() -> list[Job]:
     """What keeps the token-conditioned update from learning the training rows by heart."""
-    q24 = {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}
     variants: dict[str, dict[str, Any]] = {
         "head only": {"method": "head only", "rate": 0.02},
         "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.005},
-        "q=24 up .0045": {"settings": q24, "rates": {"learning_rate": 0.0045}},
-        "q=24 up .0045 head .005": {"settings": q24, "rates": {"learning_rate": 0.0045}, "head_rate": 0.005},
-        "q=24 rate .25 head .005": {"settings": q24, "rate": 0.25, "head_rate": 0.005},
-        "q=8": {"settings": q24 | {"token_rank": 8}},
-        "q=8 up .0045": {"settings": q24 | {"token_rank": 8}, "rates": {"learning_rate": 0.0045}},
+        "q=24 up .0045": {"settings": HALF, "rates": {"learning_rate": 0.0045}},
+        "q=24 up .0045 head .005": {"settings": HALF, "rates": {"learning_rate": 0.0045}, "head_rate": 0.005},
+        "q=24 rate .25 head .005": {"settings": HALF, "rate": 0.25, "head_rate": 0.005},
+        "q=8": {"settings": HALF | {"token_rank": 8}},
+        "q=8 up .0045": {"settings": HALF | {"token_rank": 8}, "rates": {"learning_rate": 0.0045}},
     }
-    return [
-        job(name, **dict[str, Any](method="EPT", rate=1.0, task=task, rows=2000, seed=0, head_rate=0.02) | changes)
-        for name, changes in variants.items()
-        for task in ("movies", "tweets", "authors")
-    ]
+    return _looked_at(variants, head_rate=0.02)
 
 
 def combine() -> list[Job]:
     """The head's rate, for EPT and its peers, with what helped before."""
-    q24 = {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}
     fast = {"down_learning_rate": 0.004}
     variants: dict[str, dict[str, Any]] = {
-        "s=2 q=24": {"settings": q24},
-        "s=2 q=24, down .004": {"settings": q24, "rates": fast},
+        "s=2 q=24": {"settings": HALF},
+        "s=2 q=24, down .004": {"settings": HALF, "rates": fast},
         "LoRA .005": {"method": "LoRA", "rate": 0.005},
-        "s=4 q=47, down .004": {"settings": q24 | {"prompt_length": 4, "token_rank": 47}, "rates": fast},
+        "s=4 q=47, down .004": {"settings": HALF | {"prompt_length": 4, "token_rank": 47}, "rates": fast},
         "default, down .004": {"rates": fast},
-        "s=2 q=49": {"settings": q24 | {"token_rank": 49}},
+        "s=2 q=49": {"settings": HALF | {"token_rank": 49}},
         "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.005},
         "LoRA .002": {"method": "LoRA", "rate": 0.002},
-        "s=2 q=24, down .004, prompt .3": {"settings": q24, "rates": fast | {"prompt_learning_rate": 0.3}},
-        "s=2 q=24, down .016": {"settings": q24, "rates": {"down_learning_rate": 0.016}},
-        "s=2 q=24, relu": {"settings": q24 | {"activation": "relu"}, "rates": fast},
+        "s=2 q=24, down .004, prompt .3": {"settings": HALF, "rates": fast | {"prompt_learning_rate": 0.3}},
+        "s=2 q=24, down .016": {"settings": HALF, "rates": {"down_learning_rate": 0.016}},
+        "s=2 q=24, relu": {"settings": HALF | {"activation": "relu"}, "rates": fast},
     }
-    return [
-        job(name, **dict[str, Any](method="EPT", rate=1.0, task=task, rows=2000, seed=0) | changes)
-        for name, changes in variants.items()
-        for task in ("movies", "tweets", "authors")
-    ]
+    return _looked_at(variants)
 
 
 def precision() -> list[Job]:
@@ -104,8 +101,6 @@ def search() -> list[Job]:
         for task in ("movies", "tweets")
     ]
 
-
-HALF = {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}  # 19,200 parameters; the best of the variants looked at
 
 # Arm -> method and what it is built with; the rates are those that `search` chose.
 ARMS: dict[str, dict[str, Any]] = {

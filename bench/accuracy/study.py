@@ -8,11 +8,9 @@ interrupted goes on. `--minutes` starts no run after that time.
 
 import argparse
 import base64
-import functools
 import json
 import statistics
 import time
-import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,14 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, set_seed
-from transformers.utils import logging as hf_logging
+from transformers import set_seed
 
 from ept import EPTModel, MeanPoolingForSequenceClassification
+from ept.machine import describe
 from ept.peers import adapt
+from ept.start_values import token_counts
+from ept.training import gate_health
 
-from ..fit import encode, fit, predict, score, token_counts
-from ..machine import describe
+from ..fit import fit, load, predict, quiet, score
 from ..real_text import load_task, minilm
 from .arms import STAGES
 
@@ -64,22 +63,14 @@ def decode_predictions(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype="<i2")
 
 
-@functools.cache
-def data(name: str):
-    task, tokenizer = load_task(name), AutoTokenizer.from_pretrained(minilm())
-    return task, tokenizer, {part: encode(task, part, tokenizer, MAX_LENGTH) for part in ("train", "dev", "test")}
-
-
 def run(job: Job) -> Job:
     """One training run; returns the job with what came of it. The test part is read by final stages alone."""
     torch.set_num_threads(1)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT's
+    quiet()
     started = time.perf_counter()
-    task, tokenizer, parts = data(job["task"])
+    task, tokenizer, parts = load(job["task"], MAX_LENGTH)
     rows = parts["train"]
-    if job["rows"] is not None and job["rows"] < len(rows):
+    if job["rows"] < len(rows):
         # Another seed draws other rows; the same rows for all arms at a seed.
         rows = [rows[i] for i in np.random.default_rng(job["seed"]).permutation(len(rows))[: job["rows"]]]
     set_seed(job["seed"])
@@ -90,7 +81,7 @@ def run(job: Job) -> Job:
     base.encoder.to(getattr(torch, job["dtype"]))
     model, groups = adapt(
         job["method"], base, budget=job["budget"], rate=job["rate"], head_rate=job["head_rate"],
-        tokenizer=tokenizer, token_counts=token_counts(rows, len(tokenizer)),
+        tokenizer=tokenizer, token_counts=token_counts([row["input_ids"] for row in rows], len(tokenizer)),
         settings=job.get("settings"), rates=job.get("rates"),
     )  # fmt: skip
     trace = fit(model, groups, rows, tokenizer, steps=job["steps"], seed=job["seed"])
@@ -116,8 +107,8 @@ def _look(model: EPTModel) -> dict[str, float]:
     weights = model.gate_weights()
     if weights is None or weights.shape[1] == 0:
         return {}
-    entropy = -(weights * weights.clamp_min(1e-12).log()).sum(1).mean() / np.log(max(2, weights.shape[1]))
-    return {"gate_entropy": float(entropy), "gate_largest": float(weights.max(1).values.mean())}
+    entropy = gate_health(weights).get("gate_entropy", 0.0)  # one space has none
+    return {"gate_entropy": entropy, "gate_largest": float(weights.max(1).values.mean())}
 
 
 def run_stage(name: str, processes: int, minutes: float) -> None:

@@ -63,7 +63,6 @@ def _table(records: list[dict[str, Any]], rows: int) -> list[str]:
     for record in records:
         by_arm[record["arm"]][record["task"]].append(record)
     lines = [f"| arm | trained, with the head | {' | '.join(TASKS)} | mean |", "|---" * (len(TASKS) + 3) + "|"]
-    means = {}
     for arm, tasks in by_arm.items():
         cells, task_means = [], []
         for task in TASKS:
@@ -75,11 +74,9 @@ def _table(records: list[dict[str, Any]], rows: int) -> list[str]:
             count = "" if len(scores) == 3 else f" ({len(scores)})"
             cells.append(f"{statistics.mean(scores):.3f}{spread}{count}")
             task_means.append(statistics.mean(scores))
-        whole = len(task_means) == len(TASKS)
-        means[arm] = statistics.mean(task_means) if whole else -1.0
-        trained = next(iter(next(iter(tasks.values()))), None)
+        mean = f"{statistics.mean(task_means):.4f}" if len(task_means) == len(TASKS) else "–"
         trained = max(r["trained_parameters"] for runs in tasks.values() for r in runs)
-        lines.append(f"| {arm} | {trained:,} | {' | '.join(cells)} | {f'{means[arm]:.4f}' if whole else '–'} |")
+        lines.append(f"| {arm} | {trained:,} | {' | '.join(cells)} | {mean} |")
     return lines
 
 
