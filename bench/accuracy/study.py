@@ -1,6 +1,6 @@
 """The accuracy study's runs: each trains one arm on one task and leaves one JSON line. The protocol is in README.md.
 
-    python -m bench.accuracy.study STAGE [--processes 2] [--minutes 60]
+    python -m bench.accuracy.study STAGE [--processes 2] [--minutes 60] [--arms ARM …]
 
 A stage's lines stand in bench/results/accuracy/STAGE.jsonl; what stands there is not run again, so a stage that was
 interrupted goes on. `--minutes` starts no run after that time.
@@ -111,8 +111,8 @@ def _look(model: EPTModel) -> dict[str, float]:
     return {"gate_entropy": entropy, "gate_largest": float(weights.max(1).values.mean())}
 
 
-def run_stage(name: str, processes: int, minutes: float) -> None:
-    jobs = STAGES[name]()
+def run_stage(name: str, processes: int, minutes: float, arms: list[str] | None = None) -> None:
+    jobs = [job for job in STAGES[name]() if arms is None or job["arm"] in arms]
     RESULTS.mkdir(parents=True, exist_ok=True)
     done = {key(record) for record in read(name)}
     elsewhere = {key(record): record for other in STAGES for record in read(other)}
@@ -155,8 +155,9 @@ def main() -> None:
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--arms", nargs="+", help="only these; default: all")
     options = parser.parse_args()
-    run_stage(options.stage, options.processes, options.minutes)
+    run_stage(options.stage, options.processes, options.minutes, options.arms)
 
 
 if __name__ == "__main__":
