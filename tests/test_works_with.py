@@ -112,6 +112,30 @@ def test_checkpointed_activations_give_equal_gradients(packed):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_backbone_in_torchaos_8_bits_trains_and_follows_its_gradient(name, tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    head = hf.AutoModelForCausalLM if name == "llama" else hf.AutoModelForSequenceClassification
+    backbone(name, head).save_pretrained(tmp_path)
+    base = head.from_pretrained(
+        tmp_path, quantization_config=hf.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])
+    )
+    row = ids(2, 6)
+    frozen = base(row).logits
+    model = wrapped(base, all_parts())
+    labels = row if name == "llama" else torch.tensor([0, 1])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = model(row, labels=labels).loss
+    before.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.ept.parameters())
+    optimizer.step()
+    assert model(row, labels=labels).loss < before
+    with model.disable_adapter():
+        assert torch.equal(model(row).logits, frozen) == (name == "llama")  # a head is trained with the adapter
+
+
 class Int8Linear(nn.Module):
     """A stand-in with the interface of bitsandbytes' Linear8bitLt: int8 weight [out, in], its scales, no gradient."""
 
