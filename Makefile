@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= all
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: worked-result demo test compare bench bench-gpu check-kernels gpu lint test-oldest clean
+.PHONY: worked-result demo test test-quantized compare bench bench-gpu check-kernels gpu lint test-oldest clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m bench.demo
@@ -16,6 +17,11 @@ test: $(INSTALLED)
 # The same tests with the oldest versions that setup.py declares (Python 3.10 to 3.12), in an environment of its own.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# Frozen weights in torchao's 8 bits and caches quantised by hqq, in an environment of its own: both slow every import.
+test-quantized:
+	$(MAKE) .venv-quantized/.installed VENV=.venv-quantized EXTRAS=all,quantized
+	.venv-quantized/bin/python -m pytest tests/test_works_with.py tests/test_generation.py -k "torchao or quantised"
 
 compare: $(INSTALLED)
 	$(BIN)/python -m bench.compare
@@ -30,8 +36,8 @@ bench-gpu: $(INSTALLED)
 worked-result: $(INSTALLED)
 	$(BIN)/python -m bench.export_tasks runs/worked
 	OMP_NUM_THREADS=1 $(BIN)/ept sweep --model_name_or_path runs/worked/minilm --tasks runs/worked/movies \
-		runs/worked/tweets runs/worked/news --results bench/results/worked.jsonl --middle_rate --max_steps 120 \
-		--max_seq_length 64
+		runs/worked/tweets runs/worked/news --results bench/results/worked.jsonl --middle_rate --max_steps 60 \
+		--max_seq_length 48
 	$(BIN)/ept report --results bench/results/worked.jsonl --output bench/results/worked.md \
 		--picture bench/results/worked.png
 
@@ -49,8 +55,8 @@ lint: $(INSTALLED)
 
 $(INSTALLED): setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-quantized build *.egg-info

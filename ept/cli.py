@@ -561,7 +561,7 @@ def _read_evaluated(files: Any, given: Any, record: dict[str, Any]) -> tuple[dic
 def _evaluated_problem(model: EPTModel, kind: str, files: Any, columns: Any, record: dict[str, Any]) -> Any:
     """The problem that an adapter learned, on these columns or this task."""
     from .benchmark_tasks import benchmark_task
-    from .data import Columns
+    from .data import Columns, Labels
     from .problem import Problem
 
     names = None
@@ -573,6 +573,8 @@ def _evaluated_problem(model: EPTModel, kind: str, files: Any, columns: Any, rec
         return Problem(kind, names, columns)
     task = benchmark_task(files.task_name)
     own = Problem.of_benchmark(task, kind)
+    if names is not None and Labels(names).unnamed and len(names) == len(own.label_names or ()):
+        names = own.label_names  # an adapter of another library: its classes have the benchmark's order, the hub's too
     if names != own.label_names:
         raise ValueError(
             f"the adapter knows the labels {', '.join(names or ())}, not {task.name}'s {', '.join(own.label_names or ())}: "

@@ -220,6 +220,11 @@ class Labels:
 
     names: tuple[str, ...] | None
 
+    @property
+    def unnamed(self) -> bool:
+        """Whether they are transformers' numbered names, which stand for the numbers."""
+        return self.names is not None and self.names == tuple(f"LABEL_{i}" for i in range(len(self.names)))
+
     @classmethod
     def of(cls, table: Dataset, source: str, column: str, task: str | None = None) -> "Labels":
         """The labels of a training file. Floats are regressed on, everything else is classified, unless `task` says.
@@ -261,6 +266,8 @@ class Labels:
                 numbers.append(number)
             return numbers
         number_of = {name: i for i, name in enumerate(self.names)}
+        if self.unnamed:
+            number_of |= {str(i): i for i in range(len(self.names))}
         for row, value in enumerate(values, start=1):
             if value not in number_of:
                 shown = _listed(self.names[:20]) + (", …" if len(self.names) > 20 else "")
@@ -298,6 +305,12 @@ def tokenize(
 ) -> tuple[Dataset, int]:
     """The rows as tokens, cut to `max_length` and not padded, with `labels` if given; and how many rows were cut."""
     texts = [_texts(table, source, name) for name in (columns.text, columns.text_pair) if name is not None]
+    special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
+    if max_length is not None and max_length <= special:
+        raise ValueError(
+            f"{source}: texts of at most {max_length} tokens hold nothing but the tokenizer's {special} special ones: "
+            "raise --max_seq_length"
+        )
 
     def encode(*batch: list[str]) -> dict[str, Any]:
         # Without a limit first, since a tokenizer does not tell which rows it cut; few rows are encoded twice.

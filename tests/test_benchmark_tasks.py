@@ -7,8 +7,10 @@ import torch
 import transformers as hf
 from datasets import Dataset
 
+from ept import EPTConfig, get_ept_model
 from ept.benchmark_tasks import BENCHMARK_TASKS, Rows, benchmark_task, fit_texts, read_task
 from ept.cli import main
+from ept.console import without_load_reports
 from ept.continuation import ContinuationCollator, candidates, contexts, label_scores
 from ept.problem import Problem
 from tiny_models import backbone
@@ -106,6 +108,10 @@ def test_a_short_line_is_left_out_and_counted_and_other_mistakes_name_their_line
     put(tmp_path / "dev.tsv", header, row, row.replace("\t1", "\t7"))
     with pytest.raises(ValueError, match=r"dev.tsv, line 3: the label '7' is not one of not_duplicate, duplicate"):
         read_task(BENCHMARK_TASKS["qqp"], "validation", str(tmp_path))
+    put(tmp_path / "dev.tsv", header, row, row.replace("\t1", " \tcut by a tab\t1"))
+    with pytest.raises(ValueError, match="line 3: the label 'cut by a tab'"):
+        read_task(BENCHMARK_TASKS["qqp"], "validation", str(tmp_path))
+    assert "1 lines have more fields than the header (a tab inside a text?), the first is line 3" in capsys.readouterr().err
     put(tmp_path / "other" / "dev.tsv", *GLUE["rte"][:2])
     with pytest.raises(ValueError, match=r"dev.tsv, line 2: it has no question, only"):
         read_task(BENCHMARK_TASKS["qnli"], "validation", str(tmp_path / "other"))
@@ -299,7 +305,20 @@ def test_a_causal_models_adapter_predicts_label_words(place, tmp_path, capsys):
     assert all(label in ("positive", "negative") and 0.5 <= float(probability) <= 1 for label, probability in lines)
 
 
+def test_an_adapter_with_numbered_labels_is_judged_on_a_task_and_on_files_with_numbers(place, tmp_path, capsys):
+    with without_load_reports():
+        base = hf.AutoModelForSequenceClassification.from_pretrained(place / "bert")
+    get_ept_model(base, EPTConfig(prompt_length=2, max_text_length=9)).save_pretrained(tmp_path / "adapter")
+    common = ["eval", "--adapter", str(tmp_path / "adapter"), "--model_name_or_path", str(place / "bert")]
+    assert main([*common, "--task_name", "sst2", "--data_dir", str(place / "sst2")]) == 0
+    on_task = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main([*common, "--test_file", str(place / "sst2" / "dev.tsv")]) == 0
+    on_file = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert on_task["accuracy"] == on_file["accuracy"]
+
+
 @pytest.mark.parametrize("options, said", [
+    (["--task_name", "sst2", "--data_dir", "{place}/sst2", "--max_seq_length", "2"], "raise --max_seq_length"),
     (["--task_name", "sst3"], "unknown task 'sst3'"),
     (["--task_name", "sst2", "--data_dir", "nowhere"], "nowhere is no directory"),
     (["--task_name", "sst2", "--data_dir", "{place}/stsb", "--train_file", "x.csv"], "brings its own rows"),

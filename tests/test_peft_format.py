@@ -108,18 +108,21 @@ def test_ept_fold_then_ept_import_is_the_way_to_peft_and_back(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_ept_import_gives_the_model_as_many_labels_as_the_adapters_head(name, tmp_path):
+def test_ept_import_gives_the_model_as_many_labels_as_the_adapters_head(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     auto = KINDS["seq_cls"][1]
     tiny_text.save_model(tmp_path / "model", name)
     tuned = peft.get_peft_model(
-        auto.from_pretrained(tmp_path / "model", num_labels=3),
+        auto.from_pretrained("model", num_labels=3),  # PEFT notes the path as it was given
         peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
     )
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
     tuned.save_pretrained(tmp_path / "peft")
-    assert main(["import", "--adapter", str(tmp_path / "peft"), "--output_dir", str(tmp_path / "ept")]) == 0
+    assert main(["import", "--adapter", "peft", "--output_dir", "ept"]) == 0
+    config = json.loads((tmp_path / "ept" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "model")
     model = EPTModel.from_pretrained(auto.from_pretrained(tmp_path / "model", num_labels=3), tmp_path / "ept")
     assert result(model).shape == (2, 3)
     torch.testing.assert_close(result(model), result(tuned), rtol=1e-4, atol=1e-5)

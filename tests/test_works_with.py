@@ -114,7 +114,7 @@ def test_checkpointed_activations_give_equal_gradients(packed):
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_backbone_in_torchaos_8_bits_trains_and_follows_its_gradient(name, tmp_path):
-    pytest.importorskip("torchao", reason="torchao is not installed")
+    pytest.importorskip("torchao", reason="torchao is not installed: make test-quantized")
     from torchao.quantization import Int8WeightOnlyConfig
 
     head = hf.AutoModelForCausalLM if name == "llama" else hf.AutoModelForSequenceClassification
