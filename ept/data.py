@@ -309,7 +309,7 @@ def tokenize(
     if max_length is not None and max_length <= special:
         raise ValueError(
             f"{source}: texts of at most {max_length} tokens hold nothing but the tokenizer's {special} special ones: "
-            "raise --max_seq_length"
+            "raise --max_seq_length, or shorten the prompt where the backbone's positions are full"
         )
 
     def encode(*batch: list[str]) -> dict[str, Any]:
