@@ -131,7 +131,7 @@ def final() -> list[Job]:
     arms = list(ARMS)
     order = [(arm, 2000, seed) for seed in range(3) for arm in arms[:FIRST]]
     order += [(arm, 500, seed) for seed in range(3) for arm in arms[:FIRST]]
-    order += [(arm, rows, seed) for rows in (2000, 500) for arm in arms[FIRST:] for seed in range(3)]
+    order += [(arm, rows, seed) for rows in (2000, 500) for seed in range(3) for arm in arms[FIRST:]]
     return [
         job(arm, **dict[str, Any](task=task, rows=rows, seed=seed, reads_test=True) | ARMS[arm])
         for arm, rows, seed in order
