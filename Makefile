@@ -37,7 +37,7 @@ worked-result: $(INSTALLED)
 	$(BIN)/python -m bench.export_tasks runs/worked
 	OMP_NUM_THREADS=1 $(BIN)/ept sweep --model_name_or_path runs/worked/minilm --tasks runs/worked/movies \
 		runs/worked/tweets runs/worked/news --results bench/results/worked.jsonl --middle_rate --max_steps 60 \
-		--max_seq_length 48
+		--max_seq_length 48 --dtype bfloat16
 	$(BIN)/ept report --results bench/results/worked.jsonl --output bench/results/worked.md \
 		--picture bench/results/worked.png
 

@@ -266,7 +266,8 @@ BENCHMARK_TASKS = {task.name: task for task in (
         ("{word}: {marked1}", "{marked2}"),
         "wic sentence1: {sentence1} sentence2: {sentence2} word: {word}", ("sentence1", "sentence2", "marked1", "marked2"),
         _BOOLS, prepare=_wic),
-    BenchmarkTask("wsc", ("WSC", "wsc.fixed"), "super_glue", _same("text", "span1_text", "span2_text", "span1_index", "span2_index"),
+    BenchmarkTask("wsc", ("WSC", "wsc.fixed"), "super_glue",
+        _same("text", "span1_text", "span2_text", "span1_index", "span2_index"),
         ("{marked}{rest}", "{pronoun}: {noun}"),
         "wsc text: {marked}{rest}", ("rest",), _BOOLS, prepare=_wsc),
     BenchmarkTask("cb", ("CB",), "super_glue", _same("premise", "hypothesis"), ("{premise}", "{hypothesis}"),
@@ -363,7 +364,9 @@ def _tsv(task: BenchmarkTask, path: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = [(n, {name: fields[at] for name, at in places.items()}) for n, fields in lines if len(fields) > last]
     longer = [n for n, fields in lines if len(fields) > len(header)]
     if longer:
-        say(f"{path}: {len(longer)} lines have more fields than the header (a tab inside a text?), the first is line {longer[0]}")
+        say(
+            f"{path}: {len(longer)} lines have more fields than the header (a tab inside a text?), the first is line {longer[0]}"
+        )
     if len(rows) < len(lines):
         short = next(n for n, fields in lines if len(fields) <= last)
         say(f"{path}: {len(lines) - len(rows)} lines with too few fields are left out, the first is line {short}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-__all__ = ["MeanPoolingForSequenceClassification"]
+__all__ = ["MeanPoolingForSequenceClassification", "in_float32"]
 
 
 class MeanPoolingForSequenceClassification(PreTrainedModel):
@@ -77,3 +77,15 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
         return output.to_tuple() if return_dict is False else output
+
+
+def in_float32(head: nn.Module) -> None:
+    """Makes a head that is trained beside a half-precision backbone float32, with inputs to match."""
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
+        head.float()
+        head.register_forward_pre_hook(_inputs_to_the_heads_dtype)
+
+
+def _inputs_to_the_heads_dtype(module: nn.Module, args: tuple) -> tuple:
+    dtype = next(module.parameters()).dtype
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

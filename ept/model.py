@@ -26,7 +26,7 @@ from .backbones import (
 from .config import EPTConfig
 from .folding import FoldedLayer, fold_layer
 from .generation import GenerationMixin
-from .heads import MeanPoolingForSequenceClassification
+from .heads import MeanPoolingForSequenceClassification, in_float32
 from .layer import EPTLayer
 from .packing import PackingMixin
 from .saving import backbone_fingerprint, check_fingerprint, check_weights, read_adapter, write_adapter
@@ -118,9 +118,7 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
         self.head_names = head_names(model)
         for head in self._heads():
             head.requires_grad_(True)
-            if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
-                head.float()
-                head.register_forward_pre_hook(_inputs_to_the_heads_dtype)
+            in_float32(head)
         # Whether the loss divides by the Trainer's num_items_in_batch: only the causal LM losses do.
         self._shifts_labels = self._kind == "causal" and model.get_output_embeddings() is not None
         self.accepts_loss_kwargs = self._shifts_labels and any(
@@ -397,9 +395,3 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
         for name, head in zip(self.head_names, self._heads(), strict=True):
             tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict(keep_vars=True).items()}
         return tensors
-
-
-def _inputs_to_the_heads_dtype(module: nn.Module, args: tuple) -> tuple:
-    """A hook on a trained head beside a half-precision backbone."""
-    dtype = next(module.parameters()).dtype
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)

@@ -8,16 +8,17 @@ import os
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .backbones import embedding_width
 from .config import EPTConfig
-from .heads import MeanPoolingForSequenceClassification
+from .heads import MeanPoolingForSequenceClassification, in_float32
 from .model import get_ept_model, head_names
 from .training import HEAD_LEARNING_RATE, parameter_groups
 
-__all__ = ["ABLATIONS", "METHODS", "adapt", "build"]
+__all__ = ["ABLATIONS", "METHODS", "TRAIN_THE_BACKBONE", "adapt", "build"]
 
 # Name -> (what it is, the learning rates among which every method chooses on the dev part: three each, so that every
 # method gets the same search effort). EPT's are multiples of its defaults; the others are absolute, for encoders.
@@ -32,6 +33,8 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "BitFit": ("all biases of the backbone", (0.001, 0.002, 0.005)),
     "full": ("all weights of the backbone", (0.00005, 0.0001, 0.0002)),
 }
+
+TRAIN_THE_BACKBONE = ("BitFit", "full")  # methods that need its weights in float32
 
 # EPT without one of its parts, the other sizes grown to the same budget: preset, and the settings that take it away.
 _WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -101,7 +104,11 @@ def adapt(
     frozen: Any = base
     frozen.train = lambda mode=True: base
     model: nn.Module
+    for name in heads:
+        in_float32(base.get_submodule(name))
     if method in ("head only", "BitFit", "full"):
+        if method in TRAIN_THE_BACKBONE and base.dtype != torch.float32:
+            raise ValueError(f"{method} trains the backbone's own weights: load them in float32, not {base.dtype}")
         model = base
         for name, parameter in base.named_parameters():
             in_head = _is_in(heads, name)

@@ -20,7 +20,7 @@ from .benchmark_tasks import BenchmarkTask, benchmark_task
 from .console import bad_input_is_one_line, say
 from .machine import describe
 from .options import OptionParser, option
-from .peers import ABLATIONS, METHODS
+from .peers import ABLATIONS, METHODS, TRAIN_THE_BACKBONE
 from .start_values import token_counts
 
 __all__ = ["finished", "run", "run_job"]
@@ -28,6 +28,7 @@ __all__ = ["finished", "run", "run_job"]
 # What tells one run from another; a results file may hold any number of sweeps.
 KEY = (
     "model", "task", "data", "method", "learning_rate", "seed", "steps", "batch_size", "max_seq_length", "budget",
+    "dtype",
 )  # fmt: skip
 ENGINES = ("process", "ray")
 TARGET_LENGTH = 32  # the longest label word of a benchmark has 6 tokens in T5
@@ -58,6 +59,11 @@ class SweepArguments:
     batch_size: int = option("Rows of an update.", 32)
     max_seq_length: int = option("Cut texts to this many tokens.", 256)
     budget: int | None = option("Trained parameters without the head; by default those of a 100-token prompt.")
+    dtype: str = option(
+        "Type of the frozen weights; auto: as saved. What is trained is float32: BitFit and full always load that.",
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
     engine: str = option(
         "Runs one after the other, or through Ray Tune on all of its devices.", "process", choices=ENGINES
     )
@@ -97,6 +103,7 @@ def _grid(options: SweepArguments) -> list[dict[str, Any]]:
             "model": options.model_name_or_path, "task": _name(task), "data": _data(task, options.data_dir),
             "method": method, "learning_rate": rate, "seed": seed, "steps": options.max_steps,
             "batch_size": options.batch_size, "max_seq_length": options.max_seq_length, "budget": budget,
+            "dtype": "float32" if method in TRAIN_THE_BACKBONE else options.dtype,
         }
         for seed, task, method in itertools.product(options.seeds, options.tasks, options.methods)
         for rate in options.learning_rates or (known[method][1][1:2] if options.middle_rate else known[method][1])
@@ -219,7 +226,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     problem, tokenizer, splits = _splits(job["model"], job["task"], job["data"], job["max_seq_length"])
     transformers.set_seed(job["seed"])
-    base = load_backbone(job["model"], problem.kind, problem.label_names and list(problem.label_names))
+    base = load_backbone(
+        job["model"], problem.kind, problem.label_names and list(problem.label_names), dtype=job["dtype"]
+    )
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
     rows = splits["train"].data.to_list()

@@ -125,6 +125,9 @@ def _heads_of_a_classifier(name_or_path: str) -> list[str]:
 
 def _weights(dtype: str, trained: list[str] | None = None) -> dict[str, Any]:
     """from_pretrained's arguments for a type of the frozen weights; `trained` modules are not quantised."""
+    if dtype == "bfloat16" and not torch.accelerator.is_available():
+        # On a CPU torch's fused attention spends half of a bf16 training step in its backward (bench/NOTES.md).
+        return {"dtype": dtype, "attn_implementation": "eager"}
     if dtype not in ("8bit", "4bit"):
         return {"dtype": dtype}
     if not is_bitsandbytes_available():

@@ -111,7 +111,10 @@ def test_a_short_line_is_left_out_and_counted_and_other_mistakes_name_their_line
     put(tmp_path / "dev.tsv", header, row, row.replace("\t1", " \tcut by a tab\t1"))
     with pytest.raises(ValueError, match="line 3: the label 'cut by a tab'"):
         read_task(BENCHMARK_TASKS["qqp"], "validation", str(tmp_path))
-    assert "1 lines have more fields than the header (a tab inside a text?), the first is line 3" in capsys.readouterr().err
+    assert (
+        "1 lines have more fields than the header (a tab inside a text?), the first is line 3"
+        in capsys.readouterr().err
+    )
     put(tmp_path / "other" / "dev.tsv", *GLUE["rte"][:2])
     with pytest.raises(ValueError, match=r"dev.tsv, line 2: it has no question, only"):
         read_task(BENCHMARK_TASKS["qnli"], "validation", str(tmp_path / "other"))

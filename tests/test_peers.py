@@ -6,7 +6,7 @@ import transformers as hf
 
 from ept import MeanPoolingForSequenceClassification
 from ept.fitting import fit, predict_logits
-from ept.peers import ABLATIONS, METHODS, adapt
+from ept.peers import ABLATIONS, METHODS, TRAIN_THE_BACKBONE, adapt
 from tiny_models import WIDTH, backbone, ids
 from tiny_text import tokenizer
 
@@ -43,6 +43,24 @@ def test_bitfit_trains_biases_full_everything_and_head_only_the_head():
     assert all(name.endswith("bias") for name in without_head(adapted("BitFit", "encoder")[0]))
     assert all(p.requires_grad for p in adapted("full", "t5")[0].parameters())
     assert not without_head(adapted("head only", "encoder")[0])
+
+
+@pytest.mark.parametrize("auto", [hf.AutoModelForSequenceClassification, None])
+@pytest.mark.parametrize("method", METHODS)
+def test_beside_half_precision_what_is_trained_is_float32(method, auto):
+    base = made("encoder") if auto is None else backbone("bert", auto, max_position_embeddings=POSITIONS)
+    base = base.to(torch.bfloat16)
+    if method in TRAIN_THE_BACKBONE:
+        with pytest.raises(ValueError, match="load them in float32"):
+            adapt(method, base, budget=BUDGET, rate=1.0)
+        return
+    model, groups = adapt(method, base, budget=BUDGET, rate=1.0, tokenizer=tokenizer())
+    assert {p.dtype for group in groups for p in group["params"]} == {torch.float32}
+    loss = model(
+        input_ids=ids(2, 6), attention_mask=torch.ones(2, 6, dtype=torch.int64), labels=torch.tensor([0, 1])
+    ).loss
+    loss.backward()
+    assert all(p.grad is not None for group in groups for p in group["params"])
 
 
 @pytest.mark.parametrize("method, kind, missing", [

@@ -59,6 +59,14 @@ def test_every_kind_of_model_runs_its_methods(model, methods, place, tmp_path):
     assert [next(iter(record["metrics"]["test"])) for record in finished(tmp_path / "runs")] == [metric] * 3
 
 
+def test_frozen_weights_in_half_precision_are_not_those_of_methods_that_train_them(place, tmp_path):
+    methods = ["EPT", "LoRA", "prompt tuning 20", "head only", "BitFit"]
+    grid = ["--methods", *methods, "--seeds", 0, "--middle_rate", "--dtype", "bfloat16"]
+    assert sweep(place, tmp_path / "runs", *grid) == 0
+    kinds = [record["dtype"] for record in finished(tmp_path / "runs")]
+    assert kinds == ["bfloat16"] * 4 + ["float32"]
+
+
 @pytest.mark.parametrize("options, said", [
     (["--methods", "EPT2"], "unknown method 'EPT2'"), (["--tasks", "nowhere"], "unknown task 'nowhere'"),
     (["--tasks", "{place}"], "has no train file"),
