@@ -29,8 +29,8 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "DePT": ("short prompt and low-rank update only", (0.5, 1.0, 2.0)),
     "prompt tuning 20": ("PEFT PromptTuning, 20 rows, embeddings of sampled words", (0.0025, 0.005, 0.01)),
     "prompt tuning 100": ("PEFT PromptTuning, 100 rows, embeddings of sampled words", (0.0025, 0.005, 0.01)),
-    "LoRA": ("PEFT LoRA on query and value, of the rank that the budget holds", (0.001, 0.002, 0.005)),
-    "BitFit": ("all biases of the backbone", (0.001, 0.002, 0.005)),
+    "LoRA": ("PEFT LoRA on query and value, of the rank that the budget holds", (0.002, 0.005, 0.01)),
+    "BitFit": ("all biases of the backbone", (0.002, 0.005, 0.01)),
     "full": ("all weights of the backbone", (0.00005, 0.0001, 0.0002)),
 }
 
