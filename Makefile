@@ -6,7 +6,7 @@ EXTRAS ?= all
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: worked-result demo test test-quantized compare bench bench-gpu check-kernels gpu lint test-oldest clean
+.PHONY: worked-result demo test test-interop compare bench bench-gpu check-kernels gpu lint test-oldest clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m bench.demo
@@ -18,10 +18,11 @@ test: $(INSTALLED)
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-# Frozen weights in torchao's 8 bits and caches quantised by hqq, in an environment of its own: both slow every import.
-test-quantized:
-	$(MAKE) .venv-quantized/.installed VENV=.venv-quantized EXTRAS=all,quantized
-	.venv-quantized/bin/python -m pytest tests/test_works_with.py tests/test_generation.py -k "torchao or quantised"
+# TRL's trainer, frozen weights in torchao's 8 bits, caches quantised by hqq, in an environment of its own: TRL wants a newer
+# accelerate than our oldest, and the others slow every import.
+test-interop:
+	$(MAKE) .venv-interop/.installed VENV=.venv-interop EXTRAS=all,interop
+	.venv-interop/bin/python -m pytest tests/test_works_with.py tests/test_generation.py -k "trl or torchao or quantised"
 
 compare: $(INSTALLED)
 	$(BIN)/python -m bench.compare
@@ -59,4 +60,4 @@ $(INSTALLED): setup.py $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-quantized build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-interop build *.egg-info

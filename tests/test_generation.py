@@ -60,7 +60,7 @@ def test_every_kind_of_cache_gives_the_same_tokens(name, kind):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_quantised_cache_loses_what_it_loses_without_ept(name):
-    pytest.importorskip("hqq", reason="hqq is not installed: make test-quantized")
+    pytest.importorskip("hqq", reason="hqq is not installed: make test-interop")
     # Without the updates the text's embeddings are the backbone's own, so that it can generate from the same input.
     model = causal(name, rank=0, token_rank=0)
     batch, mask = padded([ids(1, 9, seed=1), ids(1, 4, seed=2)], "left")

@@ -48,7 +48,7 @@ def test_transformers_own_trainers_train_evaluate_and_generate(kind, tmp_path):
 
 
 def test_trls_sft_trainer_trains_with_and_without_packing(tmp_path):
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    trl = pytest.importorskip("trl", reason="TRL is not installed: make test-interop")
     datasets = pytest.importorskip("datasets")
 
     class Trainer(trl.SFTTrainer):  # docs/generation.md says why
@@ -114,7 +114,7 @@ def test_checkpointed_activations_give_equal_gradients(packed):
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_backbone_in_torchaos_8_bits_trains_and_follows_its_gradient(name, tmp_path):
-    pytest.importorskip("torchao", reason="torchao is not installed: make test-quantized")
+    pytest.importorskip("torchao", reason="torchao is not installed: make test-interop")
     from torchao.quantization import Int8WeightOnlyConfig
 
     head = hf.AutoModelForCausalLM if name == "llama" else hf.AutoModelForSequenceClassification
