@@ -98,6 +98,7 @@ def _average(row: dict[str, Cell], tasks: list[str]) -> float:
 def _markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], baseline: str) -> str:
     tasks = sorted({task for row in cells.values() for task in row})
     parameters = {record["method"]: record["trained_parameters"] for record in records}
+    seeds = sorted({record["seed"] for record in records})
     averages = {method: _average(row, tasks) for method, row in cells.items()}
     metrics = {task: next(row[task].metric for row in cells.values() if task in row) for task in tasks}
     mark = averages.get(baseline, math.nan)
@@ -113,24 +114,29 @@ def _markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], 
         cells, key=lambda m: (math.isnan(averages[m]), -averages[m] if averages[m] == averages[m] else 0)
     ):
         row, average = cells[method], averages[method]
-        shown = [f"{row[t].mean:.3f} ± {row[t].spread:.3f}" if t in row else "–" for t in tasks]
+        shown = []
+        for task in tasks:
+            scores = row[task].scores if task in row else []
+            fewer = f" ({len(scores)})" if len(scores) < len(seeds) else ""
+            shown.append(f"{row[task].mean:.3f} ± {row[task].spread:.3f}{fewer}" if scores else "–")
         known = not (math.isnan(average) or math.isnan(mark) or average == 0)
         over = "" if method == baseline else f"{(mark - average) / abs(average):+.1%}" if known else "–"
         shown += ["–" if math.isnan(average) else f"{average:.3f}", over]
         lines.append(f"| {' | '.join([method, f'{parameters[method]:,}', *shown])} |")
-    seeds = sorted({record["seed"] for record in records})
     split = (
         "test"
         if all("test" in record["metrics"] for record in records)
         else "validation (or, where there is one, test)"
     )
     first = records[0]
+    kinds = sorted({str(record.get("dtype", "auto")) for record in records})
     machines = sorted({_said_of(record["machine"]) for record in records})
     lines += [
         "",
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))} on the {split} rows; `{first['model']}`, "
         f"{first['steps']} steps of {first['batch_size']} rows of at most {first['max_seq_length']} tokens, budget "
-        f"{first['budget']:,} parameters without the head. The last column is the baseline's average over the method's, "
+        f"{first['budget']:,} parameters without the head, weights loaded as {', '.join(kinds)}. "
+        "In parentheses: of how many seeds, where that is not all. The last column is the baseline's average over the method's, "
         "less one. Learning rate: the best on the validation rows, of those that were run:",
         "",
         *(f"- {method}: {', '.join(f'{task} {cells[method][task].rate:g}' for task in tasks if task in cells[method])}"

@@ -109,7 +109,7 @@ def test_the_report_takes_the_rate_that_validates_best_and_compares_averages(tmp
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| method | trained parameters | rte (accuracy) | average | EPT over it |"
     assert lines[2] == "| EPT | 5 | 0.800 ± 0.141 | 0.800 |  |"
-    assert lines[3] == "| LoRA | 5 | 0.500 ± 0.000 | 0.500 | +60.0% |"
+    assert lines[3] == "| LoRA | 5 | 0.500 ± 0.000 (1) | 0.500 | +60.0% |"
     assert "Machine: device a CPU" in lines and (tmp_path / "table.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="differ in steps"):
         table([records[0], records[0] | {"steps": 7}])

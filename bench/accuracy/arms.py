@@ -121,7 +121,7 @@ ARMS: dict[str, dict[str, Any]] = {
 FIRST = 5  # arms whose runs with all seeds and both sizes come first
 COMPARISONS = [
     ("EPT", "prompt tuning 20"), ("EPT", "prompt tuning 100"), ("EPT", "DePT"), ("EPT", "EPT paper"),
-    ("EPT", "LoRA r=4"), ("EPT, half", "LoRA r=4"), ("EPT", "EPT, half"), ("EPT", "head only"),
+    ("EPT", "LoRA r=4"), ("EPT, half", "LoRA r=4"), ("EPT, half", "prompt tuning 20"), ("EPT", "EPT, half"), ("EPT", "head only"),
     ("EPT, a tenth", "LoRA, a tenth"), ("EPT, a tenth", "prompt tuning 10"),
 ]  # fmt: skip
 
