@@ -18,11 +18,11 @@ test: $(INSTALLED)
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-# TRL's trainer, frozen weights in torchao's 8 bits, caches quantised by hqq, in an environment of its own: TRL wants a newer
+# TRL's trainer, frozen weights in 8 and 4 bits, caches quantised by hqq, in an environment of its own: TRL wants a newer
 # accelerate than our oldest, and the others slow every import.
 test-interop:
 	$(MAKE) .venv-interop/.installed VENV=.venv-interop EXTRAS=all,interop
-	.venv-interop/bin/python -m pytest tests/test_works_with.py tests/test_generation.py -k "trl or torchao or quantised"
+	.venv-interop/bin/python -m pytest tests/test_works_with.py tests/test_generation.py -k "trl or quantised"
 
 compare: $(INSTALLED)
 	$(BIN)/python -m bench.compare

@@ -20,6 +20,7 @@ __all__ = [
     "embedding_width",
     "head_names",
     "is_plain",
+    "keep_4_bits_differentiable",
     "kind_of",
     "max_text_tokens",
     "positions_of",
@@ -136,6 +137,24 @@ def embedding_rms(embedding: nn.Module) -> float:
 
 
 @torch.no_grad()
+def keep_4_bits_differentiable(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights on a CPU for its inference kernel, which it does at the first pass
+    without gradients: that kernel has no backward, and gradients through it come out as zero.
+
+    Raises:
+        ValueError: it has done so already.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"bitsandbytes has packed the 4-bit weights of {name} for inference on a CPU, which has no gradient: "
+                    "load the model again and wrap it before it runs"
+                )
+
+
 def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
     """Runs four tokens through the model by ids, by embeddings and beside padding: EPT is right only where all agree."""
     embedding, name = model.get_input_embeddings(), type(model).__name__

@@ -18,6 +18,7 @@ from .adapters import FACTS, AdaptersMixin, copy_tensors
 from .backbones import (
     check_inputs_embeds,
     head_names,
+    keep_4_bits_differentiable,
     kind_of,
     max_text_tokens,
     positions_of,
@@ -107,6 +108,7 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
         self._accepts = {name for name in ("position_ids", "token_type_ids") if name in taken}
         if getattr(model.config, "alibi", False):
             self._accepts.discard("position_ids")  # taken and ignored
+        keep_4_bits_differentiable(model)
         check_inputs_embeds(model, self._kind)
         self._max_length, self._first_position = positions_of(model)
         self._adapter_names: list[str] = []

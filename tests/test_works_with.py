@@ -1,5 +1,7 @@
 """EPTModel in the hands of transformers' trainers, TRL, accelerate, torch.compile and quantised backbones."""
 
+import types
+
 import pytest
 import torch
 import transformers as hf
@@ -112,16 +114,33 @@ def test_checkpointed_activations_give_equal_gradients(packed):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_a_backbone_in_torchaos_8_bits_trains_and_follows_its_gradient(name, tmp_path):
-    pytest.importorskip("torchao", reason="torchao is not installed: make test-interop")
-    from torchao.quantization import Int8WeightOnlyConfig
+HEADS = ["classifier", "lm_head"]  # not quantised
 
+
+def quantised(library):
+    """transformers' settings for frozen weights in a library's 8 or 4 bits; skips where it is not installed."""
+    name = library.split()[0]
+    pytest.importorskip(name, reason=f"{name} is not installed: make test-interop")
+    if name == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return hf.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=HEADS)
+    if library.endswith("4 bits"):
+        return hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=HEADS)
+    return hf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEADS)
+
+
+@pytest.mark.parametrize("name, library", [
+    ("llama", "torchao 8 bits"), ("bert", "torchao 8 bits"), ("llama", "bitsandbytes 8 bits"),
+    ("bert", "bitsandbytes 8 bits"), ("llama", "bitsandbytes 4 bits"), ("bert", "bitsandbytes 4 bits"),
+])  # fmt: skip
+def test_a_quantised_backbone_trains_and_stays_as_it_is(name, library, tmp_path):
+    quantization_config = quantised(library)
     head = hf.AutoModelForCausalLM if name == "llama" else hf.AutoModelForSequenceClassification
-    backbone(name, head).save_pretrained(tmp_path)
-    base = head.from_pretrained(
-        tmp_path, quantization_config=hf.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])
-    )
+    backbone(name, head, hidden_size=128, intermediate_size=128, head_dim=32).save_pretrained(
+        tmp_path
+    )  # what 4 bits need
+    base = head.from_pretrained(tmp_path, quantization_config=quantization_config)
     row = ids(2, 6)
     frozen = base(row).logits
     model = wrapped(base, all_parts())
@@ -134,6 +153,17 @@ def test_a_backbone_in_torchaos_8_bits_trains_and_follows_its_gradient(name, tmp
     assert model(row, labels=labels).loss < before
     with model.disable_adapter():
         assert torch.equal(model(row).logits, frozen) == (name == "llama")  # a head is trained with the adapter
+
+
+def test_4_bit_weights_that_are_packed_for_inference_are_refused():
+    base = backbone("llama", hf.AutoModelForCausalLM)
+    packed = base.model.layers[0].mlp.up_proj  # as bitsandbytes' Linear4bit on a CPU after a pass without gradients
+    packed.support_avx512bf16_for_cpu = True
+    wrapped(base)
+    assert packed.support_avx512bf16_for_cpu is False
+    packed.weight.quant_state = types.SimpleNamespace(packing_format_for_cpu=True)
+    with pytest.raises(ValueError, match="up_proj for inference on a CPU"):
+        wrapped(base)
 
 
 class Int8Linear(nn.Module):
