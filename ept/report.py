@@ -97,7 +97,9 @@ def _average(row: dict[str, Cell], tasks: list[str]) -> float:
 
 def _markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], baseline: str) -> str:
     tasks = sorted({task for row in cells.values() for task in row})
-    parameters = {record["method"]: record["trained_parameters"] for record in records}
+    parameters: dict[str, int] = {}  # the most, with the largest head
+    for record in records:
+        parameters[record["method"]] = max(parameters.get(record["method"], 0), record["trained_parameters"])
     seeds = sorted({record["seed"] for record in records})
     averages = {method: _average(row, tasks) for method, row in cells.items()}
     metrics = {task: next(row[task].metric for row in cells.values() if task in row) for task in tasks}
