@@ -136,7 +136,6 @@ def embedding_rms(embedding: nn.Module) -> float:
     return (total / count) ** 0.5
 
 
-@torch.no_grad()
 def keep_4_bits_differentiable(model: nn.Module) -> None:
     """Keeps bitsandbytes from packing 4-bit weights on a CPU for its inference kernel, which it does at the first pass
     without gradients: that kernel has no backward, and gradients through it come out as zero.
@@ -155,6 +154,7 @@ def keep_4_bits_differentiable(model: nn.Module) -> None:
                 )
 
 
+@torch.no_grad()
 def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
     """Runs four tokens through the model by ids, by embeddings and beside padding: EPT is right only where all agree."""
     embedding, name = model.get_input_embeddings(), type(model).__name__

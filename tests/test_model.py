@@ -486,6 +486,13 @@ REFUSED = {
 }
 
 
+def test_wrapping_tries_the_backbone_without_gradients():
+    base, seen = backbone("bert"), []
+    base.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    get_ept_model(base)
+    assert seen and not any(seen)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_wrapped_is_refused_with_the_reason(name):
     make, words = REFUSED[name]

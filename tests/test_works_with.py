@@ -137,9 +137,8 @@ def quantised(library):
 def test_a_quantised_backbone_trains_and_stays_as_it_is(name, library, tmp_path):
     quantization_config = quantised(library)
     head = hf.AutoModelForCausalLM if name == "llama" else hf.AutoModelForSequenceClassification
-    backbone(name, head, hidden_size=128, intermediate_size=128, head_dim=32).save_pretrained(
-        tmp_path
-    )  # what 4 bits need
+    wide_enough_for_4_bits = dict(hidden_size=128, intermediate_size=128, head_dim=32)
+    backbone(name, head, **wide_enough_for_4_bits).save_pretrained(tmp_path)
     base = head.from_pretrained(tmp_path, quantization_config=quantization_config)
     row = ids(2, 6)
     frozen = base(row).logits
