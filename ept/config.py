@@ -36,6 +36,8 @@ class EPTConfig:
         rank: r of the low-rank pair; 0 turns update and fusion off.
         num_spaces, space_dim: K and h of the spaces; K = 0 turns them off.
         token_rank: q of the token-conditioned update; 0 turns it off.
+        token_dropout: probability with which a hidden unit of the token-conditioned update is left out of a training
+            step, for the whole batch alike; the others are scaled by 1 / (1 − probability).
         alpha: the low-rank pair is scaled by c = alpha / √rank.
         activation: σ of spaces and token-conditioned update.
         lowrank_update, fusion, spaces, token_update: switches of the parts, for ablations.
@@ -58,6 +60,7 @@ class EPTConfig:
     num_spaces: int = 4
     space_dim: int = 2
     token_rank: int = 38
+    token_dropout: float = 0.25
     alpha: float = 8.0
     activation: str = "silu"
     lowrank_update: bool = True
@@ -90,6 +93,11 @@ class EPTConfig:
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value} must be positive and finite")
             setattr(self, name, float(value))
+        if isinstance(self.token_dropout, bool) or not isinstance(self.token_dropout, (int, float)):
+            raise TypeError(f"token_dropout={self.token_dropout!r} must be a number")
+        if not 0 <= self.token_dropout < 1:
+            raise ValueError(f"token_dropout={self.token_dropout} must be at least 0 and below 1")
+        self.token_dropout = float(self.token_dropout)
         if self.rank > self.max_text_length:
             raise ValueError(
                 f"rank={self.rank} is larger than max_text_length={self.max_text_length}: the low-rank pair cannot "
@@ -153,7 +161,7 @@ class EPTConfig:
     @classmethod
     def paper(cls, **settings: Any) -> "EPTConfig":
         """The paper's form: all parts but the token-conditioned update. T5-base's 76,800 parameters by default."""
-        preset = dict(prompt_length=40, rank=30, num_spaces=4, space_dim=2, token_rank=0, token_update=False)
+        preset = dict(prompt_length=40, rank=30, num_spaces=4, space_dim=2, token_rank=0, token_dropout=0.0, token_update=False)
         return cls(**preset | settings)
 
     @classmethod

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ept_kernels
 
@@ -27,7 +28,8 @@ class EPTLayer(nn.Module):
 
     Tensors that belong to parts that are off are None. B, V and W start at zero, so that the layer starts as a plain
     short soft prompt; A ~ N(0, 1/√r), U, D, G ~ N(0, 1/√d) (second argument: standard deviation); P ~ N(0, 1) until
-    `init_prompt` puts something better there.
+    `init_prompt` puts something better there. In training mode the token-conditioned update has dropout
+    (`config.token_dropout`).
     """
 
     prompt: nn.Parameter
@@ -153,7 +155,11 @@ class EPTLayer(nn.Module):
         )  # fmt: skip
 
     def _token_settings(self) -> dict[str, Any]:
-        return dict(token_down=self.token_down, token_up=self.token_up, activation=self.config.activation)
+        up = self.token_up
+        if up is not None and self.training and self.config.token_dropout:
+            # One mask for the batch: as W's rows it costs q numbers, and the kernels need not know of it.
+            up = up * F.dropout(up.new_ones(len(up), 1), self.config.token_dropout)
+        return dict(token_down=self.token_down, token_up=up, activation=self.config.activation)
 
     def extra_repr(self) -> str:
         parts = self.config.parameters_by_part(self.embed_dim)
