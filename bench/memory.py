@@ -94,4 +94,6 @@ def predicted_own_bytes(config: EPTConfig, d: int, batch: int, length: int, mask
     kept = x.kept * x.compute_bytes + x.slots
     if impl == "torch":
         kept = sum(traffic.kept_by_torch(x, fusion=config.fusion, lowrank_update=config.lowrank_update).values())
+    if config.token_dropout:  # the mask, and W times it, which torch has already as W in the embeddings' size
+        kept += 4 * x.q * (1 if impl == "torch" else 1 + d)
     return 16 * x.weights + kept

@@ -161,7 +161,9 @@ class EPTConfig:
     @classmethod
     def paper(cls, **settings: Any) -> "EPTConfig":
         """The paper's form: all parts but the token-conditioned update. T5-base's 76,800 parameters by default."""
-        preset = dict(prompt_length=40, rank=30, num_spaces=4, space_dim=2, token_rank=0, token_dropout=0.0, token_update=False)
+        preset = dict(
+            prompt_length=40, rank=30, num_spaces=4, space_dim=2, token_rank=0, token_dropout=0.0, token_update=False
+        )
         return cls(**preset | settings)
 
     @classmethod

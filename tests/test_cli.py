@@ -20,7 +20,7 @@ from ept.cli import main
 from ept.options import AdapterArguments
 from tiny_text import reviews, save_model, tokenizer, write_csv
 
-SMALL = ["--prompt_length", "4", "--token_rank", "6", "--disable_tqdm", "true", "--use_cpu"]
+SMALL = ["--prompt_length", "4", "--token_rank", "6", "--token_dropout", "0", "--disable_tqdm", "true", "--use_cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,7 @@ CONFIGS = {
     "default": EPTConfig(token_rank=6),
     "paper": EPTConfig.paper(rank=3, max_text_length=16),
     "all": all_parts(),
+    "dropout": all_parts(token_dropout=0.5),
     "short N": all_parts(max_text_length=4),
     "no fusion": all_parts(fusion=False),
     "no update": all_parts(lowrank_update=False),
@@ -109,7 +110,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_layers_own_bytes_are_those_predicted(name, masked):
     config = dataclasses.replace(CONFIGS[name], impl="torch")
-    model = wrapped(backbone("bert"), config)
+    model = wrapped(backbone("bert"), config).train()
     text, mask = ids(3, 9), torch.ones(3, 9, dtype=torch.int64) if masked else None
     weight = model.base_model.get_input_embeddings().weight
     measured = memory.own_bytes(model.ept, lambda: model.ept(text, mask, embedding_weight=weight), [weight])

@@ -97,3 +97,42 @@ def test_reconstruct_is_the_prompt_of_forward():
     prompt_star, gate = some.reconstruct()
     assert torch.equal(some(torch.zeros(1, 2, dtype=torch.int64), None, torch.randn(3, 48))[0, :5], prompt_star)
     assert gate.shape == (5, 4)
+
+
+def test_dropout_leaves_hidden_units_of_the_token_conditioned_update_out_of_a_whole_batch():
+    q, rate, steps = 6, 0.25, 400
+    some = layer(token_rank=q, token_dropout=rate, activation="identity")
+    with torch.no_grad():
+        for p in some.parameters():
+            p.normal_(std=0.2)
+    weight, ids = torch.randn(30, 48), torch.arange(12).view(2, 6)
+    kept = some.eval()(ids, None, weight)
+    assert torch.equal(kept, some(ids, None, weight))  # none outside of training
+    units = (weight[ids] @ some.token_down.T).unsqueeze(-1) * some.token_up  # [2, 6, q, d]: what each unit adds
+    without = kept[:, 5:] - units.sum(2)
+
+    def factors() -> torch.Tensor:
+        """[2, 6, q] the factor of each unit at each token, out of a training pass."""
+        out = some.train()(ids, None, weight)
+        torch.testing.assert_close(out[:, :5], kept[:, :5])  # the prompt has no dropout
+        # The units' shares of one token, [d, q], have full column rank: the factors are the one least-squares solution.
+        change = (out[:, 5:] - without).unsqueeze(-1)
+        return torch.linalg.lstsq(units.transpose(2, 3).double(), change.double()).solution.squeeze(-1)
+
+    drawn = torch.stack([factors() for _ in range(steps)])
+    left_out, scaled = drawn.abs() < 1e-3, (drawn - 1 / (1 - rate)).abs() < 1e-3
+    assert (left_out | scaled).all()
+    assert torch.equal(left_out, left_out[:, :1, :1].expand_as(left_out))  # the same for all tokens
+    share = left_out[:, 0, 0].double().mean().item()
+    assert abs(share - rate) < 5 * math.sqrt(rate * (1 - rate) / (steps * q))  # five standard errors
+    assert some(ids, None, weight).grad_fn is not None
+
+
+def test_a_unit_that_is_left_out_learns_nothing_in_that_step():
+    some = layer(token_dropout=0.5)
+    some.token_up.data.normal_()
+    torch.manual_seed(3)
+    some(torch.arange(12).view(2, 6), None, torch.randn(30, 48)).square().sum().backward()
+    idle = (some.token_up.grad == 0).all(1)
+    assert idle.any() and not idle.all()
+    assert torch.equal(idle, (some.token_down.grad == 0).all(1))
