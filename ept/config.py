@@ -27,7 +27,7 @@ LIMITS = {
 class EPTConfig:
     """Settings of an EPT adapter. Symbols as in docs/method.md.
 
-    The default preset [ours] has a prompt of 4 rows, 4 spaces and a token-conditioned update: 100·d trained
+    The default preset [ours] has a prompt of 4 rows, 4 spaces and a token-conditioned update with dropout: 100·d trained
     parameters, as many as a soft prompt of 100 tokens. `EPTConfig.paper()` has the paper's parts.
 
     Args:

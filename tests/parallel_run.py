@@ -4,9 +4,10 @@
 
 RUNS is a JSON list, run in order; a run is a dictionary of
 `name` (its output directory, below DIRECTORY), `kind` ("ddp" or "fsdp2"), `processes`, `batch` (rows per process),
-and, where wanted, `model` ("encoder", or "causal"), `resume` (true), `steps` (after how many to stop), `signal`
-([process, step, number]: a real signal at the step's start), `disk` ([step, bytes]: from that step on no file can grow
-beyond so many). Prints each run's exit codes, by process: minus the signal that killed it, 143 where SIGTERM ended it.
+and, where wanted, `model` ("encoder", or "causal"), `dropout` (of the token-conditioned update), `resume` (true),
+`steps` (after how many to stop), `signal` ([process, step, number]: a real signal at the step's start), `disk` ([step,
+bytes]: from that step on no file can grow beyond so many).
+Prints each run's exit codes, by process: minus the signal that killed it, 143 where SIGTERM ended it.
 """
 
 import json
@@ -52,11 +53,12 @@ class TokenLabels(Tokenizer):
         return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-def train(output_dir, batch, model="encoder", resume=False, steps=STEPS, signal=(), disk=(-1, 0)) -> None:
+def train(output_dir, batch, model="encoder", dropout=0.0, resume=False, steps=STEPS, signal=(), disk=(-1, 0)) -> None:
     torch.manual_seed(0)
     causal = model == "causal"
     auto = hf.AutoModelForCausalLM if causal else hf.AutoModelForSequenceClassification
-    wrapped = get_ept_model(backbone("llama", auto) if causal else backbone("bert", auto, num_labels=2), all_parts())
+    base = backbone("llama", auto) if causal else backbone("bert", auto, num_labels=2)
+    wrapped = get_ept_model(base, all_parts(token_dropout=dropout))
     rows = [
         {"input_ids": ids(1, 3 + i % 9, seed=i)[0], "labels": i % 2, "attention_mask": torch.ones(3 + i % 9).long()}
         for i in range(ROWS)

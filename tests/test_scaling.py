@@ -36,6 +36,9 @@ RUNS = [
     {"name": "one, causal", "model": "causal"} | ONE,
     {"name": "two, causal", "model": "causal"} | TWO,
     {"name": "fsdp2, causal", "model": "causal"} | FSDP2,
+    {"name": "one, dropout", "dropout": 0.25} | ONE,
+    {"name": "two, dropout", "dropout": 0.25} | TWO,
+    {"name": "fsdp2, dropout", "dropout": 0.25} | FSDP2,
     {"name": "two, then one", "steps": 3} | TWO,
     {"name": "two, then one", "resume": True} | ONE,
     {"name": "one, then fsdp2", "steps": 3} | ONE,
@@ -73,9 +76,13 @@ def directory(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("name", sorted({run["name"] for run in RUNS} - {"one", "one, causal"}))
+OF_ONE = {"one", "one, causal", "one, dropout"}
+
+
+@pytest.mark.parametrize("name", sorted({run["name"] for run in RUNS} - OF_ONE))
 def test_processes_give_the_weights_of_one_with_their_batches_together(name, directory):
-    one = "one, causal" if name.endswith("causal") else "one"
+    _, comma, kind = name.partition(", ")
+    one = f"one, {kind}" if comma and f"one, {kind}" in OF_ONE else "one"
     want, got = (load_file(directory / n / "adapter_model.safetensors") for n in (one, name))
     assert want.keys() == got.keys()
     for key in want:
