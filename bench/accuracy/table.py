@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 
 from ..real_text import load_task
-from .arms import COMPARISONS, TASKS
+from .arms import ARMS, COMPARISONS, TASKS
 from .study import RESULTS, decode_predictions, read
 
 matplotlib.use("Agg")
@@ -63,7 +63,8 @@ def _table(records: list[dict[str, Any]], rows: int) -> list[str]:
     for record in records:
         by_arm[record["arm"]][record["task"]].append(record)
     lines = [f"| arm | trained, with the head | {' | '.join(TASKS)} | mean |", "|---" * (len(TASKS) + 3) + "|"]
-    for arm, tasks in by_arm.items():
+    for arm in (name for name in ARMS if name in by_arm):
+        tasks = by_arm[arm]
         cells, task_means = [], []
         for task in TASKS:
             scores = [record["score"] for record in tasks[task]]
