@@ -100,7 +100,7 @@ def test_reconstruct_is_the_prompt_of_forward():
 
 
 def test_dropout_leaves_hidden_units_of_the_token_conditioned_update_out_of_a_whole_batch():
-    q, rate, steps = 6, 0.25, 400
+    q, rate, steps = 6, 0.25, 100
     some = layer(token_rank=q, token_dropout=rate, activation="identity")
     with torch.no_grad():
         for p in some.parameters():
