@@ -155,7 +155,7 @@ class EPTLayer(nn.Module):
         )  # fmt: skip
 
     def _token_settings(self) -> dict[str, Any]:
-        up = self.token_up
+        up: Tensor | None = self.token_up
         if up is not None and self.training and self.config.token_dropout:
             # One mask for the batch: as W's rows it costs q numbers, and the kernels need not know of it.
             up = up * F.dropout(up.new_ones(len(up), 1), self.config.token_dropout)
