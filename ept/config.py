@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,20 +85,10 @@ class EPTConfig:
         for name in ("lowrank_update", "fusion", "spaces", "token_update", "backbone_dropout"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
-        for name in ("alpha", "embed_scale"):
-            value = getattr(self, name)
-            if name == "embed_scale" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}={value!r} must be a number")
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value} must be positive and finite")
-            setattr(self, name, float(value))
-        if isinstance(self.token_dropout, bool) or not isinstance(self.token_dropout, (int, float)):
-            raise TypeError(f"token_dropout={self.token_dropout!r} must be a number")
-        if not 0 <= self.token_dropout < 1:
-            raise ValueError(f"token_dropout={self.token_dropout} must be at least 0 and below 1")
-        self.token_dropout = float(self.token_dropout)
+        self._check_number("alpha", _is_positive, "positive and finite")
+        if self.embed_scale is not None:
+            self._check_number("embed_scale", _is_positive, "positive and finite")
+        self._check_number("token_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1")
         if self.rank > self.max_text_length:
             raise ValueError(
                 f"rank={self.rank} is larger than max_text_length={self.max_text_length}: the low-rank pair cannot "
@@ -117,6 +108,14 @@ class EPTConfig:
             raise TypeError(f"{name}={value!r} must be a whole number")
         if not minimum <= value <= LIMITS[name]:
             raise ValueError(f"{name}={value} must be in {minimum} … {LIMITS[name]}")
+
+    def _check_number(self, name: str, is_valid: Callable[[float], bool], must_be: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}={value!r} must be a number")
+        if not is_valid(value):
+            raise ValueError(f"{name}={value} must be {must_be}")
+        setattr(self, name, float(value))
 
     @property
     def scale(self) -> float:
@@ -212,6 +211,10 @@ class EPTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _is_positive(value: float) -> bool:
+    return value > 0 and math.isfinite(value)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
