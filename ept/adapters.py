@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .backbones import embedding_rms, embedding_width, reads_first_token, weight_of
 from .config import EPTConfig
+from .deep import DeepPrompts, layers_of, measure
 from .folding import FoldedLayer
 from .inputs import Group, InputsMixin, in_row_order
 from .layer import EPTLayer
@@ -165,7 +166,10 @@ class AdaptersMixin(InputsMixin):
 
     def _new_layer(self, config: EPTConfig) -> EPTLayer:
         """A fresh layer for this backbone. Raises what does not fit."""
-        return self._beside_embeddings(EPTLayer(*self._layer_arguments(config)))
+        layer = EPTLayer(*self._layer_arguments(config))
+        if layer.deep_scale is not None:
+            layer.deep_scale.copy_(measure(self.base_model)[: len(layer.deep_scale)])
+        return self._beside_embeddings(layer)
 
     def _folded_layer(self, config: EPTConfig, prompt_sha256: str | None) -> FoldedLayer:
         """An empty folded layer for a saved adapter's tensors. Raises what does not fit."""
@@ -185,6 +189,13 @@ class AdaptersMixin(InputsMixin):
             raise ValueError(
                 f"prompt_start={prompt_start}: a causal model's prompt stands before the text, where every token sees it; "
                 "leave prompt_start at None"
+            )
+        layers = len(layers_of(self.base_model))
+        if config.deep_layers < 0:
+            config = dataclasses.replace(config, deep_layers=layers - 1)
+        if config.deep_layers >= max(1, layers):
+            raise ValueError(
+                f"deep_layers={config.deep_layers}: the backbone has {layers} layers, so {max(0, layers - 1)} after the first"
             )
         if self._max_length is not None and config.prompt_length >= self._max_length:
             raise ValueError(
@@ -249,7 +260,7 @@ class AdaptersMixin(InputsMixin):
     def _groups(self, adapter_ids: Sequence[str] | None, batch: int, device: torch.device) -> list[Group]:
         """The batch's rows by adapter; one group without row numbers where all rows have the same."""
         if adapter_ids is None:
-            return [Group(self.ept, self._heads())]
+            return _numbered([Group(self.ept, self._heads())])
         if isinstance(adapter_ids, str) or len(adapter_ids) != batch:
             raise ValueError(f"adapter_ids must name one adapter per row, {batch} in all, not {adapter_ids!r}")
         rows: dict[str, list[int]] = {}
@@ -261,8 +272,18 @@ class AdaptersMixin(InputsMixin):
             adapter = None if active else self._inactive(name)
             found[name] = (self.ept, self._heads()) if adapter is None else (adapter.layer, list(adapter.heads))
         if len(rows) == 1:
-            return [Group(*found[name]) for name in rows]
-        return [Group(*found[name], torch.tensor(numbers, device=device)) for name, numbers in rows.items()]
+            return _numbered([Group(*found[name]) for name in rows])
+        return _numbered(
+            [Group(*found[name], torch.tensor(numbers, device=device)) for name, numbers in rows.items()]
+        )
+
+    def _deep_prompts_of(
+        self, groups: list[Group], rows: Tensor | None
+    ) -> contextlib.AbstractContextManager[DeepPrompts | None]:
+        """Within, the wrapped model's layers add the groups' deep prompts, if they have any."""
+        if groups[0].first_row is None:
+            return contextlib.nullcontext()
+        return DeepPrompts(layers_of(self.base_model), groups, rows)
 
     @contextlib.contextmanager
     def _heads_of(self, groups: list[Group]) -> Iterator[None]:
@@ -278,6 +299,15 @@ class AdaptersMixin(InputsMixin):
         finally:
             for name, head in zip(self.head_names, own, strict=True):
                 setattr(self.base_model, name, head)
+
+
+def _numbered(groups: list[Group]) -> list[Group]:
+    """The groups; where one of them has deep prompts, each with the number of prompt rows before it."""
+    if any(group.layer.config.deep_layers for group in groups):
+        rows = 0
+        for group in groups:
+            group.first_row, rows = rows, rows + group.layer.config.prompt_length
+    return groups
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ LIMITS = {
     "num_spaces": 10_000,
     "space_dim": 100_000,
     "token_rank": 100_000,
+    "deep_layers": 10_000,
     "prompt_start": 10_000,
 }
 
@@ -37,6 +38,8 @@ class EPTConfig:
         rank: r of the low-rank pair; 0 turns update and fusion off.
         num_spaces, space_dim: K and h of the spaces; K = 0 turns them off.
         token_rank: q of the token-conditioned update; 0 turns it off.
+        deep_layers: layers of the backbone after the first that give the prompt's rows an offset of their own (deep
+            prompts [ours], after P-tuning v2); 0 turns them off, -1 takes all layers.
         token_dropout: probability with which a hidden unit of the token-conditioned update is left out of a training
             step, for the whole batch alike; the others are scaled by 1 / (1 − probability).
         alpha: the low-rank pair is scaled by c = alpha / √rank.
@@ -62,6 +65,7 @@ class EPTConfig:
     space_dim: int = 2
     token_rank: int = 38
     token_dropout: float = 0.25
+    deep_layers: int = 0
     alpha: float = 8.0
     activation: str = "silu"
     lowrank_update: bool = True
@@ -80,6 +84,7 @@ class EPTConfig:
             self._check_size(name, minimum=1)
         for name in ("rank", "num_spaces", "token_rank"):
             self._check_size(name, minimum=0)
+        self._check_size("deep_layers", minimum=-1)
         if self.prompt_start is not None:
             self._check_size("prompt_start", minimum=0)
         for name in ("lowrank_update", "fusion", "spaces", "token_update", "backbone_dropout"):
@@ -130,6 +135,13 @@ class EPTConfig:
         return self.embed_scale
 
     @property
+    def known_deep_layers(self) -> int:
+        """`deep_layers`; ValueError while that is -1, which only a backbone can say."""
+        if self.deep_layers < 0:
+            raise ValueError("deep_layers=-1 is known once a model is wrapped: give the number of layers after the first")
+        return self.deep_layers
+
+    @property
     def has_lowrank(self) -> bool:
         """Whether A and B exist: one of the parts that read them is on."""
         return self.rank > 0 and (self.lowrank_update or self.fusion)
@@ -145,6 +157,8 @@ class EPTConfig:
     def parameters_by_part(self, embed_dim: int) -> dict[str, int]:
         """Trained parameters of each part that is on, for embeddings of width `embed_dim`."""
         parts = {"prompt": self.prompt_length * embed_dim}
+        if self.known_deep_layers:
+            parts["deep"] = self.known_deep_layers * self.prompt_length * embed_dim
         if self.has_lowrank:
             parts["lowrank"] = (self.max_text_length + embed_dim) * self.rank
         if self.has_spaces:
@@ -154,7 +168,7 @@ class EPTConfig:
         return parts
 
     def num_parameters(self, embed_dim: int) -> int:
-        """Trained parameters without a task head: s·d + N·r + r·d + 2·K·d·h + d·K + 2·q·d over the parts that are on."""
+        """Trained parameters without a task head: s·d·(1 + deep layers) + N·r + r·d + 2·K·d·h + d·K + 2·q·d, of what is on."""
         return sum(self.parameters_by_part(embed_dim).values())
 
     @classmethod
@@ -228,28 +242,28 @@ def _fill_paper(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
     spaces = base.parameters_by_part(d).get("spaces", 0)
     token = base.parameters_by_part(d).get("token", 0)
     room = parameters - spaces - token
-    per_rank = base.max_text_length + d
+    per_row, per_rank = d * (1 + base.known_deep_layers), base.max_text_length + d
     wants_lowrank = base.lowrank_update or base.fusion
 
     if "prompt_length" in fixed:
         lengths = [base.prompt_length]
     elif "rank" in fixed or not wants_lowrank:
         rest = room - (base.rank * per_rank if wants_lowrank else 0)
-        lengths = [max(1, rest // d)]
+        lengths = [max(1, rest // per_row)]
     else:
-        target = 0.4 * parameters / d
+        target = 0.4 * parameters / per_row
         low, high = max(1, math.floor(0.75 * target)), max(1, math.ceil(1.25 * target))
-        lengths = [s for s in range(low, high + 1) if s * d <= room] or [max(1, room // d)]
+        lengths = [s for s in range(low, high + 1) if s * per_row <= room] or [max(1, room // per_row)]
 
     def candidate(length: int) -> tuple[int, float, int, int]:
         rank = 0
         if wants_lowrank:
-            rest = (room - length * d) // per_rank
+            rest = (room - length * per_row) // per_rank
             rank = base.rank if "rank" in fixed else max(0, min(rest, base.max_text_length, d))
-        left = room - length * d - rank * per_rank
-        if "prompt_length" not in fixed and left >= d:  # the rank is at its limit
-            length, left = length + left // d, left % d
-        return left, abs(length - 0.4 * parameters / d), length, rank
+        left = room - length * per_row - rank * per_rank
+        if "prompt_length" not in fixed and left >= per_row:  # the rank is at its limit
+            length, left = length + left // per_row, left % per_row
+        return left, abs(length - 0.4 * parameters / per_row), length, rank
 
     _, _, length, rank = min(candidate(s) for s in lengths)
     return dataclasses.replace(base, prompt_length=length, rank=rank)
@@ -272,13 +286,13 @@ def _fit_spaces(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
 
 def _fill_default(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
     """Few prompt rows and up to a fifth for the spaces, as at 100 d; the token-conditioned update takes the rest."""
-    base = _fit_spaces(base, parameters, d, fixed)
+    base, per_row = _fit_spaces(base, parameters, d, fixed), d * (1 + base.known_deep_layers)
     if "prompt_length" not in fixed:
-        base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, parameters // (5 * d))))
+        base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, parameters // (5 * per_row))))
     if "token_rank" not in fixed and base.token_update:
         rest = parameters - dataclasses.replace(base, token_rank=0).num_parameters(d)
         base = dataclasses.replace(base, token_rank=max(0, rest // (2 * d)))
     left = parameters - base.num_parameters(d)
-    if "prompt_length" not in fixed and left >= d:
-        base = dataclasses.replace(base, prompt_length=base.prompt_length + left // d)
+    if "prompt_length" not in fixed and left >= per_row:
+        base = dataclasses.replace(base, prompt_length=base.prompt_length + left // per_row)
     return base

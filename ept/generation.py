@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ept_kernels.reference import text_positions
 
 from .adapters import AdaptersMixin
+from .deep import DeepPrompts
 from .inputs import Group, leading_padding, prompt_width
 
 __all__ = ["GenerationMixin"]
@@ -76,7 +77,9 @@ class GenerationMixin(AdaptersMixin):
         groups = self._groups(adapter_ids, len(text), text.device)
         if self._kind == "seq2seq":
             prepared = self._prepare_encoder_of_seq2seq(groups, read_ids, inputs_embeds, attention_mask, {})
-            return backbone.generate(**{k: v for k, v in prepared.arguments.items() if v is not None}, **kwargs)
+            prompt_rows = prepared.arguments.pop("prompt_rows", None)
+            with self._deep_prompts_of(groups, prompt_rows):
+                return backbone.generate(**{k: v for k, v in prepared.arguments.items() if v is not None}, **kwargs)
         if not self._shifts_labels or "past_key_values" not in inspect.signature(self.base_model.forward).parameters:
             raise TypeError(f"{type(self.base_model).__name__} does not generate text with a key-value cache")
         if kwargs.get("position_ids") is not None:
@@ -90,28 +93,41 @@ class GenerationMixin(AdaptersMixin):
         self._check_room(kwargs, groups, attention_mask)
         arguments = self._prepare_groups(groups, read_ids, inputs_embeds, attention_mask, None, None, None).arguments
         start = prompt_width(groups) + leading_padding(attention_mask)
-        hook = functools.partial(self._update_decoding_step, groups=groups, start=start)
-        handle = self.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            ids = {} if input_ids is None else {"input_ids": input_ids}
-            mask = arguments["attention_mask"]
-            return backbone.generate(**ids, inputs_embeds=arguments["inputs_embeds"], attention_mask=mask, **kwargs)
-        finally:
-            handle.remove()
+        prompt_rows = arguments.get("prompt_rows")
+        with self._deep_prompts_of(groups, prompt_rows) as deep:
+            hook = functools.partial(
+                self._update_decoding_step, groups=groups, start=start, deep=deep, prompt_rows=prompt_rows
+            )
+            handle = self.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+            try:
+                ids = {} if input_ids is None else {"input_ids": input_ids}
+                mask = arguments["attention_mask"]
+                return backbone.generate(**ids, inputs_embeds=arguments["inputs_embeds"], attention_mask=mask, **kwargs)
+            finally:
+                handle.remove()
 
     def _update_decoding_step(
-        self, module: nn.Module, args: tuple, kwargs: dict, groups: list[Group], start: Tensor
+        self,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        groups: list[Group],
+        start: Tensor,
+        deep: DeepPrompts | None,
+        prompt_rows: Tensor | None,
     ) -> tuple[tuple, dict] | None:
         """A hook on the wrapped model while it generates: embeds new tokens with their update.
 
         `start` [batch] is the backbone's column of each row's first text token; beams and returned sequences repeat
-        the rows.
+        the rows. `prompt_rows` are those of the text that generation starts from, for `deep`.
         """
         input_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         kwargs = dict(kwargs)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + self._first_position
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            if deep is not None:
+                deep.rows = prompt_rows
             return args, kwargs
         kwargs["input_ids"] = None
         times = len(input_ids) // len(start)
@@ -121,10 +137,14 @@ class GenerationMixin(AdaptersMixin):
         if cache is not None and cache.get_seq_length() > 0:
             embeddings = self.base_model.get_input_embeddings()(input_ids)
             kwargs["inputs_embeds"] = self._continue_text(groups, embeddings, cache.get_seq_length() + column - start)
+            if deep is not None:
+                deep.rows = None  # the cache holds the prompt
         else:  # generation without a cache repeats the whole text
             text = (column + prompt_width(groups) >= start).to(torch.int64)
             prepared = self._prepare_groups(groups, input_ids, None, text, None, None, None).arguments
             kwargs["inputs_embeds"] = prepared["inputs_embeds"]
+            if deep is not None:
+                deep.rows = prepared["prompt_rows"]
             if kwargs.get("position_ids") is not None:
                 positions = text_positions(prepared["attention_mask"]).clamp(min=0)
                 kwargs["position_ids"] = positions + self._first_position

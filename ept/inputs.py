@@ -4,6 +4,7 @@ The rows of a batch may belong to several adapters. Each `Group` of rows is prep
 brought to one width, so that the backbone runs once.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -27,11 +28,15 @@ RELATIVE_POSITIONS = ("bloom", "mpt", "falcon")  # causal models without positio
 
 @dataclass
 class Group:
-    """The rows of a batch that belong to one adapter: its layer, its heads, and the rows' numbers (None: all rows)."""
+    """The rows of a batch that belong to one adapter: its layer, its heads, and the rows' numbers (None: all rows).
+
+    `first_row` counts the prompt rows of the groups before it, where any of the batch's adapters has deep prompts.
+    """
 
     layer: EPTLayer | FoldedLayer
     heads: list[nn.Module]
     rows: Tensor | None = None
+    first_row: int | None = None
 
     @overload
     def of(self, tensor: Tensor) -> Tensor: ...
@@ -47,7 +52,7 @@ class Group:
         if self.rows is None or times == 1:
             return self
         rows = self.rows.unsqueeze(1) * times + torch.arange(times, device=self.rows.device)
-        return Group(self.layer, self.heads, rows.flatten())
+        return dataclasses.replace(self, rows=rows.flatten())
 
 
 @dataclass
@@ -205,7 +210,7 @@ class InputsMixin(nn.Module):
             attention_mask = self._mask_by_last_token(input_ids)
         if groups[0].rows is None:
             return self._prepare(
-                groups[0].layer, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels
+                groups[0], input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels
             )
         if attention_mask is None and len({group.layer.config.prompt_length for group in groups}) > 1:
             attention_mask = torch.ones(batch, length, dtype=torch.int64, device=text.device)
@@ -213,7 +218,7 @@ class InputsMixin(nn.Module):
             None if t is None else t.expand(batch, -1) for t in (token_type_ids, position_ids)
         )
         given = (input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels)
-        parts = [self._prepare(group.layer, *map(group.of, given)) for group in groups]
+        parts = [self._prepare(group, *map(group.of, given)) for group in groups]
         return self._joined(parts, groups, length)
 
     def _joined(self, parts: list[Prepared], groups: list[Group], length: int) -> Prepared:
@@ -236,7 +241,7 @@ class InputsMixin(nn.Module):
 
     def _prepare(
         self,
-        layer: EPTLayer | FoldedLayer,
+        group: Group,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
@@ -244,7 +249,11 @@ class InputsMixin(nn.Module):
         position_ids: Tensor | None,
         labels: Tensor | None,
     ) -> Prepared:
-        """The wrapped model's arguments for rows of one adapter, one example per row."""
+        """The wrapped model's arguments for rows of one adapter, one example per row.
+
+        And `prompt_rows` [batch, s + L] for `DeepPrompts`, where the batch has any: to be taken out before the model runs.
+        """
+        layer = group.layer
         token_labels = labels is not None and self._labels_are_per_token(labels)
         order = None
         if attention_mask is not None and self._kind != "causal":
@@ -270,6 +279,10 @@ class InputsMixin(nn.Module):
             # Without a mask transformers takes a gap between positions for the start of another example.
             attention_mask = torch.ones(batch, length, dtype=torch.int64, device=device)
         prepared["attention_mask"] = None if attention_mask is None else insert(layer, attention_mask, 1)
+        if group.first_row is not None:
+            numbers = torch.arange(layer.config.prompt_length, device=device) + group.first_row + 1
+            text_columns = torch.zeros(batch, length, dtype=torch.int64, device=device)
+            prepared["prompt_rows"] = insert(layer, text_columns, numbers.expand(batch, -1))
         if token_type_ids is not None and "token_type_ids" in self._accepts:
             prepared["token_type_ids"] = insert(layer, token_type_ids.expand(batch, -1), 0)
         if position_ids is not None:

@@ -196,7 +196,7 @@ def method_of(config: EPTConfig) -> str:
         name
         for name, on in (
             ("low-rank update", update), ("fusion", fusion), ("spaces", config.has_spaces),
-            ("token-conditioned update", config.has_token_update),
+            ("token-conditioned update", config.has_token_update), ("deep prompts", bool(config.deep_layers)),
         )
         if on
     ]  # fmt: skip
@@ -214,6 +214,8 @@ def _sizes(config: EPTConfig) -> str:
         sizes += [f"K = {config.num_spaces}", f"h = {config.space_dim}"]
     if config.has_token_update:
         sizes.append(f"q = {config.token_rank}")
+    if config.deep_layers:
+        sizes.append(f"deep layers = {config.deep_layers}")
     return ", ".join(sizes)
 
 

@@ -28,7 +28,8 @@ class EPTLayer(nn.Module):
 
     Tensors that belong to parts that are off are None. B, V and W start at zero, so that the layer starts as a plain
     short soft prompt; A ~ N(0, 1/√r), U, D, G ~ N(0, 1/√d) (second argument: standard deviation); P ~ N(0, 1) until
-    `init_prompt` puts something better there. In training mode the token-conditioned update has dropout
+    `init_prompt` puts something better there. Deep prompts [layers, s, d] start at zero, in units of `deep_scale` [layers],
+    the size of the hidden states where they are added, which `get_ept_model` measures. In training mode the token-conditioned update has dropout
     (`config.token_dropout`).
     """
 
@@ -40,6 +41,8 @@ class EPTLayer(nn.Module):
     gate_weight: nn.Parameter | None
     token_down: nn.Parameter | None
     token_up: nn.Parameter | None
+    deep_prompt: nn.Parameter | None
+    deep_scale: Tensor | None
 
     def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
         super().__init__()
@@ -49,6 +52,7 @@ class EPTLayer(nn.Module):
         if config.has_spaces and config.space_dim > embed_dim:
             raise ValueError(f"space_dim={config.space_dim} is larger than the embeddings' width {embed_dim}: lower it")
         self.config, self.embed_dim, self.prompt_start = config, embed_dim, prompt_start
+        deep = config.known_deep_layers
         shapes: dict[str, tuple[int, ...] | None] = {
             "prompt": (config.prompt_length, embed_dim),
             "lowrank_a": (config.max_text_length, config.rank) if config.has_lowrank else None,
@@ -58,10 +62,12 @@ class EPTLayer(nn.Module):
             "gate_weight": (config.num_spaces, embed_dim) if config.has_spaces else None,
             "token_down": (config.token_rank, embed_dim) if config.has_token_update else None,
             "token_up": (config.token_rank, embed_dim) if config.has_token_update else None,
+            "deep_prompt": (deep, config.prompt_length, embed_dim) if deep else None,
         }
         for name, shape in shapes.items():
             parameter = None if shape is None else nn.Parameter(torch.zeros(shape, dtype=torch.float32))
             self.register_parameter(name, parameter)
+        self.register_buffer("deep_scale", torch.ones(deep) if deep else None)
         self.decomposition_error: float | None = None
         self.reset_parameters()
 
@@ -79,6 +85,8 @@ class EPTLayer(nn.Module):
         if self.token_down is not None and self.token_up is not None:
             self.token_down.normal_(std=1 / math.sqrt(self.embed_dim))
             self.token_up.zero_()
+        if self.deep_prompt is not None:
+            self.deep_prompt.zero_()
 
     @torch.no_grad()
     def init_prompt(self, rows: Tensor) -> None:
@@ -138,6 +146,11 @@ class EPTLayer(nn.Module):
             inputs_embeds, text_positions, a, b,
             scale=self.config.scale, embed_scale=self.embed_scale, **self._token_settings(),
         )  # fmt: skip
+
+    def deep_offset(self, number: int) -> Tensor:
+        """[s, d] what is added to the prompt's rows at the input of the layer `number` after the first."""
+        assert self.deep_prompt is not None and self.deep_scale is not None  # `number` < config.deep_layers
+        return self.deep_prompt[number] * self.deep_scale[number]
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] in the backbone's own size, and the gate's weights [s, K]; also where they are sharded."""

@@ -187,11 +187,12 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
             prepared = self._prepare_packed(groups, starts, *rows)
         else:
             prepared = self._prepare_groups(groups, *rows)
+        prompt_rows = prepared.arguments.pop("prompt_rows", None)
         kept = self._move_logits_to_keep(kwargs, prepared.columns)
         arguments = {k: v for k, v in prepared.arguments.items() if v is not None}
         if past_key_values is not None:
             arguments["past_key_values"] = past_key_values
-        with self._heads_of(groups):
+        with self._heads_of(groups), self._deep_prompts_of(groups, prompt_rows):
             outputs = self.base_model(**arguments, **kwargs, return_dict=True)
         if self._kind != "seq2seq":
             self._trim(outputs, prepared.columns, text.shape[1], kept)
@@ -273,7 +274,15 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
         Args:
             input_ids: [batch, L], or `inputs_embeds` [batch, L, d] in their place.
             attention_mask: [batch, L], 1 on text; None where there is no padding.
+
+        Raises:
+            ValueError: the adapter has deep prompts, which no input can carry.
         """
+        if self.ept_config.deep_layers:
+            raise ValueError(
+                "the adapter's deep prompts act inside the backbone, where no input reaches: train one with deep_layers=0 "
+                "to use its embeddings elsewhere"
+            )
         self._check_inputs(input_ids, inputs_embeds, attention_mask, None, None, None, {})
         groups = self._groups(None, 0, self.ept.prompt.device)
         prepared = self._prepare_groups(groups, input_ids, inputs_embeds, attention_mask, None, None, None)

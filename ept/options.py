@@ -107,6 +107,7 @@ ADAPTER_HELP = {
     "space_dim": "h, width of each space.",
     "token_rank": "q of the token-conditioned update; 0 turns it off.",
     "token_dropout": "Share of the token-conditioned update's hidden units that a training step leaves out.",
+    "deep_layers": "Layers after the first that give the prompt's rows offsets of their own; -1: all, 0: none.",
     "alpha": "The low-rank pair is scaled by alpha / sqrt(rank).",
     "activation": "Of spaces and token-conditioned update: silu, relu, gelu or identity.",
     "lowrank_update": "Whether the low-rank pair updates the text.",

@@ -5,6 +5,7 @@ sees itself alone is the backbone's work: by positions that restart, or by a blo
 says which of the two the backbone understands.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class PackingMixin(InputsMixin):
             )
         owners = [
             group if group.rows is None
-            else Group(group.layer, group.heads, torch.isin(row[first], group.rows).nonzero().flatten())
+            else dataclasses.replace(group, rows=torch.isin(row[first], group.rows).nonzero().flatten())
             for group in groups
         ]  # fmt: skip
         given = (input_ids, inputs_embeds, text.long(), token_type_ids, position_ids, labels)

@@ -55,12 +55,12 @@ HEAD_LEARNING_RATE = 0.005
 
 @dataclass
 class EPTArguments:
-    """The learning rates of EPT's parts, in units of the embeddings' RMS; mixed into transformers' arguments."""
+    """The learning rates of EPT's parts, in units of the embeddings' RMS (deep prompts: of the hidden states'); mixed into transformers' arguments."""
 
     learning_rate: float = field(
         default=LEARNING_RATE, metadata={"help": "Rate of the tensors that start at zero: B, V and W."}
     )
-    prompt_learning_rate: float = field(default=PROMPT_LEARNING_RATE, metadata={"help": "Rate of the short prompt P."})
+    prompt_learning_rate: float = field(default=PROMPT_LEARNING_RATE, metadata={"help": "Rate of the short prompt P and of deep prompts."})
     down_learning_rate: float = field(
         default=DOWN_LEARNING_RATE, metadata={"help": "Rate of the tensors that feed them: A, U, D and the gate G."}
     )
@@ -93,6 +93,7 @@ class EPTSeq2SeqTrainingArguments(EPTArguments, Seq2SeqTrainingArguments):  # ty
     """transformers' Seq2SeqTrainingArguments with EPT's learning rates and their defaults."""
 
 
+PROMPT = ("prompt", "deep_prompt")
 UP = ("lowrank_b", "space_up", "token_up")
 DOWN = ("lowrank_a", "space_down", "gate_weight", "token_down")
 
@@ -112,7 +113,7 @@ def parameter_groups(
     head = [(name, p) for name, p in model.base_model.named_parameters() if p.requires_grad]
     named = dict(model.ept.named_parameters())
     groups = [
-        (prompt_learning_rate, 0.0, [named["prompt"]]),
+        (prompt_learning_rate, 0.0, [named[name] for name in PROMPT if name in named]),
         (learning_rate, weight_decay, [named[name] for name in UP if name in named]),
         (down_learning_rate, weight_decay, [named[name] for name in DOWN if name in named]),
         (head_learning_rate, weight_decay, [p for name, p in head if not name.endswith("bias")]),

@@ -1,0 +1,237 @@
+"""Deep prompts: offsets of the prompt's rows at the input of every layer after the first, wherever the prompt stands."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from tiny_models import all_parts, backbone, ids, mean_pooling, padded, shake, wrapped
+
+from ept import EPTConfig, EPTModel, get_ept_model
+from ept.deep import layers_of
+from ept.training import parameter_groups
+
+DEEP = dict(deep_layers=-1)
+
+
+def causal(name="llama", **settings):
+    layers = {} if name in ("qwen2", "gemma3") else {"num_hidden_layers": 4}  # those name the kind of each layer
+    return wrapped(backbone(name, hf.AutoModelForCausalLM, **layers), all_parts(**DEEP | settings))
+
+
+def first_token():
+    return wrapped(backbone("bert", hf.AutoModelForSequenceClassification, num_hidden_layers=4), all_parts(**DEEP))
+
+
+def by_hand(model, input_ids, start):
+    """One row without padding: the backbone's output where each layer after the first adds its offset at `start`."""
+    embeds = model._embed(model.ept, input_ids, None, None)
+    reader = model.base_model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    handles = []
+    for i, layer in enumerate(layers_of(model.base_model)[1:]):
+
+        def add(module, args, kwargs, i=i):
+            hidden = args[0].clone()
+            hidden[:, start : start + model.ept_config.prompt_length] += model.ept.deep_prompt[i] * model.ept.deep_scale[i]
+            return (hidden, *args[1:]), kwargs
+
+        handles.append(layer.register_forward_pre_hook(add, with_kwargs=True))
+    out = reader(inputs_embeds=embeds)
+    for handle in handles:
+        handle.remove()
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "gemma3", "bloom"])
+def test_a_causal_model_adds_the_offsets_at_the_prompts_columns(name):
+    model, text = causal(name), ids(1, 7)
+    want = by_hand(model, text, 0).logits[:, 5:]
+    torch.testing.assert_close(model(input_ids=text).logits, want)
+    model.ept.deep_prompt.data.zero_()
+    assert (model(input_ids=text).logits - want).abs().max() > 1e-4
+
+
+def test_an_encoder_adds_them_after_the_first_token():
+    model, text = first_token(), ids(1, 7)
+    assert model.ept.prompt_start == 1 and model.ept_config.deep_layers == 3
+    torch.testing.assert_close(model(input_ids=text).logits, by_hand(model, text, 1).logits)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_adds_them_in_its_encoder(name):
+    model, text = wrapped(backbone(name, hf.AutoModelForSeq2SeqLM), all_parts(**DEEP)), ids(2, 7)
+    out = model(input_ids=text, decoder_input_ids=ids(2, 3))
+    torch.testing.assert_close(out.encoder_last_hidden_state[:1], by_hand(model, text[:1], 0).last_hidden_state)
+    generated = model.generate(text, max_new_tokens=4, num_beams=2, num_return_sequences=2)
+    for row in range(2):
+        alone = model.generate(text[row : row + 1], max_new_tokens=4, num_beams=2, num_return_sequences=2)
+        assert torch.equal(generated[2 * row : 2 * row + 2, : alone.shape[1]], alone)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("make", [causal, first_token, lambda: wrapped(mean_pooling(), all_parts(**DEEP))])
+def test_a_rows_result_does_not_depend_on_its_padding(make, side):
+    model, rows = make(), [ids(1, n, seed=n) for n in (4, 9, 6)]
+    text, mask = padded(rows, side)
+    got = model(input_ids=text, attention_mask=mask).logits
+    for i, row in enumerate(rows):
+        mine = got[i][mask[i] != 0] if got.dim() == 3 else got[i]
+        torch.testing.assert_close(mine, model(input_ids=row).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_cached_generation_goes_on_as_a_pass_over_the_whole_text_does():
+    model = causal()
+    text, mask = padded([ids(1, n, seed=n) for n in (4, 9, 6)], "left")
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    cached = model.generate(text, mask, **settings)
+    assert torch.equal(cached, model.generate(text, mask, use_cache=False, **settings))
+    longer = torch.cat([mask, torch.ones(3, 6, dtype=torch.int64)], 1)
+    logits = model(input_ids=cached, attention_mask=longer).logits
+    assert torch.equal(logits[:, 8:-1].argmax(-1), cached[:, 9:])
+    beams = model.generate(text, mask, num_beams=3, num_return_sequences=2, **settings)
+    alone = model.generate(ids(1, 9, seed=9), num_beams=3, num_return_sequences=2, **settings)
+    assert torch.equal(beams[2:4], alone)
+
+
+def test_a_second_turn_on_a_cache_is_that_of_a_fresh_one():
+    model, text = causal(), ids(1, 8)
+    settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    first = model.generate(text[:, :5], **settings)
+    whole = torch.cat([first.sequences, text[:, 5:]], 1)
+    assert torch.equal(
+        model.generate(whole, past_key_values=first.past_key_values, **settings).sequences,
+        model.generate(whole, **settings).sequences,
+    )
+
+
+def test_a_pass_by_hand_over_a_cache_adds_them_once():
+    model, text = causal(), ids(2, 9)
+    cache = hf.DynamicCache(config=model.config)
+    start = model(input_ids=text[:, :6], past_key_values=cache).logits
+    rest = model(input_ids=text[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat([start, rest], 1), model(input_ids=text).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_examples_have_deep_prompts_each():
+    model, rows = causal(), [ids(1, n, seed=n) for n in (4, 6, 3)]
+    text = torch.cat(rows, 1)
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows]).unsqueeze(0)
+    want = torch.cat([model(input_ids=row).logits for row in rows], 1)
+    got = model(input_ids=text, position_ids=positions).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_several_adapters_get_their_own():
+    model = causal()
+    model.add_adapter("flat", all_parts(prompt_length=3))
+    model.add_adapter("shallow", all_parts(prompt_length=4, deep_layers=1))
+    for adapter in model.inactive_adapters:
+        shake(type("Holder", (), {"ept": adapter.layer}), seed=len(adapter.name))
+    text, mask = padded([ids(1, n, seed=n) for n in (4, 9, 6, 5)], "left")
+    names = ["shallow", "default", "flat", "default"]
+    logits = model(input_ids=text, attention_mask=mask, adapter_ids=names).logits
+    written = model.generate(text, mask, adapter_ids=names, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        alone = text[row : row + 1, mask[row] != 0]
+        torch.testing.assert_close(logits[row][mask[row] != 0], model(input_ids=alone).logits[0], rtol=1e-4, atol=1e-5)
+        own = model.generate(alone, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert torch.equal(written[row, -3:], own[0, -3:])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_give_the_same_gradients(reentrant):
+    text, model = ids(3, 7), causal().train()
+    model(input_ids=text, labels=text).loss.backward()
+    want = {name: p.grad.clone() for name, p in model.ept.named_parameters()}
+    assert want["deep_prompt"].abs().amin(dim=(1, 2)).min() > 0  # every layer's
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    first, second = (model(input_ids=t, labels=t).loss for t in (text, text.flip(0)))
+    second.backward()  # another pass has run since the first: each keeps its own rows
+    first.backward()
+    for name, p in model.ept.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * want[name], rtol=1e-3, atol=1e-6)
+
+
+def test_they_start_at_zero_in_units_of_the_hidden_states():
+    base = backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4)
+    torch.manual_seed(0)
+    flat = get_ept_model(copy.deepcopy(base), all_parts()).eval()
+    torch.manual_seed(0)
+    deep = get_ept_model(base, all_parts(**DEEP)).eval()
+    assert torch.equal(deep(input_ids=ids(2, 7)).logits, flat(input_ids=ids(2, 7)).logits)
+    assert deep.ept.deep_prompt.shape == (3, 5, 32) and not deep.ept.deep_prompt.any()
+    out = base(input_ids=torch.arange(0, 120, 3).unsqueeze(0), output_hidden_states=True)
+    sizes = torch.stack([hidden.square().mean(-1).sqrt().median() for hidden in out.hidden_states[1:-1]])
+    torch.testing.assert_close(deep.ept.deep_scale, sizes, rtol=0.3, atol=0)  # other tokens
+
+
+def test_they_count_and_train_with_the_prompt():
+    model = causal(deep_layers=2)
+    assert model.trainable_parameters()["deep"] == 2 * 5 * 32 == model.ept.deep_prompt.numel()
+    assert sum(model.trainable_parameters().values()) == model.ept_config.num_parameters(32)
+    group = parameter_groups(model)[0]
+    assert {id(p) for p in group["params"]} == {id(model.ept.prompt), id(model.ept.deep_prompt)}
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+@pytest.mark.parametrize("given", [{}, {"prompt_length": 3}, {"num_spaces": 0}])
+def test_a_budget_counts_them(preset, given):
+    for budget in (7_000, 38_400, 76_800):
+        config = EPTConfig.for_budget(budget, 384, preset=preset, deep_layers=5, **given)
+        assert 0.8 * budget < config.num_parameters(384) <= budget or (preset, budget) == ("paper", 7_000)
+    with pytest.raises(ValueError, match="deep_layers=-1 is known once a model is wrapped"):
+        EPTConfig.for_budget(38_400, 384, deep_layers=-1)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_saved_adapter_gives_the_same_bits(tmp_path, fold):
+    model, text = causal(), ids(2, 7)
+    want = model(input_ids=text).logits
+    if fold:
+        model = model.fold()
+        torch.testing.assert_close(model(input_ids=text).logits, want, rtol=1e-4, atol=1e-5)
+        want = model(input_ids=text).logits
+    model.save_pretrained(tmp_path)
+    again = EPTModel.from_pretrained(backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4), tmp_path).eval()
+    assert torch.equal(again(input_ids=text).logits, want)
+    if fold:
+        other = causal()
+        other.ept.deep_prompt.data += 1
+        assert torch.equal(other.fold().ept.prompt, again.ept.prompt) and other.ept.sha256 != again.ept.sha256
+
+
+def test_without_the_adapter_and_after_a_call_the_backbone_is_as_it_was():
+    model, text = causal(), ids(2, 7)
+    base = backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4)
+    model(input_ids=text)
+    model.generate(text, max_new_tokens=2)
+    with pytest.raises(ValueError):
+        model(input_ids=text, labels=text[:, :3])
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=text).logits, base(input_ids=text).logits)
+    assert not any(layer._forward_pre_hooks for layer in layers_of(model.base_model))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: wrapped(backbone("electra"), all_parts(**DEEP)), "electra|Electra.*deep_layers=0"),
+        (lambda: wrapped(backbone("llama", hf.AutoModelForCausalLM), all_parts(deep_layers=2)), "2 layers, so 1 after"),
+        (lambda: EPTConfig(deep_layers=-2), "deep_layers=-2"),
+        (lambda: EPTConfig(deep_layers=1.5), "whole number"),
+        (lambda: causal().prompt_embeds(ids(1, 4)), "deep_layers=0"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(make, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        make()
+
+
+def test_layers_that_are_shared_are_refused():
+    albert = hf.AlbertModel(hf.AlbertConfig(
+        vocab_size=120, embedding_size=32, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match="1 layers, so 0 after"):
+        get_ept_model(albert, all_parts(deep_layers=1))
