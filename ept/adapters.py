@@ -273,9 +273,7 @@ class AdaptersMixin(InputsMixin):
             found[name] = (self.ept, self._heads()) if adapter is None else (adapter.layer, list(adapter.heads))
         if len(rows) == 1:
             return _numbered([Group(*found[name]) for name in rows])
-        return _numbered(
-            [Group(*found[name], torch.tensor(numbers, device=device)) for name, numbers in rows.items()]
-        )
+        return _numbered([Group(*found[name], torch.tensor(numbers, device=device)) for name, numbers in rows.items()])
 
     def _deep_prompts_of(
         self, groups: list[Group], rows: Tensor | None

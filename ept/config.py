@@ -138,7 +138,9 @@ class EPTConfig:
     def known_deep_layers(self) -> int:
         """`deep_layers`; ValueError while that is -1, which only a backbone can say."""
         if self.deep_layers < 0:
-            raise ValueError("deep_layers=-1 is known once a model is wrapped: give the number of layers after the first")
+            raise ValueError(
+                "deep_layers=-1 is known once a model is wrapped: give the number of layers after the first"
+            )
         return self.deep_layers
 
     @property

@@ -89,9 +89,10 @@ class DeepPrompts:
             handle: RemovableHandle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             self._undo.append(handle.remove)
         for module in self._checkpointing:
-            original: Any = module._gradient_checkpointing_func
-            module._gradient_checkpointing_func = functools.partial(self._checkpointed, original)
-            self._undo.append(functools.partial(setattr, module, "_gradient_checkpointing_func", original))
+            name = "_gradient_checkpointing_func"
+            original: Any = getattr(module, name)
+            setattr(module, name, functools.partial(self._checkpointed, original))
+            self._undo.append(functools.partial(setattr, module, name, original))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -122,7 +123,9 @@ class DeepPrompts:
             )
         if len(hidden) != len(rows):
             rows = rows.repeat_interleave(len(hidden) // len(rows), 0)
-        table = torch.cat([torch.zeros_like(self.groups[0].layer.prompt[:1]), *(self._of(group, number) for group in self.groups)])
+        table = torch.cat(
+            [torch.zeros_like(self.groups[0].layer.prompt[:1]), *(self._of(group, number) for group in self.groups)]
+        )
         added = F.embedding(rows.to(table.device), table, padding_idx=0).to(hidden)
         if args:
             return (hidden + added, *args[1:]), kwargs

@@ -28,9 +28,9 @@ class EPTLayer(nn.Module):
 
     Tensors that belong to parts that are off are None. B, V and W start at zero, so that the layer starts as a plain
     short soft prompt; A ~ N(0, 1/√r), U, D, G ~ N(0, 1/√d) (second argument: standard deviation); P ~ N(0, 1) until
-    `init_prompt` puts something better there. Deep prompts [layers, s, d] start at zero, in units of `deep_scale` [layers],
-    the size of the hidden states where they are added, which `get_ept_model` measures. In training mode the token-conditioned update has dropout
-    (`config.token_dropout`).
+    `init_prompt` puts something better there. Deep prompts [layers, s, d] start at zero, in units of `deep_scale`
+    [layers], the size of the hidden states where they are added, which `get_ept_model` measures. In training mode the
+    token-conditioned update has dropout (`config.token_dropout`).
     """
 
     prompt: nn.Parameter

@@ -55,12 +55,15 @@ HEAD_LEARNING_RATE = 0.005
 
 @dataclass
 class EPTArguments:
-    """The learning rates of EPT's parts, in units of the embeddings' RMS (deep prompts: of the hidden states'); mixed into transformers' arguments."""
+    """The learning rates of EPT's parts, mixed into transformers' arguments: in units of the embeddings' RMS, those of
+    deep prompts in units of the hidden states'."""
 
     learning_rate: float = field(
         default=LEARNING_RATE, metadata={"help": "Rate of the tensors that start at zero: B, V and W."}
     )
-    prompt_learning_rate: float = field(default=PROMPT_LEARNING_RATE, metadata={"help": "Rate of the short prompt P and of deep prompts."})
+    prompt_learning_rate: float = field(
+        default=PROMPT_LEARNING_RATE, metadata={"help": "Rate of the short prompt P and of deep prompts."}
+    )
     down_learning_rate: float = field(
         default=DOWN_LEARNING_RATE, metadata={"help": "Rate of the tensors that feed them: A, U, D and the gate G."}
     )

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from tiny_models import all_parts, backbone, ids, mean_pooling, padded, shake, wrapped
 
 from ept import EPTConfig, EPTModel, get_ept_model
 from ept.deep import layers_of
 from ept.training import parameter_groups
+from tiny_models import all_parts, backbone, ids, mean_pooling, padded, shake, wrapped
 
 DEEP = dict(deep_layers=-1)
 
@@ -32,7 +32,9 @@ def by_hand(model, input_ids, start):
 
         def add(module, args, kwargs, i=i):
             hidden = args[0].clone()
-            hidden[:, start : start + model.ept_config.prompt_length] += model.ept.deep_prompt[i] * model.ept.deep_scale[i]
+            hidden[:, start : start + model.ept_config.prompt_length] += (
+                model.ept.deep_prompt[i] * model.ept.deep_scale[i]
+            )
             return (hidden, *args[1:]), kwargs
 
         handles.append(layer.register_forward_pre_hook(add, with_kwargs=True))
