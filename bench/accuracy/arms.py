@@ -8,6 +8,7 @@ TASKS = ("movies", "rating", "tweets", "news", "authors")
 BUDGET = 38_400  # a soft prompt of 100 tokens at d = 384
 HEAD_RATE = 0.005
 HALF = {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}  # 19,200 parameters; the best of the variants looked at
+DEEP = {"prompt_length": 4, "num_spaces": 0, "token_rank": 24, "deep_layers": 5}  # 27,648 parameters
 DROPOUT = {"token_dropout": 0.25}
 STEPS = 150  # of 32 rows
 
@@ -112,6 +113,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.005},
     "EPT, half": {"method": "EPT", "rate": 1.0, "settings": HALF | DROPOUT},
     "head only": {"method": "head only", "rate": 0.02},
+    "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": DEEP | DROPOUT},
     "EPT, no dropout": {"method": "EPT", "rate": 1.0},
     "EPT, half, no dropout": {"method": "EPT", "rate": 1.0, "settings": HALF},
     "EPT paper": {"method": "EPT paper", "rate": 2.0},
@@ -123,10 +125,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "DePT": {"method": "DePT", "rate": 2.0},
     "full fine-tuning": {"method": "full", "rate": 0.0001, "dtype": "float32"},
 }
-FIRST = 5  # arms whose runs with all seeds and both sizes come first
+FIRST = 6  # arms whose runs with all seeds and both sizes come first
 COMPARISONS = [
     ("EPT", "prompt tuning 20"), ("EPT", "prompt tuning 100"), ("EPT", "DePT"), ("EPT", "EPT paper"),
     ("EPT", "LoRA r=4"), ("EPT, half", "LoRA r=4"), ("EPT, half", "prompt tuning 20"), ("EPT", "EPT, half"), ("EPT", "head only"),
+    ("EPT, deep", "EPT, half"), ("EPT, deep", "LoRA r=4"), ("EPT, deep", "prompt tuning 20"),
     ("EPT", "EPT, no dropout"), ("EPT, half", "EPT, half, no dropout"), ("EPT", "prompt tuning 10"),
     ("EPT, a tenth", "LoRA, a tenth"), ("EPT, a tenth", "prompt tuning 10"),
 ]  # fmt: skip
