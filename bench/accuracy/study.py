@@ -19,7 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from ept import EPTModel, MeanPoolingForSequenceClassification
 from ept.machine import describe
@@ -28,13 +34,14 @@ from ept.start_values import token_counts
 from ept.training import gate_health
 
 from ..fit import fit, load, predict, quiet, score
-from ..real_text import load_task, minilm
+from ..real_text import Task, load_task, minilm, smollm2
 from .arms import STAGES
 
-__all__ = ["RESULTS", "decode_predictions", "key", "read"]
+__all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "key", "minilm_for", "read"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 MAX_LENGTH = 48
+BATCH_SIZE = 32
 PREDICTION_UNIT = 1e-3  # regression outputs are kept in thousandths
 
 Job = dict[str, Any]
@@ -43,7 +50,8 @@ Job = dict[str, Any]
 def key(job: Job) -> str:
     """What makes a run that run, whatever its stage and its arm's name."""
     names = ("method", "budget", "settings", "rates", "head_rate", "rate", "task", "rows", "steps", "seed", "dtype")
-    return json.dumps({name: job.get(name) for name in (*names, "reads_test")}, sort_keys=True)
+    names += ("reads_test", "backbone", "batch_size", "max_length")  # the last three: None for MiniLM's usual
+    return json.dumps({name: job.get(name) for name in names}, sort_keys=True)
 
 
 def read(stage: str) -> list[Job]:
@@ -68,23 +76,28 @@ def run(job: Job) -> Job:
     torch.set_num_threads(1)
     quiet()
     started = time.perf_counter()
-    task, tokenizer, parts = load(job["task"], MAX_LENGTH)
+    backbone = job.get("backbone", "minilm")
+    task, tokenizer, parts = load(job["task"], job.get("max_length", MAX_LENGTH), backbone)
     rows = parts["train"]
     if job["rows"] < len(rows):
         # Another seed draws other rows; the same rows for all arms at a seed.
         rows = [rows[i] for i in np.random.default_rng(job["seed"]).permutation(len(rows))[: job["rows"]]]
     set_seed(job["seed"])
-    # Eager attention: the backward of torch's fused attention takes half of a bf16 step on a CPU.
-    base = MeanPoolingForSequenceClassification.from_encoder(
-        str(minilm()), task.num_labels, task.problem_type, attn_implementation="eager"
-    )
-    base.encoder.to(getattr(torch, job["dtype"]))
+    base = minilm_for(task, job["dtype"]) if backbone == "minilm" else _smollm2(task, tokenizer, job["dtype"])
     model, groups = adapt(
         job["method"], base, budget=job["budget"], rate=job["rate"], head_rate=job["head_rate"],
         tokenizer=tokenizer, token_counts=token_counts([row["input_ids"] for row in rows], len(tokenizer)),
         settings=job.get("settings"), rates=job.get("rates"),
     )  # fmt: skip
-    trace = fit(model, groups, rows, tokenizer, steps=job["steps"], seed=job["seed"])
+    trace = fit(
+        model,
+        groups,
+        rows,
+        tokenizer,
+        steps=job["steps"],
+        batch_size=job.get("batch_size", BATCH_SIZE),
+        seed=job["seed"],
+    )
     part = "test" if job["reads_test"] else "dev"
     logits = predict(model, parts[part], tokenizer)
     result = {
@@ -99,6 +112,26 @@ def run(job: Job) -> Job:
     if isinstance(model, EPTModel):
         result |= _look(model)
     return job | result
+
+
+# Eager attention: the backward of torch's fused attention takes half of a bf16 step on a CPU.
+def minilm_for(task: Task, dtype: str) -> PreTrainedModel:
+    """The encoder in `dtype` under a fresh head on the mean of its text."""
+    base = MeanPoolingForSequenceClassification.from_encoder(
+        str(minilm()), task.num_labels, task.problem_type, attn_implementation="eager"
+    )
+    base.encoder.to(getattr(torch, dtype))
+    return base
+
+
+def _smollm2(task: Task, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
+    """Its head, fresh, reads the last token, as transformers has it."""
+    base = AutoModelForSequenceClassification.from_pretrained(
+        **smollm2(), dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True),
+        num_labels=task.num_labels, problem_type=task.problem_type, attn_implementation="eager",
+    )  # fmt: skip
+    base.config.pad_token_id = tokenizer.pad_token_id
+    return base
 
 
 @torch.no_grad()
