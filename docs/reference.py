@@ -27,11 +27,11 @@ def command_line() -> str:
 
 
 def config() -> str:
-    """A table of EPTConfig's fields with the values of both presets."""
-    ours, papers = EPTConfig(), EPTConfig.paper()
-    rows = ["| setting | default | `EPTConfig.paper()` | |", "|---|---|---|---|"]
+    """A table of EPTConfig's fields with the values of the presets."""
+    ours, papers, deep = EPTConfig(), EPTConfig.paper(), EPTConfig.deep()
+    rows = ["| setting | default | `EPTConfig.paper()` | `EPTConfig.deep()` | |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(EPTConfig):
-        values = " | ".join(f"`{getattr(preset, field.name)!r}`" for preset in (ours, papers))
+        values = " | ".join(f"`{getattr(preset, field.name)!r}`" for preset in (ours, papers, deep))
         rows.append(f"| `{field.name}` | {values} | {ADAPTER_HELP[field.name]} |")
     counts = f"At d = 768 the default trains {ours.num_parameters(768):,} parameters, the paper's {papers.num_parameters(768):,}."
     about = (

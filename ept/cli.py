@@ -26,7 +26,7 @@ import transformers
 from transformers.utils import is_liger_kernel_available
 
 from . import __version__
-from .backbones import embedding_width, weight_of
+from .backbones import weight_of
 from .console import bad_input_is_one_line, fail, say
 from .model import EPTModel, get_ept_model
 from .peft_format import read_soft_prompt
@@ -164,7 +164,7 @@ def _prepare_training(argv: list[str]) -> tuple[Any, Any, str | None, Any, dict[
     )
     if backbone.config.pad_token_id is None:
         backbone.config.pad_token_id = tokenizer.pad_token_id
-    config = ept_config(sizes, embedding_width(backbone.get_input_embeddings()))
+    config = ept_config(sizes, backbone)
     limit = input_limit(backbone, tokenizer, config.prompt_length, columns.max_seq_length)
     splits = {
         split: problem.encode(table, source, tokenizer, limit, columns.max_target_length)

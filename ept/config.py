@@ -8,8 +8,9 @@ from typing import Any
 
 from ept_kernels import ACTIVATIONS, IMPLEMENTATIONS
 
-__all__ = ["EPTConfig"]
+__all__ = ["PRESETS", "EPTConfig"]
 
+PRESETS = ("default", "paper", "deep")
 INITS = ("vocab", "text", "normal", "decompose")
 
 # Sizes beyond these are typing errors, not models: no backbone has as many positions or columns.
@@ -30,7 +31,8 @@ class EPTConfig:
     """Settings of an EPT adapter. Symbols as in docs/method.md.
 
     The default preset [ours] has a prompt of 4 rows, 4 spaces and a token-conditioned update with dropout: 100·d trained
-    parameters, as many as a soft prompt of 100 tokens. `EPTConfig.paper()` has the paper's parts.
+    parameters, as many as a soft prompt of 100 tokens. `EPTConfig.paper()` has the paper's parts, `EPTConfig.deep()`
+    prompts in every layer.
 
     Args:
         prompt_length: s, rows of the short prompt.
@@ -182,6 +184,12 @@ class EPTConfig:
         return cls(**preset | settings)
 
     @classmethod
+    def deep(cls, **settings: Any) -> "EPTConfig":
+        """The token-conditioned update and deep prompts in all layers, no spaces [ours]: the most accurate with little
+        data (bench/NOTES.md), for whoever runs the adapter inside transformers."""
+        return cls(**dict(prompt_length=4, num_spaces=0, token_rank=24, deep_layers=-1) | settings)
+
+    @classmethod
     def for_budget(cls, parameters: int, embed_dim: int, *, preset: str = "paper", **settings: Any) -> "EPTConfig":
         """The sizes that fill a budget of trained parameters exactly or just below.
 
@@ -190,13 +198,14 @@ class EPTConfig:
             embed_dim: d, width of the backbone's word embeddings.
             preset: "paper" divides the budget as the paper's T5-base setting does (40 % prompt, 40 % low-rank pair,
                 20 % spaces: [reading]); "default" keeps the prompt at 4 rows, gives the spaces up to 20 % and the
-                token-conditioned update the rest [ours].
+                token-conditioned update the rest [ours]; "deep" has up to 4 rows, with their deep prompts at most a third,
+                and the token-conditioned update the rest [ours]; it needs `deep_layers`.
             settings: any field of EPTConfig; a size given here is kept and the others fill the rest.
 
         Raises:
             ValueError: the budget is too small, or the given sizes already exceed it.
         """
-        _check_choice("preset", preset, ("paper", "default"))
+        _check_choice("preset", preset, PRESETS)
         for name, value in (("parameters", parameters), ("embed_dim", embed_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
@@ -205,10 +214,12 @@ class EPTConfig:
                 f"a budget of {parameters} parameters does not hold one prompt row of width {embed_dim}: "
                 f"give at least {embed_dim}"
             )
-        fill = _fill_paper if preset == "paper" else _fill_default
-        # The rank is chosen below; the preset's own may not fit a short max_text_length.
-        base = cls.paper(**{"rank": 0} | settings) if preset == "paper" else cls(**settings)
-        config = fill(base, parameters, embed_dim, settings)
+        if preset == "paper":
+            # The rank is chosen below; the preset's own may not fit a short max_text_length.
+            config = _fill_paper(cls.paper(**{"rank": 0} | settings), parameters, embed_dim, settings)
+        else:
+            base = cls.deep(**settings) if preset == "deep" else cls(**settings)
+            config = _fill_default(base, parameters, embed_dim, settings)
         if config.num_parameters(embed_dim) > parameters:
             raise ValueError(
                 f"the given sizes take {config.num_parameters(embed_dim)} parameters, more than the budget of "
@@ -273,7 +284,7 @@ def _fill_paper(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
 
 def _fit_spaces(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
     """The most spaces (at most 4), then the widest, that a fifth of the budget holds."""
-    if not base.spaces or ("num_spaces" in fixed and "space_dim" in fixed) or fixed.get("num_spaces") == 0:
+    if not base.spaces or ("num_spaces" in fixed and "space_dim" in fixed) or base.num_spaces == 0:
         return base
     share = parameters // (5 * d)
     numbers = [base.num_spaces] if "num_spaces" in fixed else [4, 3, 2]
@@ -287,10 +298,12 @@ def _fit_spaces(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
 
 
 def _fill_default(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
-    """Few prompt rows and up to a fifth for the spaces, as at 100 d; the token-conditioned update takes the rest."""
+    """Few prompt rows, deep ones at most a third, and up to a fifth for the spaces; the token-conditioned update takes
+    the rest."""
     base, per_row = _fit_spaces(base, parameters, d, fixed), d * (1 + base.known_deep_layers)
     if "prompt_length" not in fixed:
-        base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, parameters // (5 * per_row))))
+        most = parameters // ((3 if base.deep_layers else 5) * per_row)
+        base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, most)))
     if "token_rank" not in fixed and base.token_update:
         rest = parameters - dataclasses.replace(base, token_rank=0).num_parameters(d)
         base = dataclasses.replace(base, token_rank=max(0, rest // (2 * d)))

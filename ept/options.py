@@ -7,13 +7,16 @@ import re
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser
 
+from .backbones import embedding_width
 from .benchmark_tasks import BENCHMARK_TASKS
-from .config import INITS, EPTConfig
+from .config import INITS, PRESETS, EPTConfig
+from .deep import layers_of
 from .tasks import HEADS, TASKS
 from .training import EPTSeq2SeqTrainingArguments
 
@@ -124,19 +127,20 @@ ADAPTER_HELP = {
 
 
 def _adapter_help(name: str) -> str:
-    """What a setting does, and its value in the two presets."""
-    ours, papers = getattr(EPTConfig(), name), getattr(EPTConfig.paper(), name)
-    if ours is None:
+    """What a setting does, and its value in the presets."""
+    values = {"default": EPTConfig(), "paper": EPTConfig.paper(), "deep": EPTConfig.deep()}
+    said = {preset: getattr(config, name) for preset, config in values.items()}
+    if said["default"] is None:
         return ADAPTER_HELP[name]
-    values = f"default: {ours}" if ours == papers else f"default: {ours}, paper: {papers}"
-    return f"{ADAPTER_HELP[name]} ({values})"
+    others = [f", {preset}: {value}" for preset, value in said.items() if value != said["default"]]
+    return f"{ADAPTER_HELP[name]} (default: {said['default']}{''.join(others)})"
 
 
 # None: not given, so that a preset or a budget decides.
 AdapterArguments = make_dataclass(
     "AdapterArguments",
     [
-        ("preset", str, option("Sizes to start from: ours, or the paper's parts.", "default", choices=("default", "paper"))),
+        ("preset", str, option("Sizes to start from: ours, the paper's parts, or deep prompts.", "default", choices=PRESETS)),
         ("budget", int | None, option("Choose the sizes that fill this many trained parameters (without a head).")),
         ("soft_prompt", str | None, option(
             "Trained prompt for --init decompose: a PEFT prompt-tuning adapter, or a safetensors file with one matrix."
@@ -150,14 +154,18 @@ AdapterArguments = make_dataclass(
 )  # fmt: skip
 
 
-def ept_config(sizes: Any, embed_dim: int) -> EPTConfig:
-    """The settings that the adapter's options say, for embeddings of width `embed_dim`."""
+def ept_config(sizes: Any, backbone: Any) -> EPTConfig:
+    """The settings that the adapter's options say, for a backbone."""
     given = {k: v for k, v in vars(sizes).items() if v is not None and k not in ("preset", "budget", "soft_prompt")}
     if (given.get("init") == "decompose") != (sizes.soft_prompt is not None):
         raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
     if sizes.budget is not None:
-        return EPTConfig.for_budget(sizes.budget, embed_dim, preset=sizes.preset, **given)
-    return EPTConfig.paper(**given) if sizes.preset == "paper" else EPTConfig(**given)
+        if given.get("deep_layers", -1 if sizes.preset == "deep" else 0) < 0:
+            given["deep_layers"] = len(layers_of(backbone)) - 1
+        width = embedding_width(backbone.get_input_embeddings())
+        return EPTConfig.for_budget(sizes.budget, width, preset=sizes.preset, **given)
+    presets: dict[str, Callable[..., EPTConfig]] = {"paper": EPTConfig.paper, "deep": EPTConfig.deep}
+    return presets.get(sizes.preset, EPTConfig)(**given)
 
 
 @dataclass

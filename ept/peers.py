@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .backbones import embedding_width
 from .config import EPTConfig
+from .deep import layers_of
 from .heads import MeanPoolingForSequenceClassification, in_float32
 from .model import get_ept_model, head_names
 from .training import HEAD_LEARNING_RATE, parameter_groups
@@ -26,6 +27,7 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "head only": ("the classification head alone", (0.005, 0.02, 0.05)),
     "EPT": ("EPTConfig.for_budget(…, preset='default')", (0.5, 1.0, 2.0)),
     "EPT paper": ("EPTConfig.for_budget(…), the paper's parts", (0.5, 1.0, 2.0)),
+    "EPT deep": ("EPTConfig.for_budget(…, preset='deep')", (0.5, 1.0, 2.0)),
     "DePT": ("short prompt and low-rank update only", (0.5, 1.0, 2.0)),
     "prompt tuning 20": ("PEFT PromptTuning, 20 rows, embeddings of sampled words", (0.0025, 0.005, 0.01)),
     "prompt tuning 100": ("PEFT PromptTuning, 100 rows, embeddings of sampled words", (0.0025, 0.005, 0.01)),
@@ -48,6 +50,7 @@ ABLATIONS = {name: ("the other parts grown to the same budget", METHODS["EPT"][1
 _EPT = _WITHOUT | {
     "EPT": ("default", {}),
     "EPT paper": ("paper", {}),
+    "EPT deep": ("deep", {}),
     "DePT": ("paper", dict(fusion=False, spaces=False, num_spaces=0)),
 }
 
@@ -89,6 +92,8 @@ def adapt(
     heads = head_names(base)
     if method in _EPT:
         preset, without = _EPT[method]
+        if preset == "deep":
+            without = {"deep_layers": len(layers_of(base)) - 1}
         config = EPTConfig.for_budget(
             budget, embedding_width(base.get_input_embeddings()), preset=preset, **without | (settings or {})
         )

@@ -296,7 +296,7 @@ def run(argv: list[str]) -> None:
         config = _read_config(given.model)
         with torch.device("meta"):
             backbone = AutoModel.from_config(config)
-        ours = ept_config(sizes, backbone.get_input_embeddings().embedding_dim)
+        ours = ept_config(sizes, backbone)
         modes = (False, True) if backbone.supports_gradient_checkpointing else (False,)
         dtypes = ("float32", "bfloat16", "8bit", "4bit") if given.dtype is None else (given.dtype,)
         rows = []

@@ -294,6 +294,10 @@ def test_presets_budgets_and_single_sizes_reach_the_adapter(place, tmp_path):
     assert sizes("--budget", 2000, "--preset", "paper", "--max_text_length", 16) == expected(
         EPTConfig.for_budget(2000, 32, preset="paper", max_text_length=16)
     )
+    assert sizes("--preset", "deep") == expected(EPTConfig.deep(deep_layers=1))
+    assert sizes("--budget", 2000, "--preset", "deep") == expected(
+        EPTConfig.for_budget(2000, 32, preset="deep", deep_layers=1)
+    )
 
 
 def test_every_setting_of_the_config_is_an_option():

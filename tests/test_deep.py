@@ -177,14 +177,20 @@ def test_they_count_and_train_with_the_prompt():
     assert {id(p) for p in group["params"]} == {id(model.ept.prompt), id(model.ept.deep_prompt)}
 
 
-@pytest.mark.parametrize("preset", ["paper", "default"])
+@pytest.mark.parametrize("preset", ["paper", "default", "deep"])
 @pytest.mark.parametrize("given", [{}, {"prompt_length": 3}, {"num_spaces": 0}])
 def test_a_budget_counts_them(preset, given):
     for budget in (7_000, 38_400, 76_800):
         config = EPTConfig.for_budget(budget, 384, preset=preset, deep_layers=5, **given)
         assert 0.8 * budget < config.num_parameters(384) <= budget or (preset, budget) == ("paper", 7_000)
     with pytest.raises(ValueError, match="deep_layers=-1 is known once a model is wrapped"):
-        EPTConfig.for_budget(38_400, 384, deep_layers=-1)
+        EPTConfig.for_budget(38_400, 384, preset="deep")
+
+
+def test_the_preset_has_them_in_all_layers():
+    model = get_ept_model(backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4), EPTConfig.deep())
+    assert model.ept_config.deep_layers == 3
+    assert model.trainable_parameters() == {"prompt": 4 * 32, "deep": 12 * 32, "token": 48 * 32}
 
 
 @pytest.mark.parametrize("fold", [False, True])

@@ -30,7 +30,7 @@ def without_head(model) -> dict[str, torch.nn.Parameter]:
 
 
 @pytest.mark.parametrize("kind", ["encoder", "t5", "llama"])
-@pytest.mark.parametrize("method", ["EPT", "EPT paper", "DePT", "prompt tuning 100", "LoRA", *ABLATIONS])
+@pytest.mark.parametrize("method", ["EPT", "EPT paper", "EPT deep", "DePT", "prompt tuning 100", "LoRA", *ABLATIONS])
 def test_methods_with_a_size_fill_the_same_budget(method, kind):
     model, groups = adapted(method, kind)
     trained = sum(p.numel() for p in without_head(model).values())

@@ -27,7 +27,7 @@ def measure(rounds: int) -> dict[str, Any]:
     rows = sorted(parts["train"][: 32 * (rounds + 1)], key=lambda row: row["length"])
     models = {}
     for arm, told in ARMS.items():
-        built = job(arm, **{"task": "movies", "rows": 2000, "seed": 0} | told)
+        built = job(arm, **dict[str, Any](task="movies", rows=2000, seed=0) | told)
         models[arm] = adapt(
             built["method"], minilm_for(task, built["dtype"]), budget=built["budget"], rate=1.0, tokenizer=tokenizer,
             settings=built.get("settings"),

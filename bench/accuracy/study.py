@@ -50,8 +50,8 @@ Job = dict[str, Any]
 def key(job: Job) -> str:
     """What makes a run that run, whatever its stage and its arm's name."""
     names = ("method", "budget", "settings", "rates", "head_rate", "rate", "task", "rows", "steps", "seed", "dtype")
-    names += ("reads_test", "backbone", "batch_size", "max_length")  # the last three: None for MiniLM's usual
-    return json.dumps({name: job.get(name) for name in names}, sort_keys=True)
+    others = ("reads_test", "backbone", "batch_size", "max_length")  # the last three: None for MiniLM's usual
+    return json.dumps({name: job.get(name) for name in (*names, *others)}, sort_keys=True)
 
 
 def read(stage: str) -> list[Job]:
