@@ -58,7 +58,7 @@ def train(output_dir, batch, model="encoder", dropout=0.0, resume=False, steps=S
     causal = model == "causal"
     auto = hf.AutoModelForCausalLM if causal else hf.AutoModelForSequenceClassification
     base = backbone("llama", auto) if causal else backbone("bert", auto, num_labels=2)
-    wrapped = get_ept_model(base, all_parts(token_dropout=dropout))
+    wrapped = get_ept_model(base, all_parts(token_dropout=dropout, deep_layers=-1))
     rows = [
         {"input_ids": ids(1, 3 + i % 9, seed=i)[0], "labels": i % 2, "attention_mask": torch.ones(3 + i % 9).long()}
         for i in range(ROWS)
