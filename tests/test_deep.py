@@ -156,6 +156,18 @@ def test_checkpointed_layers_give_the_same_gradients(reentrant):
         torch.testing.assert_close(p.grad, 2 * want[name], rtol=1e-3, atol=1e-6)
 
 
+def test_a_compiled_backbone_adds_each_batchs_own():
+    model, rows = causal(), [ids(1, n, seed=n) for n in (4, 9, 6)]
+    batches = [padded(rows, "left"), padded(rows[::-1], "left"), padded(rows, "right")]
+    want = [model(input_ids=text, attention_mask=mask).logits for text, mask in batches]
+    model.base_model.compile(backend="aot_eager")
+    with model.disable_adapter():
+        model(input_ids=batches[0][0], attention_mask=batches[0][1])
+    for (text, mask), logits in zip(batches, want, strict=True):
+        got = model(input_ids=text, attention_mask=mask).logits
+        torch.testing.assert_close(got[mask != 0], logits[mask != 0], rtol=1e-4, atol=1e-5)
+
+
 def test_they_start_at_zero_in_units_of_the_hidden_states():
     base = backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4)
     torch.manual_seed(0)
