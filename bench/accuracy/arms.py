@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["ARMS", "BUDGET", "COMPARISONS", "STAGES", "STEPS", "TASKS", "job"]
+__all__ = ["ARMS", "BUDGET", "COMPARISONS", "SMOLLM2_ARMS", "STAGES", "STEPS", "TASKS", "job"]
 
 TASKS = ("movies", "rating", "tweets", "news", "authors")
 BUDGET = 38_400  # a soft prompt of 100 tokens at d = 384
@@ -11,6 +11,7 @@ HALF = {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}  # 19,200 paramet
 DEEP = {"prompt_length": 4, "num_spaces": 0, "token_rank": 24, "deep_layers": 5}  # 27,648 parameters
 DROPOUT = {"token_dropout": 0.25}
 STEPS = 150  # of 32 rows
+ALL_ROWS = 1_000_000  # more than any task has
 
 Job = dict[str, Any]
 
@@ -128,7 +129,7 @@ ARMS: dict[str, dict[str, Any]] = {
 FIRST = 6  # arms whose runs with all seeds and both sizes come first
 COMPARISONS = [
     ("EPT", "prompt tuning 20"), ("EPT", "prompt tuning 100"), ("EPT", "DePT"), ("EPT", "EPT paper"),
-    ("EPT", "LoRA r=4"), ("EPT, half", "LoRA r=4"), ("EPT, half", "prompt tuning 20"), ("EPT", "EPT, half"), ("EPT", "head only"),
+    ("EPT", "LoRA r=4"), ("EPT, half", "LoRA r=4"), ("EPT, half", "prompt tuning 20"), ("EPT, half", "LoRA"), ("EPT", "EPT, half"), ("EPT", "head only"),
     ("EPT, deep", "EPT, half"), ("EPT, deep", "LoRA r=4"), ("EPT, deep", "prompt tuning 20"),
     ("EPT", "EPT, no dropout"), ("EPT, half", "EPT, half, no dropout"), ("EPT", "prompt tuning 10"),
     ("EPT, a tenth", "LoRA, a tenth"), ("EPT, a tenth", "prompt tuning 10"),
@@ -148,7 +149,52 @@ def final() -> list[Job]:
     ]
 
 
+# As many steps as fit into the default preset's time for 150, where that is fewer: bench/results/accuracy/step_time.json.
+EQUAL_TIME_STEPS: dict[str, int] = {}
+
+
+def equal_time() -> list[Job]:
+    """One seed, the test parts: the slower arms with fewer steps, the others as they are."""
+    arms = [*EQUAL_TIME_STEPS, "EPT", "EPT, half", "EPT, deep", "LoRA r=4"]
+    return [
+        job(arm, **dict[str, Any](task=task, rows=2000, seed=0, reads_test=True) | ARMS[arm])
+        | {"steps": EQUAL_TIME_STEPS.get(arm, STEPS)}
+        for arm in arms
+        for task in TASKS
+    ]
+
+
+def whole_sets() -> list[Job]:
+    """One seed, the test parts, all training rows (up to 9,105 rows), 400 steps."""
+    arms = ("EPT, half", "LoRA r=4", "EPT, deep", "prompt tuning 20")
+    return [
+        job(arm, **dict[str, Any](task=task, rows=ALL_ROWS, seed=0, steps=400, reads_test=True) | ARMS[arm])
+        for task in TASKS
+        for arm in arms
+    ]
+
+
+# SmolLM2-135M: 100 steps of 16 rows of at most 24 tokens, which is what these machines have time for.
+SMOLLM2 = {"backbone": "smollm2", "steps": 100, "batch_size": 16, "max_length": 24, "budget": 57_600, "rows": 2000}
+SMOLLM2_ARMS: dict[str, dict[str, Any]] = {
+    "EPT, half": {"method": "EPT", "settings": HALF | DROPOUT},
+    "LoRA": {"method": "LoRA"},
+    "prompt tuning 20": {"method": "prompt tuning 20"},
+}
+
+
+def smollm2() -> list[Job]:
+    """Three learning rates for each method on the dev part of tweets. Those of prompt tuning are EPT's for P in this
+    backbone's unit (e = 0.13); LoRA's are a language model's."""
+    rates = {"EPT, half": (1.0, 0.5, 2.0), "LoRA": (0.001, 0.0005, 0.002), "prompt tuning 20": (0.012, 0.006, 0.024)}
+    return [
+        job(f"{arm} {rate:g}", **dict[str, Any](rate=rate, task="tweets", seed=0) | SMOLLM2 | SMOLLM2_ARMS[arm])
+        for arm, tried in rates.items()
+        for rate in tried
+    ]
+
+
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
-    "search": search, "final": final,
+    "search": search, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
 }  # fmt: skip

@@ -14,11 +14,18 @@ import matplotlib
 import numpy as np
 
 from ..real_text import load_task
-from .arms import ARMS, COMPARISONS, TASKS
+from .arms import ARMS, COMPARISONS, SMOLLM2_ARMS, TASKS
 from .study import RESULTS, decode_predictions, read
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
+
+# The other stages that read the test parts, and their titles.
+OTHERS = {
+    "equal_time": "Equal time: as many steps as fit into the default preset's for 150, 2,000 training rows",
+    "whole_sets": "Whole training sets, 400 steps",
+    "smollm2_final": "SmolLM2-135M, 2,000 training rows, 100 steps of 16 rows of at most 24 tokens",
+}
 
 Runs = dict[str, dict[int, np.ndarray]]  # task -> seed -> predictions [test rows]
 
@@ -58,15 +65,16 @@ def bootstrap(first: Runs, second: Runs, draws: int) -> tuple[float, float, floa
     return float(mean[0]), float(low), float(high), pairs
 
 
-def _table(records: list[dict[str, Any]], rows: int) -> list[str]:
+def _table(records: list[dict[str, Any]]) -> list[str]:
     by_arm: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         by_arm[record["arm"]][record["task"]].append(record)
-    lines = [f"| arm | trained, with the head | {' | '.join(TASKS)} | mean |", "|---" * (len(TASKS) + 3) + "|"]
-    for arm in (name for name in ARMS if name in by_arm):
+    found = [task for task in TASKS if any(task in tasks for tasks in by_arm.values())]
+    lines = [f"| arm | trained, with the head | {' | '.join(found)} | mean |", "|---" * (len(found) + 3) + "|"]
+    for arm in sorted(by_arm, key=list(ARMS | SMOLLM2_ARMS).index):
         tasks = by_arm[arm]
         cells, task_means = [], []
-        for task in TASKS:
+        for task in found:
             scores = [record["score"] for record in tasks[task]]
             if not scores:
                 cells.append("–")
@@ -75,7 +83,7 @@ def _table(records: list[dict[str, Any]], rows: int) -> list[str]:
             count = "" if len(scores) == 3 else f" ({len(scores)})"
             cells.append(f"{statistics.mean(scores):.3f}{spread}{count}")
             task_means.append(statistics.mean(scores))
-        mean = f"{statistics.mean(task_means):.4f}" if len(task_means) == len(TASKS) else "–"
+        mean = f"{statistics.mean(task_means):.4f}" if len(task_means) == len(found) else "–"
         trained = max(r["trained_parameters"] for runs in tasks.values() for r in runs)
         lines.append(f"| {arm} | {trained:,} | {' | '.join(cells)} | {mean} |")
     return lines
@@ -87,7 +95,7 @@ def _comparisons(records: list[dict[str, Any]], draws: int) -> list[str]:
         runs[record["arm"]][record["task"]][record["seed"]] = decode_predictions(record["predictions"])
     lines = ["| difference of the means | points | 95 % interval | pairs of runs |", "|---|---|---|---|"]
     for first, second in COMPARISONS:
-        if runs[first].keys() & runs[second].keys() == set(TASKS):
+        if runs[first].keys() & runs[second].keys() == {record["task"] for record in records}:
             mean, low, high, pairs = bootstrap(runs[first], runs[second], draws)
             lines.append(f"| {first} − {second} | {100 * mean:+.2f} | {100 * low:+.2f} … {100 * high:+.2f} | {pairs} |")
     return lines
@@ -123,11 +131,17 @@ def main() -> None:
     records = [record for record in read("final") if record["reads_test"]]
     if not records:
         raise SystemExit("no final runs yet: python -m bench.accuracy.study final")
+    sections = {
+        f"{rows:,} training rows": [record for record in records if record["rows"] == rows]
+        for rows in sorted({record["rows"] for record in records}, reverse=True)
+    }
+    sections |= {title: read(stage) for stage, title in OTHERS.items()}
     lines = []
-    for rows in sorted({record["rows"] for record in records}, reverse=True):
-        chosen = [record for record in records if record["rows"] == rows]
-        lines += [f"## {rows:,} training rows", "", *_table(chosen, rows), "", *_comparisons(chosen, options.draws), ""]
-    machines = sorted({tuple(sorted(record["machine"].items())) for record in records})
+    for title, chosen in sections.items():
+        if chosen:
+            lines += [f"## {title}", "", *_table(chosen), "", *_comparisons(chosen, options.draws), ""]
+    everything = [record for chosen in sections.values() for record in chosen]
+    machines = sorted({tuple(sorted(record["machine"].items())) for record in everything})
     lines += [
         "Mean ± deviation over seeds (number of seeds where it is not 3); protocol in `bench/accuracy/README.md`."
     ]
