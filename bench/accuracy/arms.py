@@ -129,8 +129,10 @@ ARMS: dict[str, dict[str, Any]] = {
 FIRST = 6  # arms whose runs with all seeds and both sizes come first
 COMPARISONS = [
     ("EPT", "prompt tuning 20"), ("EPT", "prompt tuning 100"), ("EPT", "DePT"), ("EPT", "EPT paper"),
-    ("EPT", "LoRA r=4"), ("EPT, half", "LoRA r=4"), ("EPT, half", "prompt tuning 20"), ("EPT, half", "LoRA"), ("EPT", "EPT, half"), ("EPT", "head only"),
-    ("EPT, deep", "EPT, half"), ("EPT, deep", "LoRA r=4"), ("EPT, deep", "prompt tuning 20"),
+    ("EPT", "LoRA r=4"), ("EPT", "EPT, half"), ("EPT", "head only"),
+    ("EPT, half", "LoRA r=4"), ("EPT, half", "LoRA"), ("EPT, half", "prompt tuning 20"),
+    ("EPT, deep", "LoRA r=4"), ("EPT, deep", "EPT, half"), ("EPT, deep", "prompt tuning 20"), ("EPT, deep", "prompt tuning 100"),
+    ("EPT, deep", "BitFit"),
     ("EPT", "EPT, no dropout"), ("EPT, half", "EPT, half, no dropout"), ("EPT", "prompt tuning 10"),
     ("EPT, a tenth", "LoRA, a tenth"), ("EPT, a tenth", "prompt tuning 10"),
 ]  # fmt: skip
