@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .backbones import embedding_rms, embedding_width, reads_first_token, weight_of
 from .config import EPTConfig
-from .deep import DeepPrompts, layers_of, measure
+from .deep import DeepPrompts, hooked, layers_after_first, layers_of, measure, path_of_layers
 from .folding import FoldedLayer
 from .inputs import Group, InputsMixin, in_row_order
 from .layer import EPTLayer
@@ -76,6 +76,7 @@ class AdaptersMixin(InputsMixin):
     head_names: list[str]
     _adapter_names: list[str]
     _active_adapter: str
+    _path_of_layers: str | None = None  # known once any of them has deep prompts
 
     @property
     def active_adapter(self) -> str:
@@ -190,13 +191,16 @@ class AdaptersMixin(InputsMixin):
                 f"prompt_start={prompt_start}: a causal model's prompt stands before the text, where every token sees it; "
                 "leave prompt_start at None"
             )
-        layers = len(layers_of(self.base_model))
-        if config.deep_layers < 0:
-            config = dataclasses.replace(config, deep_layers=layers - 1)
-        if config.deep_layers >= max(1, layers):
-            raise ValueError(
-                f"deep_layers={config.deep_layers}: the backbone has {layers} layers, so {max(0, layers - 1)} after the first"
-            )
+        if config.deep_layers:
+            layers = layers_after_first(self.base_model)
+            if config.deep_layers < 0:
+                config = dataclasses.replace(config, deep_layers=layers)
+            if config.deep_layers > layers:
+                raise ValueError(
+                    f"deep_layers={config.deep_layers}, but the backbone has {layers} layers after the first"
+                )
+            hooked(layers_of(self.base_model))
+            self._path_of_layers = path_of_layers(self.base_model)
         if self._max_length is not None and config.prompt_length >= self._max_length:
             raise ValueError(
                 f"prompt_length={config.prompt_length} leaves no room for text in the backbone's {self._max_length} positions"
@@ -276,12 +280,14 @@ class AdaptersMixin(InputsMixin):
         return _numbered([Group(*found[name], torch.tensor(numbers, device=device)) for name, numbers in rows.items()])
 
     def _deep_prompts_of(
-        self, groups: list[Group], rows: Tensor | None
+        self, groups: list[Group], rows: Tensor | None, after_cache: bool = False
     ) -> contextlib.AbstractContextManager[DeepPrompts | None]:
         """Within, the wrapped model's layers add the groups' deep prompts, if they have any."""
-        if groups[0].first_row is None:
+        if self._path_of_layers is None:
             return contextlib.nullcontext()
-        return DeepPrompts(layers_of(self.base_model), groups, rows)
+        # Adapters without any enter, too: their pass may run within another's, in a logits processor or a streamer.
+        layers = cast(nn.ModuleList, self.base_model.get_submodule(self._path_of_layers))
+        return DeepPrompts(list(layers), groups, rows, after_cache)
 
     @contextlib.contextmanager
     def _heads_of(self, groups: list[Group]) -> Iterator[None]:

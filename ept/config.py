@@ -198,8 +198,9 @@ class EPTConfig:
             embed_dim: d, width of the backbone's word embeddings.
             preset: "paper" divides the budget as the paper's T5-base setting does (40 % prompt, 40 % low-rank pair,
                 20 % spaces: [reading]); "default" keeps the prompt at 4 rows, gives the spaces up to 20 % and the
-                token-conditioned update the rest [ours]; "deep" has up to 4 rows, with their deep prompts at most a third,
-                and the token-conditioned update the rest [ours]; it needs `deep_layers`.
+                token-conditioned update the rest [ours]; "deep" has up to 4 rows, with their deep prompts about a third,
+                and the token-conditioned update the rest [ours]; it needs `deep_layers`. What is left over, less than a rank
+                of what fills the rest, goes into more prompt rows; there is always one.
             settings: any field of EPTConfig; a size given here is kept and the others fill the rest.
 
         Raises:

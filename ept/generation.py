@@ -58,7 +58,8 @@ class GenerationMixin(AdaptersMixin):
         """
         backbone: Any = self.base_model  # its class has `generate`; PreTrainedModel alone has not
         if not self._adapter_enabled:
-            return backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            with self._deep_prompts_of([], None):
+                return backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
         inputs_embeds = kwargs.pop("inputs_embeds", None)
@@ -94,7 +95,7 @@ class GenerationMixin(AdaptersMixin):
         arguments = self._prepare_groups(groups, read_ids, inputs_embeds, attention_mask, None, None, None).arguments
         start = prompt_width(groups) + leading_padding(attention_mask)
         prompt_rows = arguments.get("prompt_rows")
-        with self._deep_prompts_of(groups, prompt_rows) as deep:
+        with self._deep_prompts_of(groups, prompt_rows, after_cache=True) as deep:
             hook = functools.partial(
                 self._update_decoding_step, groups=groups, start=start, deep=deep, prompt_rows=prompt_rows
             )
@@ -121,6 +122,8 @@ class GenerationMixin(AdaptersMixin):
         `start` [batch] is the backbone's column of each row's first text token; beams and returned sequences repeat
         the rows. `prompt_rows` are those of the text that generation starts from, for `deep`.
         """
+        if not self._adapter_enabled:  # a pass of the bare model in between, say in a logits processor
+            return None
         input_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         kwargs = dict(kwargs)
         if kwargs.get("position_ids") is not None:
@@ -144,7 +147,7 @@ class GenerationMixin(AdaptersMixin):
             prepared = self._prepare_groups(groups, input_ids, None, text, None, None, None).arguments
             kwargs["inputs_embeds"] = prepared["inputs_embeds"]
             if deep is not None:
-                deep.rows = prepared["prompt_rows"]
+                deep.rows = prepared.get("prompt_rows")
             if kwargs.get("position_ids") is not None:
                 positions = text_positions(prepared["attention_mask"]).clamp(min=0)
                 kwargs["position_ids"] = positions + self._first_position

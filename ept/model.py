@@ -155,7 +155,8 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
                 position_ids=position_ids, inputs_embeds=inputs_embeds, labels=labels, past_key_values=past_key_values,
                 return_dict=return_dict,
             )  # fmt: skip
-            return self.base_model(**{k: v for k, v in given.items() if v is not None}, **kwargs)
+            with self._deep_prompts_of([], None):
+                return self.base_model(**{k: v for k, v in given.items() if v is not None}, **kwargs)
         self._check_inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, kwargs)
         if kwargs.get("encoder_outputs") is not None:
             text = kwargs["encoder_outputs"][0]
@@ -176,9 +177,10 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
             )
             kwargs.pop("cache_position", None)
             arguments = {k: v for k, v in arguments.items() if v is not None}
-            return self.base_model(
-                **arguments, **kwargs, **({} if return_dict is None else {"return_dict": return_dict})
-            )
+            with self._deep_prompts_of([], None):  # the cache holds the prompt
+                return self.base_model(
+                    **arguments, **kwargs, **({} if return_dict is None else {"return_dict": return_dict})
+                )
         rows = (input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels)
         if self._kind == "seq2seq":
             prepared = self._prepare_encoder_of_seq2seq(groups, input_ids, inputs_embeds, attention_mask, kwargs)

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from .backbones import embedding_width
 from .benchmark_tasks import BENCHMARK_TASKS
 from .config import INITS, PRESETS, EPTConfig
-from .deep import layers_of
+from .deep import layers_after_first
 from .tasks import HEADS, TASKS
 from .training import EPTSeq2SeqTrainingArguments
 
@@ -161,7 +161,7 @@ def ept_config(sizes: Any, backbone: Any) -> EPTConfig:
         raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
     if sizes.budget is not None:
         if given.get("deep_layers", -1 if sizes.preset == "deep" else 0) < 0:
-            given["deep_layers"] = len(layers_of(backbone)) - 1
+            given["deep_layers"] = layers_after_first(backbone)
         width = embedding_width(backbone.get_input_embeddings())
         return EPTConfig.for_budget(sizes.budget, width, preset=sizes.preset, **given)
     presets: dict[str, Callable[..., EPTConfig]] = {"paper": EPTConfig.paper, "deep": EPTConfig.deep}

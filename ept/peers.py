@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .backbones import embedding_width
 from .config import EPTConfig
-from .deep import layers_of
+from .deep import layers_after_first
 from .heads import MeanPoolingForSequenceClassification, in_float32
 from .model import get_ept_model, head_names
 from .training import HEAD_LEARNING_RATE, parameter_groups
@@ -93,7 +93,7 @@ def adapt(
     if method in _EPT:
         preset, without = _EPT[method]
         if preset == "deep":
-            without = {"deep_layers": len(layers_of(base)) - 1}
+            without = {"deep_layers": layers_after_first(base)}
         config = EPTConfig.for_budget(
             budget, embedding_width(base.get_input_embeddings()), preset=preset, **without | (settings or {})
         )

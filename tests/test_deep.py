@@ -1,7 +1,9 @@
 """Deep prompts: offsets of the prompt's rows at the input of every layer after the first, wherever the prompt stands."""
 
 import copy
+import threading
 
+import accelerate
 import pytest
 import torch
 import transformers as hf
@@ -222,23 +224,100 @@ def test_a_saved_adapter_gives_the_same_bits(tmp_path, fold):
         assert torch.equal(other.fold().ept.prompt, again.ept.prompt) and other.ept.sha256 != again.ept.sha256
 
 
-def test_without_the_adapter_and_after_a_call_the_backbone_is_as_it_was():
+def test_without_the_adapter_and_after_an_error_the_backbone_is_as_it_was():
     model, text = causal(), ids(2, 7)
     base = backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4)
-    model(input_ids=text)
-    model.generate(text, max_new_tokens=2)
     with pytest.raises(ValueError):
         model(input_ids=text, labels=text[:, :3])
+    layers_of(model.base_model)[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=text)
+    layers_of(model.base_model)[2]._forward_pre_hooks.popitem()
+    assert torch.equal(model.base_model(input_ids=text).logits, base(input_ids=text).logits)
     with model.disable_adapter():
         assert torch.equal(model(input_ids=text).logits, base(input_ids=text).logits)
-    assert not any(layer._forward_pre_hooks for layer in layers_of(model.base_model))
+
+
+def test_calls_from_several_threads_add_their_own():
+    model, texts = causal(), [ids(2, 7), ids(3, 9, seed=1)]
+    want = [model(input_ids=text).logits for text in texts]
+    wrong = []
+
+    def run(text, logits):
+        wrong.extend(not torch.equal(model(input_ids=text).logits, logits) for _ in range(50))
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(texts, want, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 100 and not any(wrong)
+
+
+@pytest.mark.parametrize("inner", ["default", "flat", None])
+def test_a_call_within_a_generation_is_as_it_is_alone(inner):
+    model, text = causal(), ids(1, 6)
+    model.add_adapter("flat", all_parts(prompt_length=3))
+    others = [ids(1, n, seed=n) for n in (3, 6, 11)]
+
+    def run(other):
+        if inner is None:
+            with model.disable_adapter():
+                return model(input_ids=other).logits
+        return model(input_ids=other, adapter_ids=[inner]).logits
+
+    want, got = [run(other) for other in others], []
+    settings = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    alone = model.generate(text, **settings)
+
+    class Within(hf.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            got.extend(run(other) for other in others)
+            model.generate(others[2], **settings)
+            return scores
+
+    assert torch.equal(model.generate(text, logits_processor=[Within()], **settings), alone)
+    assert len(got) == 9 and all(torch.equal(a, b) for a, b in zip(got, want * 3, strict=True))
+
+
+def test_layers_behind_a_checkpoint_wrapper_give_the_same_gradients():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    text, model = ids(3, 7), causal().train()
+    model(input_ids=text, labels=text).loss.backward()
+    want = {name: p.grad.clone() for name, p in model.ept.named_parameters()}
+    model.zero_grad()
+    kind = type(layers_of(model.base_model)[0])
+    apply_activation_checkpointing(model.base_model, check_fn=lambda module: isinstance(module, kind))
+    first, second = (model(input_ids=t, labels=t).loss for t in (text, text.flip(0)))
+    second.backward()
+    first.backward()
+    for name, p in model.ept.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * want[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_classifier_without_a_padding_token_and_an_offloaded_backbone_are_measured(tmp_path):
+    auto = hf.AutoModelForSequenceClassification
+    want = causal().ept.deep_scale
+    base = backbone("llama", auto, num_hidden_layers=4, pad_token_id=None)
+    assert (wrapped(base, all_parts(**DEEP)).ept.deep_scale < 0.1).all()  # not the ones of what is not measured
+    base = accelerate.dispatch_model(
+        backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4),
+        {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu", "model.norm": "cpu",
+         "model.rotary_emb": "cpu", "lm_head": "cpu", "model.layers.2": "disk", "model.layers.3": "disk"},
+        main_device="cpu", offload_dir=str(tmp_path), force_hooks=True,
+    )  # fmt: skip
+    torch.testing.assert_close(get_ept_model(base, all_parts(**DEEP)).ept.deep_scale, want)
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: wrapped(backbone("electra"), all_parts(**DEEP)), "electra|Electra.*deep_layers=0"),
-        (lambda: wrapped(backbone("llama", hf.AutoModelForCausalLM), all_parts(deep_layers=2)), "2 layers, so 1 after"),
+        (
+            lambda: wrapped(backbone("llama", hf.AutoModelForCausalLM), all_parts(deep_layers=2)),
+            "has 1 layers after the first",
+        ),
         (lambda: EPTConfig(deep_layers=-2), "deep_layers=-2"),
         (lambda: EPTConfig(deep_layers=1.5), "whole number"),
         (lambda: causal().prompt_embeds(ids(1, 4)), "deep_layers=0"),
@@ -253,5 +332,13 @@ def test_layers_that_are_shared_are_refused():
     albert = hf.AlbertModel(hf.AlbertConfig(
         vocab_size=120, embedding_size=32, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64
     ))  # fmt: skip
-    with pytest.raises(ValueError, match="1 layers, so 0 after"):
-        get_ept_model(albert, all_parts(deep_layers=1))
+    with pytest.raises(ValueError, match="share their weights"):
+        get_ept_model(albert, EPTConfig.deep())
+
+
+def test_layers_in_parts_side_by_side_are_refused():
+    xlm = hf.XLMModel(
+        hf.XLMConfig(vocab_size=120, emb_dim=32, n_layers=3, n_heads=4, max_position_embeddings=64, pad_index=0)
+    )
+    with pytest.raises(ValueError, match="do not stand in one list"):
+        get_ept_model(xlm.eval(), EPTConfig.deep())
