@@ -189,14 +189,22 @@ SMOLLM2_ARMS: dict[str, dict[str, Any]] = {
 
 
 def smollm2() -> list[Job]:
-    """Three learning rates for each method on the dev part of tweets. Those of prompt tuning are EPT's for P in this
-    backbone's unit (e = 0.13); LoRA's are a language model's."""
-    rates = {"EPT, half": (1.0, 0.5, 2.0), "LoRA": (0.001, 0.0005, 0.002), "prompt tuning 20": (0.012, 0.006, 0.024)}
+    """Four learning rates for each method on the dev part of tweets: three, and one beyond the end where the best of them
+    stood. Those of prompt tuning are EPT's for P in this backbone's unit (e = 0.13); LoRA's are a language model's."""
+    rates = {
+        "EPT, half": (1.0, 0.5, 2.0, 0.25),
+        "LoRA": (0.001, 0.0005, 0.002, 0.004),
+        "prompt tuning 20": (0.012, 0.006, 0.024, 0.048),
+    }
+    common = dict[str, Any](task="tweets", seed=0) | SMOLLM2
+    slow_w = job(
+        "EPT, half, W 0.25", **common | SMOLLM2_ARMS["EPT, half"] | {"rate": 1.0, "rates": {"learning_rate": 0.0045}}
+    )
     return [
-        job(f"{arm} {rate:g}", **dict[str, Any](rate=rate, task="tweets", seed=0) | SMOLLM2 | SMOLLM2_ARMS[arm])
+        job(f"{arm} {rate:g}", **common | SMOLLM2_ARMS[arm] | {"rate": rate})
         for arm, tried in rates.items()
         for rate in tried
-    ]
+    ] + [slow_w]
 
 
 STAGES = {
