@@ -185,7 +185,13 @@ SMOLLM2_ARMS: dict[str, dict[str, Any]] = {
     "EPT, half": {"method": "EPT", "settings": HALF | DROPOUT},
     "LoRA": {"method": "LoRA"},
     "prompt tuning 20": {"method": "prompt tuning 20"},
+    "EPT, deep": {
+        "method": "EPT",
+        "settings": {"prompt_length": 2, "num_spaces": 0, "token_rank": 20, "deep_layers": 29}
+        | DROPOUT,  # 57,600 parameters
+    },
 }
+SMOLLM2_RATES = {"EPT, half": 0.5, "LoRA": 0.004, "prompt tuning 20": 0.024, "EPT, deep": 0.5}  # as `smollm2` chose
 
 
 def smollm2() -> list[Job]:
@@ -207,7 +213,18 @@ def smollm2() -> list[Job]:
     ] + [slow_w]
 
 
+def smollm2_final() -> list[Job]:
+    """One seed, the test parts of two tasks, at the best rates; deep prompts, which were not searched, at EPT's."""
+    common = dict[str, Any](seed=0, reads_test=True) | SMOLLM2
+    return [
+        job(arm, **common | told | {"rate": SMOLLM2_RATES[arm], "task": task})
+        for task in ("tweets", "movies")
+        for arm, told in SMOLLM2_ARMS.items()
+    ]
+
+
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
+    "smollm2_final": smollm2_final,
 }  # fmt: skip
