@@ -107,6 +107,16 @@ def search() -> list[Job]:
     ]
 
 
+def rates() -> list[Job]:
+    """Whether EPT's default rates are the best of three on the tasks that `search` left out, and with its dropout."""
+    return [
+        job(f"EPT, {shape} {rate:g}", "EPT", rate, task, 2000, 0, settings=settings | DROPOUT)
+        for shape, settings in (("half", HALF), ("deep", DEEP))
+        for task in TASKS
+        for rate in (1.0, 0.5, 2.0)
+    ]
+
+
 # Arm -> method and what it is built with; the rates are those that `search` chose.
 ARMS: dict[str, dict[str, Any]] = {
     "EPT": {"method": "EPT", "rate": 1.0, "settings": DROPOUT},
@@ -225,6 +235,6 @@ def smollm2_final() -> list[Job]:
 
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
-    "search": search, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
+    "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
     "smollm2_final": smollm2_final,
 }  # fmt: skip
