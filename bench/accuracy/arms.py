@@ -206,10 +206,10 @@ SMOLLM2_RATES = {"EPT, half": 0.5, "LoRA": 0.004, "prompt tuning 20": 0.024, "EP
 
 def smollm2() -> list[Job]:
     """Four learning rates for each method on the dev part of tweets: three, and one beyond the end where the best of them
-    stood. Those of prompt tuning are EPT's for P in this backbone's unit (e = 0.13); LoRA's are a language model's."""
+    stood; LoRA, best at the end once more, has another two. Those of prompt tuning are EPT's for P in this backbone's unit (e = 0.13); LoRA's are a language model's."""
     rates = {
         "EPT, half": (1.0, 0.5, 2.0, 0.25),
-        "LoRA": (0.001, 0.0005, 0.002, 0.004),
+        "LoRA": (0.001, 0.0005, 0.002, 0.004, 0.008, 0.016),
         "prompt tuning 20": (0.012, 0.006, 0.024, 0.048),
     }
     common = dict[str, Any](task="tweets", seed=0) | SMOLLM2
@@ -224,12 +224,14 @@ def smollm2() -> list[Job]:
 
 
 def smollm2_final() -> list[Job]:
-    """One seed, the test parts of two tasks, at the best rates; deep prompts, which were not searched, at EPT's."""
-    common = dict[str, Any](seed=0, reads_test=True) | SMOLLM2
+    """The test parts of two tasks, at the best rates; deep prompts, which were not searched, at EPT's."""
+    common = dict[str, Any](reads_test=True) | SMOLLM2
     return [
-        job(arm, **common | told | {"rate": SMOLLM2_RATES[arm], "task": task})
+        job(arm, **common | told | {"rate": SMOLLM2_RATES[arm], "task": task, "seed": seed})
+        for seed in (0, 1)
         for task in ("tweets", "movies")
         for arm, told in SMOLLM2_ARMS.items()
+        if seed == 0 or arm in ("LoRA", "EPT, deep")
     ]
 
 
