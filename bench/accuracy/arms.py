@@ -213,14 +213,12 @@ def smollm2() -> list[Job]:
         "prompt tuning 20": (0.012, 0.006, 0.024, 0.048),
     }
     common = dict[str, Any](task="tweets", seed=0) | SMOLLM2
-    slow_w = job(
-        "EPT, half, W 0.25", **common | SMOLLM2_ARMS["EPT, half"] | {"rate": 1.0, "rates": {"learning_rate": 0.0045}}
-    )
+    slow_w = SMOLLM2_ARMS["EPT, half"] | {"rate": 1.0, "rates": {"learning_rate": 0.0045}}
     return [
         job(f"{arm} {rate:g}", **common | SMOLLM2_ARMS[arm] | {"rate": rate})
         for arm, tried in rates.items()
         for rate in tried
-    ] + [slow_w]
+    ] + [job("EPT, half, W 0.25", **common | slow_w)]
 
 
 def smollm2_final() -> list[Job]:
