@@ -205,12 +205,15 @@ SMOLLM2_RATES = {"EPT, half": 0.5, "LoRA": 0.004, "prompt tuning 20": 0.024, "EP
 
 
 def smollm2() -> list[Job]:
-    """Four learning rates for each method on the dev part of tweets: three, and one beyond the end where the best of them
-    stood; LoRA, best at the end once more, has another two. Those of prompt tuning are EPT's for P in this backbone's unit (e = 0.13); LoRA's are a language model's."""
+    """Learning rates for each method on the dev part of tweets: three, and more beyond the end where the best stood.
+
+    Those of prompt tuning are EPT's for P in this backbone's unit (e = 0.13); LoRA's are a language model's.
+    """
     rates = {
         "EPT, half": (1.0, 0.5, 2.0, 0.25),
         "LoRA": (0.001, 0.0005, 0.002, 0.004, 0.008, 0.016),
         "prompt tuning 20": (0.012, 0.006, 0.024, 0.048),
+        "EPT, deep": (0.5, 1.0, 0.25),
     }
     common = dict[str, Any](task="tweets", seed=0) | SMOLLM2
     slow_w = SMOLLM2_ARMS["EPT, half"] | {"rate": 1.0, "rates": {"learning_rate": 0.0045}}
@@ -222,7 +225,7 @@ def smollm2() -> list[Job]:
 
 
 def smollm2_final() -> list[Job]:
-    """The test parts of two tasks, at the best rates; deep prompts, which were not searched, at EPT's."""
+    """The test parts of two tasks, at the best rates."""
     common = dict[str, Any](reads_test=True) | SMOLLM2
     return [
         job(arm, **common | told | {"rate": SMOLLM2_RATES[arm], "task": task, "seed": seed})
