@@ -201,7 +201,7 @@ SMOLLM2_ARMS: dict[str, dict[str, Any]] = {
         | DROPOUT,  # 57,600 parameters
     },
 }
-SMOLLM2_RATES = {"EPT, half": 0.5, "LoRA": 0.004, "prompt tuning 20": 0.024, "EPT, deep": 0.5}  # as `smollm2` chose
+SMOLLM2_RATES = {"EPT, half": 0.5, "LoRA": 0.008, "prompt tuning 20": 0.024, "EPT, deep": 0.5}  # as `smollm2` chose
 
 
 def smollm2() -> list[Job]:
