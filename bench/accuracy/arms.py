@@ -142,7 +142,7 @@ COMPARISONS = [
     ("EPT", "LoRA r=4"), ("EPT", "EPT, half"), ("EPT", "head only"),
     ("EPT, half", "LoRA r=4"), ("EPT, half", "LoRA"), ("EPT, half", "prompt tuning 20"),
     ("EPT, deep", "LoRA r=4"), ("EPT, deep", "EPT, half"), ("EPT, deep", "prompt tuning 20"), ("EPT, deep", "prompt tuning 100"),
-    ("EPT, deep", "BitFit"),
+    ("EPT, deep", "BitFit"), ("EPT, deep", "LoRA"),
     ("EPT", "EPT, no dropout"), ("EPT, half", "EPT, half, no dropout"), ("EPT", "prompt tuning 10"),
     ("EPT, a tenth", "LoRA, a tenth"), ("EPT, a tenth", "prompt tuning 10"),
 ]  # fmt: skip
