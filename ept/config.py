@@ -185,8 +185,8 @@ class EPTConfig:
 
     @classmethod
     def deep(cls, **settings: Any) -> "EPTConfig":
-        """The token-conditioned update and deep prompts in all layers, no spaces [ours]: the most accurate with little
-        data (bench/NOTES.md), for whoever runs the adapter inside transformers."""
+        """The token-conditioned update and deep prompts in all layers, no spaces [ours]: the most accurate of the
+        presets with little data (bench/NOTES.md), for whoever runs the adapter inside transformers."""
         return cls(**dict(prompt_length=4, num_spaces=0, token_rank=24, deep_layers=-1) | settings)
 
     @classmethod
