@@ -1,7 +1,9 @@
 """What EPT must know of a backbone: its kind, its head, its positions, and whether EPT can be right on it."""
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ __all__ = [
     "check_inputs_embeds",
     "embedding_rms",
     "embedding_width",
+    "evaluating",
     "head_names",
     "is_plain",
     "keep_4_bits_differentiable",
@@ -154,6 +157,18 @@ def keep_4_bits_differentiable(model: nn.Module) -> None:
                 )
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
     """Runs four tokens through the model by ids, by embeddings and beside padding: EPT is right only where all agree."""
@@ -161,29 +176,25 @@ def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
     if any(p.is_meta for p in model.parameters()):
         return
     probed = model.get_encoder() if kind == "seq2seq" else model
-    training = {module: module.training for module in model.modules()}
     weight = weight_of(embedding)
     ids = torch.arange(len(weight), device=weight.device)[-4:].unsqueeze(0)
     mask = torch.ones_like(ids)
     try:
-        model.eval()
-        embeds = embedding(ids)
-        by_ids = probed(input_ids=ids, attention_mask=mask, return_dict=True)
-        by_embeds = probed(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
-        beside_padding = by_embeds
-        if not kind.startswith("causal"):
-            beside_padding = probed(
-                inputs_embeds=torch.cat([embeds, embeds], 1),
-                attention_mask=torch.cat([mask, 0 * mask], 1),
-                return_dict=True,
-            )
-        key = "logits" if "logits" in by_ids else "last_hidden_state"
-        want, got, padded = (out[key].float() for out in (by_ids, by_embeds, beside_padding))
+        with evaluating(model):
+            embeds = embedding(ids)
+            by_ids = probed(input_ids=ids, attention_mask=mask, return_dict=True)
+            by_embeds = probed(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
+            beside_padding = by_embeds
+            if not kind.startswith("causal"):
+                beside_padding = probed(
+                    inputs_embeds=torch.cat([embeds, embeds], 1),
+                    attention_mask=torch.cat([mask, 0 * mask], 1),
+                    return_dict=True,
+                )
+            key = "logits" if "logits" in by_ids else "last_hidden_state"
+            want, got, padded = (out[key].float() for out in (by_ids, by_embeds, beside_padding))
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise TypeError(f"{name} cannot run on inputs_embeds, which EPT needs: {error}") from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     # The passes do the same arithmetic; what differs is a factor or a term that one of them lacks.
     close = functools.partial(torch.allclose, rtol=1e-2, atol=1e-2 * want.abs().max().item(), equal_nan=True)
     if not close(want, got):

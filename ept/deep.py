@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbones import positions_of, weight_of
+from .backbones import evaluating, positions_of, weight_of
 
 if TYPE_CHECKING:
     from .inputs import Group
@@ -75,17 +75,14 @@ def measure(model: Any) -> Tensor:
     def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.append(_hidden(args, kwargs))
 
-    training = {module: module.training for module in model.modules()}
     handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    reader = model.get_encoder() if model.config.is_encoder_decoder else model
     try:
-        model.eval()
-        reader = model.get_encoder() if model.config.is_encoder_decoder else model
-        reader(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), return_dict=True)
+        with evaluating(model):
+            reader(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), return_dict=True)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     if len(seen) != len(layers) or any(hidden.shape != embeds.shape for hidden in seen):
         shapes = ", ".join(str(tuple(hidden.shape)) for hidden in seen[:3]) or "none"
         raise TypeError(

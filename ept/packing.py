@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backbones import weight_of
+from .backbones import evaluating, weight_of
 from .inputs import Group, InputsMixin, Prepared
 
 __all__ = ["PackingMixin", "example_starts"]
@@ -181,10 +181,9 @@ class PackingMixin(InputsMixin):
     def _probe_packing(self) -> str:
         """Runs three and two tokens in one row and apart: the first way in which they agree, "" if none does."""
         model, embedding = self.base_model, self.base_model.get_input_embeddings()
-        training = {module: module.training for module in model.modules()}
-        model.eval()
         weight = weight_of(embedding)
-        embeds = embedding(torch.arange(len(weight), device=weight.device)[-5:].unsqueeze(0))
+        with evaluating(model):
+            embeds = embedding(torch.arange(len(weight), device=weight.device)[-5:].unsqueeze(0))
         numbers = torch.tensor([[1, 1, 1, 2, 2]], device=embeds.device)
         positions = torch.tensor([[0, 1, 2, 0, 1]], device=embeds.device) + self._first_position
         config = self.config.get_text_config()
@@ -192,15 +191,12 @@ class PackingMixin(InputsMixin):
         ways = ["positions"] if self._kind == "causal" else []
         if not windowed and "flash" not in (self.config._attn_implementation or ""):
             ways.append("mask")  # one mask for all layers has no window
-        try:
+        with evaluating(model):
             alone = torch.cat([self._probed(embeds[:, :3]), self._probed(embeds[:, 3:])], dim=1)
             for way in ways:
                 apart = self._apart_from_each_other(numbers, way, embeds.dtype)
                 if _agree(alone, self._probed(embeds, position_ids=positions, **apart)):
                     return way
-        finally:
-            for module, mode in training.items():
-                module.training = mode
         return ""
 
     def _probed(self, embeds: Tensor, **arguments: Any) -> Tensor:
