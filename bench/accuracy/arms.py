@@ -192,17 +192,13 @@ def whole_sets() -> list[Job]:
 
 # SmolLM2-135M: 100 steps of 16 rows of at most 24 tokens, which is what these machines have time for.
 SMOLLM2 = {"backbone": "smollm2", "steps": 100, "batch_size": 16, "max_length": 24, "budget": 57_600, "rows": 2000}
-SMOLLM2_ARMS: dict[str, dict[str, Any]] = {
-    "EPT, half": {"method": "EPT", "settings": HALF | DROPOUT},
-    "LoRA": {"method": "LoRA"},
-    "prompt tuning 20": {"method": "prompt tuning 20"},
-    "EPT, deep": {
-        "method": "EPT",
-        "settings": {"prompt_length": 2, "num_spaces": 0, "token_rank": 20, "deep_layers": 29}
-        | DROPOUT,  # 57,600 parameters
-    },
+SMOLLM2_DEEP = {"prompt_length": 2, "num_spaces": 0, "token_rank": 20, "deep_layers": 29}  # 57,600 parameters
+SMOLLM2_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `smollm2` chose
+    "EPT, half": {"method": "EPT", "rate": 0.5, "settings": HALF | DROPOUT},
+    "LoRA": {"method": "LoRA", "rate": 0.008},
+    "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.024},
+    "EPT, deep": {"method": "EPT", "rate": 0.5, "settings": SMOLLM2_DEEP | DROPOUT},
 }
-SMOLLM2_RATES = {"EPT, half": 0.5, "LoRA": 0.008, "prompt tuning 20": 0.024, "EPT, deep": 0.5}  # as `smollm2` chose
 
 
 def smollm2() -> list[Job]:
@@ -229,7 +225,7 @@ def smollm2_final() -> list[Job]:
     """The test parts of two tasks, at the best rates."""
     common = dict[str, Any](reads_test=True) | SMOLLM2
     return [
-        job(arm, **common | told | {"rate": SMOLLM2_RATES[arm], "task": task, "seed": seed})
+        job(arm, **common | told | {"task": task, "seed": seed})
         for seed in (0, 1)
         for task in ("tweets", "movies")
         for arm, told in SMOLLM2_ARMS.items()
