@@ -5,7 +5,11 @@ backward of a graph is that of both ways less the forward's, because autograd ru
 forward, which a capture on another stream may not touch.
 """
 
+import contextlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from . import micro
 __all__ = ["Clock", "microbenchmarks", "triton_clock"]
 
 WARMUP_MS, REPEAT_MS = 5, 10  # of the call itself; clearing the cache takes longer
+MOST_COMPILERS = 16  # processes, each with a context of its own on the GPU
 
 # Seconds of a call, as lower quartile, median and upper quartile, how often it ran, and of its captured graph.
 Clock = Callable[[Callable[[], Any], bool], dict[str, float]]
@@ -38,6 +43,21 @@ def triton_clock(call: Callable[[], Any], captured: bool) -> dict[str, float]:
     return found
 
 
+def _compile(point: micro.Point) -> None:
+    """Leaves the point's kernels in Triton's cache on disk; what is wrong with it is said when it is timed."""
+    with contextlib.suppress(micro.WrongResult, micro.CannotRun):
+        micro.work(point, "cuda").check()
+
+
+def compile_ahead(points: list[micro.Point]) -> None:
+    """Compiles the kernels of the points on all cores: one after another they would take longer than all timing."""
+    ours = [point for point in points if point.impl == "triton"]
+    workers = min(len(ours), os.cpu_count() or 1, MOST_COMPILERS)
+    if workers > 1:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            list(tqdm(pool.map(_compile, ours), total=len(ours), desc="compiling", unit="point"))
+
+
 def microbenchmarks(
     points: list[micro.Point], device: str, clock: Clock = triton_clock
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
@@ -47,6 +67,7 @@ def microbenchmarks(
         from ept_kernels.triton_common import Counters
 
         Counters.RESERVE = 2 * len(points)  # a capture beyond it would hold a memset beside the launch
+        compile_ahead(points)
     bandwidth = micro.copy_bandwidth(device)
     for point in tqdm(points, desc="microbenchmarks", unit="point"):
         try:

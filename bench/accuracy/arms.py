@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["ARMS", "BUDGET", "COMPARISONS", "SMOLLM2_ARMS", "STAGES", "STEPS", "TASKS", "job"]
+__all__ = ["ARMS", "BUDGET", "COMPARISONS", "SMOLLM2_WHOLE_ARMS", "STAGES", "STEPS", "TASKS", "job"]
 
 TASKS = ("movies", "rating", "tweets", "news", "authors")
 BUDGET = 38_400  # a soft prompt of 100 tokens at d = 384
@@ -136,7 +136,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "DePT": {"method": "DePT", "rate": 2.0},
     "full fine-tuning": {"method": "full", "rate": 0.0001, "dtype": "float32"},
 }
-FIRST = 6  # arms whose runs with all seeds and both sizes come first
+FIRST = 6  # arms whose runs with three seeds and both sizes come first
 COMPARISONS = [
     ("EPT", "prompt tuning 20"), ("EPT", "prompt tuning 100"), ("EPT", "DePT"), ("EPT", "EPT paper"),
     ("EPT", "LoRA r=4"), ("EPT", "EPT, half"), ("EPT", "head only"),
@@ -149,11 +149,11 @@ COMPARISONS = [
 
 
 def final() -> list[Job]:
-    """Three seeds, the test parts; what matters most first."""
+    """Five seeds, the test parts; what matters most first."""
     arms = list(ARMS)
-    order = [(arm, 2000, seed) for seed in range(3) for arm in arms[:FIRST]]
-    order += [(arm, 500, seed) for seed in range(3) for arm in arms[:FIRST]]
+    order = [(arm, rows, seed) for rows in (2000, 500) for seed in range(3) for arm in arms[:FIRST]]
     order += [(arm, rows, seed) for rows in (2000, 500) for seed in range(3) for arm in arms[FIRST:]]
+    order += [(arm, rows, seed) for rows in (2000, 500) for seed in (3, 4) for arm in arms]
     return [
         job(arm, **dict[str, Any](task=task, rows=rows, seed=seed, reads_test=True) | ARMS[arm])
         for arm, rows, seed in order
@@ -161,7 +161,7 @@ def final() -> list[Job]:
     ]
 
 
-# As many steps as fit into the default preset's time for 150, where that is fewer: bench/results/accuracy/step_time.json.
+# As many steps as fit into the default preset's time for 150, where that is fewer: bench/results/accuracy/cpu/step_time.json.
 EQUAL_TIME_STEPS = {
     "prompt tuning 20": 104, "prompt tuning 10": 129, "prompt tuning 100": 36, "DePT": 73, "EPT paper": 71, "BitFit": 89,
     "full fine-tuning": 52,
@@ -233,8 +233,44 @@ def smollm2_final() -> list[Job]:
     ]
 
 
+# The same backbone at MiniLM's protocol (150 steps of 32 rows of at most 48 tokens), which takes a GPU.
+SMOLLM2_WHOLE: dict[str, Any] = {"backbone": "smollm2", "budget": 57_600, "rows": 2000}
+SMOLLM2_RATES = {
+    "EPT, deep": (0.5, 0.25, 1.0), "LoRA": (0.004, 0.002, 0.008), "prompt tuning 20": (0.024, 0.012, 0.048),
+    "EPT, half": (0.5, 0.25, 1.0), "EPT": (0.5, 0.25, 1.0), "head only": (0.005, 0.002, 0.02),
+}  # fmt: skip
+SMOLLM2_WHOLE_ARMS: dict[str, dict[str, Any]] = SMOLLM2_ARMS | {
+    "LoRA": {"method": "LoRA", "rate": 0.004},
+    "EPT": {"method": "EPT", "rate": 0.5, "settings": DROPOUT},
+    "head only": {"method": "head only", "rate": 0.005},
+}
+
+
+def smollm2_search() -> list[Job]:
+    """Three learning rates for each method, on the dev parts of two tasks."""
+    return [
+        job(
+            f"{arm} {rate:g}",
+            **dict[str, Any](task=task, seed=0) | SMOLLM2_WHOLE | SMOLLM2_WHOLE_ARMS[arm] | {"rate": rate},
+        )
+        for arm, tried in SMOLLM2_RATES.items()
+        for rate in tried
+        for task in ("movies", "tweets")
+    ]
+
+
+def smollm2_tasks() -> list[Job]:
+    """All tasks' test parts, at the rates that `smollm2_search` chose."""
+    return [
+        job(arm, **dict[str, Any](task=task, seed=seed, reads_test=True) | SMOLLM2_WHOLE | SMOLLM2_WHOLE_ARMS[arm])
+        for seed in range(3)
+        for arm in SMOLLM2_RATES
+        for task in TASKS
+    ]
+
+
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
-    "smollm2_final": smollm2_final,
+    "smollm2_final": smollm2_final, "smollm2_search": smollm2_search, "smollm2_tasks": smollm2_tasks,
 }  # fmt: skip

@@ -2,19 +2,20 @@
 
     python -m bench.accuracy.table [--draws 2000]
 
-Writes table.md and accuracy.png into bench/results/accuracy/.
+Writes table.md and accuracy.png beside them: bench/results/accuracy/cuda/ and …/cpu/.
 """
 
 import argparse
 import statistics
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
 from ..real_text import load_task
-from .arms import ARMS, COMPARISONS, SMOLLM2_ARMS, TASKS
+from .arms import ARMS, COMPARISONS, SMOLLM2_WHOLE_ARMS, TASKS
 from .study import RESULTS, decode_predictions, read
 
 matplotlib.use("Agg")
@@ -25,6 +26,7 @@ OTHERS = {
     "equal_time": "Equal time: as many steps as fit into the default preset's for 150, 2,000 training rows",
     "whole_sets": "Whole training sets, 300 steps",
     "smollm2_final": "SmolLM2-135M, 2,000 training rows, 100 steps of 16 rows of at most 24 tokens",
+    "smollm2_tasks": "SmolLM2-135M, 2,000 training rows",
 }
 
 Runs = dict[str, dict[int, np.ndarray]]  # task -> seed -> predictions [test rows]
@@ -70,8 +72,10 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
     for record in records:
         by_arm[record["arm"]][record["task"]].append(record)
     found = [task for task in TASKS if any(task in tasks for tasks in by_arm.values())]
-    lines = [f"| arm | trained, with the head | {' | '.join(found)} | mean |", "|---" * (len(found) + 3) + "|"]
-    for arm in sorted(by_arm, key=list(ARMS | SMOLLM2_ARMS).index):
+    most = max(len(runs) for tasks in by_arm.values() for runs in tasks.values())
+    lines = [f"{most} seed{'s' * (most > 1)} where not said.", ""]
+    lines += [f"| arm | trained, with the head | {' | '.join(found)} | mean |", "|---" * (len(found) + 3) + "|"]
+    for arm in sorted(by_arm, key=list(ARMS | SMOLLM2_WHOLE_ARMS).index):
         tasks = by_arm[arm]
         cells, task_means = [], []
         for task in found:
@@ -80,7 +84,7 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
                 cells.append("–")
                 continue
             spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
-            count = "" if len(scores) == 3 else f" ({len(scores)})"
+            count = "" if len(scores) == most else f" ({len(scores)})"
             cells.append(f"{statistics.mean(scores):.3f}{spread}{count}")
             task_means.append(statistics.mean(scores))
         mean = f"{statistics.mean(task_means):.4f}" if len(task_means) == len(found) else "–"
@@ -101,7 +105,7 @@ def _comparisons(records: list[dict[str, Any]], draws: int) -> list[str]:
     return lines
 
 
-def _picture(records: list[dict[str, Any]]) -> None:
+def _picture(records: list[dict[str, Any]], path: Path) -> None:
     """One panel for each training-set size: mean over the tasks against trained parameters."""
     sizes = sorted({record["rows"] for record in records})
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4), squeeze=False)
@@ -121,34 +125,40 @@ def _picture(records: list[dict[str, Any]]) -> None:
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.margins(x=0.15)
     figure.tight_layout()
-    figure.savefig(RESULTS / "accuracy.png", dpi=120)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.table", description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=2000)
-    options = parser.parse_args()
-    records = [record for record in read("final") if record["reads_test"]]
-    if not records:
+    draws = parser.parse_args().draws
+    found = [device for device in ("cuda", "cpu") if read("final", device)]
+    if not found:
         raise SystemExit("no final runs yet: python -m bench.accuracy.study final")
+    for device in found:
+        _write(device, draws)
+
+
+def _write(device: str, draws: int) -> None:
+    """table.md and accuracy.png of a device type's lines."""
+    records = read("final", device)
     sections = {
         f"{rows:,} training rows": [record for record in records if record["rows"] == rows]
         for rows in sorted({record["rows"] for record in records}, reverse=True)
     }
-    sections |= {title: read(stage) for stage, title in OTHERS.items()}
+    sections |= {title: read(stage, device) for stage, title in OTHERS.items()}
     lines = []
     for title, chosen in sections.items():
         if chosen:
-            lines += [f"## {title}", "", *_table(chosen), "", *_comparisons(chosen, options.draws), ""]
+            lines += [f"## {title}", "", *_table(chosen), "", *_comparisons(chosen, draws), ""]
     everything = [record for chosen in sections.values() for record in chosen]
     machines = sorted({tuple(sorted(record["machine"].items())) for record in everything})
-    lines += [
-        "Mean ± deviation over seeds (number of seeds where it is not 3); protocol in `bench/accuracy/README.md`."
-    ]
+    lines += ["Mean ± deviation over seeds; protocol in `bench/accuracy/README.md`."]
     lines += ["; ".join(f"{name} {value}" for name, value in machine) for machine in machines]
     text = "\n".join(lines)
-    (RESULTS / "table.md").write_text(text + "\n", encoding="utf-8")
-    _picture(records)
+    (RESULTS / device / "table.md").write_text(text + "\n", encoding="utf-8")
+    _picture(records, RESULTS / device / "accuracy.png")
     print(text)
 
 
