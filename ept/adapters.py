@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .backbones import embedding_rms, embedding_width, reads_first_token, weight_of
 from .config import EPTConfig
-from .deep import DeepPrompts, hooked, layers_after_first, layers_of, measure, path_of_layers
+from .deep import DeepUpdates, hooked, layers_after_first, layers_of, measure, path_of_layers
 from .folding import FoldedLayer
 from .inputs import Group, InputsMixin, in_row_order
 from .layer import EPTLayer
@@ -76,7 +76,7 @@ class AdaptersMixin(InputsMixin):
     head_names: list[str]
     _adapter_names: list[str]
     _active_adapter: str
-    _path_of_layers: str | None = None  # known once any of them has deep prompts
+    _path_of_layers: str | None = None  # known once any of them has deep updates
 
     @property
     def active_adapter(self) -> str:
@@ -264,7 +264,7 @@ class AdaptersMixin(InputsMixin):
     def _groups(self, adapter_ids: Sequence[str] | None, batch: int, device: torch.device) -> list[Group]:
         """The batch's rows by adapter; one group without row numbers where all rows have the same."""
         if adapter_ids is None:
-            return _numbered([Group(self.ept, self._heads())])
+            return [Group(self.ept, self._heads())]
         if isinstance(adapter_ids, str) or len(adapter_ids) != batch:
             raise ValueError(f"adapter_ids must name one adapter per row, {batch} in all, not {adapter_ids!r}")
         rows: dict[str, list[int]] = {}
@@ -276,18 +276,16 @@ class AdaptersMixin(InputsMixin):
             adapter = None if active else self._inactive(name)
             found[name] = (self.ept, self._heads()) if adapter is None else (adapter.layer, list(adapter.heads))
         if len(rows) == 1:
-            return _numbered([Group(*found[name]) for name in rows])
-        return _numbered([Group(*found[name], torch.tensor(numbers, device=device)) for name, numbers in rows.items()])
+            return [Group(*found[name]) for name in rows]
+        return [Group(*found[name], torch.tensor(numbers, device=device)) for name, numbers in rows.items()]
 
-    def _deep_prompts_of(
-        self, groups: list[Group], rows: Tensor | None, after_cache: bool = False
-    ) -> contextlib.AbstractContextManager[DeepPrompts | None]:
-        """Within, the wrapped model's layers add the groups' deep prompts, if they have any."""
+    def _deep_updates_of(self, groups: list[Group]) -> contextlib.AbstractContextManager[DeepUpdates | None]:
+        """Within, the wrapped model's layers have the groups' deep updates, if they have any."""
         if self._path_of_layers is None:
             return contextlib.nullcontext()
         # Adapters without any enter, too: their pass may run within another's, in a logits processor or a streamer.
         layers = cast(nn.ModuleList, self.base_model.get_submodule(self._path_of_layers))
-        return DeepPrompts(list(layers), groups, rows, after_cache)
+        return DeepUpdates(list(layers), groups)
 
     @contextlib.contextmanager
     def _heads_of(self, groups: list[Group]) -> Iterator[None]:
@@ -303,15 +301,6 @@ class AdaptersMixin(InputsMixin):
         finally:
             for name, head in zip(self.head_names, own, strict=True):
                 setattr(self.base_model, name, head)
-
-
-def _numbered(groups: list[Group]) -> list[Group]:
-    """The groups; where one of them has deep prompts, each with the number of prompt rows before it."""
-    if any(group.layer.config.deep_layers for group in groups):
-        rows = 0
-        for group in groups:
-            group.first_row, rows = rows, rows + group.layer.config.prompt_length
-    return groups
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ class EPTConfig:
 
     The default preset [ours] has a prompt of 4 rows, 4 spaces and a token-conditioned update with dropout: 100·d trained
     parameters, as many as a soft prompt of 100 tokens. `EPTConfig.paper()` has the paper's parts, `EPTConfig.deep()`
-    prompts in every layer.
+    that update in every layer.
 
     Args:
         prompt_length: s, rows of the short prompt.
@@ -40,9 +40,9 @@ class EPTConfig:
         rank: r of the low-rank pair; 0 turns update and fusion off.
         num_spaces, space_dim: K and h of the spaces; K = 0 turns them off.
         token_rank: q of the token-conditioned update; 0 turns it off.
-        deep_layers: layers of the backbone after the first that give the prompt's rows an offset of their own (deep
-            prompts [ours], after P-tuning v2); 0 turns them off, -1 takes all layers.
-        token_dropout: probability with which a hidden unit of the token-conditioned update is left out of a training
+        deep_layers: layers of the backbone after the first whose input gets a token-conditioned update of its own, of
+            rank q too (deep updates [ours], after adapters); 0 turns them off, -1 takes all layers.
+        token_dropout: probability with which a hidden unit of a token-conditioned update is left out of a training
             step, for the whole batch alike; the others are scaled by 1 / (1 − probability).
         alpha: the low-rank pair is scaled by c = alpha / √rank.
         activation: σ of spaces and token-conditioned update.
@@ -106,6 +106,11 @@ class EPTConfig:
         _check_choice("impl", self.impl, IMPLEMENTATIONS)
         if self.init_text is not None and not isinstance(self.init_text, str):
             raise TypeError(f"init_text={self.init_text!r} must be a string")
+        if self.deep_layers and not self.has_token_update:
+            raise ValueError(
+                f"deep_layers={self.deep_layers}: deep updates are the token-conditioned update in more layers: give "
+                "token_rank >= 1 and leave token_update on, or set deep_layers=0"
+            )
         if (self.init == "text") != (self.init_text is not None):
             raise ValueError('init="text" and init_text="some words" go together: give both or neither')
 
@@ -161,18 +166,18 @@ class EPTConfig:
     def parameters_by_part(self, embed_dim: int) -> dict[str, int]:
         """Trained parameters of each part that is on, for embeddings of width `embed_dim`."""
         parts = {"prompt": self.prompt_length * embed_dim}
-        if self.known_deep_layers:
-            parts["deep"] = self.known_deep_layers * self.prompt_length * embed_dim
         if self.has_lowrank:
             parts["lowrank"] = (self.max_text_length + embed_dim) * self.rank
         if self.has_spaces:
             parts["spaces"] = self.num_spaces * (2 * self.space_dim + 1) * embed_dim
         if self.has_token_update:
             parts["token"] = 2 * self.token_rank * embed_dim
+        if self.known_deep_layers:
+            parts["deep"] = self.known_deep_layers * 2 * self.token_rank * embed_dim
         return parts
 
     def num_parameters(self, embed_dim: int) -> int:
-        """Trained parameters without a task head: s·d·(1 + deep layers) + N·r + r·d + 2·K·d·h + d·K + 2·q·d, of what is on."""
+        """Trained parameters without a task head: s·d + N·r + r·d + 2·K·d·h + d·K + 2·q·d·(1 + deep layers), of what is on."""
         return sum(self.parameters_by_part(embed_dim).values())
 
     @classmethod
@@ -185,9 +190,10 @@ class EPTConfig:
 
     @classmethod
     def deep(cls, **settings: Any) -> "EPTConfig":
-        """The token-conditioned update and deep prompts in all layers, no spaces [ours]: the most accurate of the
-        presets with little data (bench/NOTES.md), for whoever runs the adapter inside transformers."""
-        return cls(**dict(prompt_length=4, num_spaces=0, token_rank=24, deep_layers=-1) | settings)
+        """A narrow token-conditioned update in every layer, no spaces [ours]: the most accurate of the presets
+        (bench/NOTES.md), for whoever runs the adapter inside transformers."""
+        preset = dict(prompt_length=2, num_spaces=0, token_rank=4, token_dropout=0.1, deep_layers=-1)
+        return cls(**preset | settings)
 
     @classmethod
     def for_budget(cls, parameters: int, embed_dim: int, *, preset: str = "paper", **settings: Any) -> "EPTConfig":
@@ -198,9 +204,9 @@ class EPTConfig:
             embed_dim: d, width of the backbone's word embeddings.
             preset: "paper" divides the budget as the paper's T5-base setting does (40 % prompt, 40 % low-rank pair,
                 20 % spaces: [reading]); "default" keeps the prompt at 4 rows, gives the spaces up to 20 % and the
-                token-conditioned update the rest [ours]; "deep" has up to 4 rows, with their deep prompts about a third,
-                and the token-conditioned update the rest [ours]; it needs `deep_layers`. What is left over, less than a rank
-                of what fills the rest, goes into more prompt rows; there is always one.
+                token-conditioned update the rest [ours]; "deep" keeps it at 2 rows and gives the token-conditioned
+                updates the rest [ours]; it needs `deep_layers`. What is left over, less than a rank of what fills the
+                rest, goes into more prompt rows; there is always one.
             settings: any field of EPTConfig; a size given here is kept and the others fill the rest.
 
         Raises:
@@ -254,9 +260,9 @@ def _fill_paper(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
     """Prompt 40 %, spaces up to 20 %, low-rank pair the rest; then the prompt moves a little to close the gap."""
     base = _fit_spaces(base, parameters, d, fixed)
     spaces = base.parameters_by_part(d).get("spaces", 0)
-    token = base.parameters_by_part(d).get("token", 0)
+    token = sum(base.parameters_by_part(d).get(part, 0) for part in ("token", "deep"))
     room = parameters - spaces - token
-    per_row, per_rank = d * (1 + base.known_deep_layers), base.max_text_length + d
+    per_row, per_rank = d, base.max_text_length + d
     wants_lowrank = base.lowrank_update or base.fusion
 
     if "prompt_length" in fixed:
@@ -299,16 +305,15 @@ def _fit_spaces(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
 
 
 def _fill_default(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
-    """Few prompt rows, deep ones at most a third, and up to a fifth for the spaces; the token-conditioned update takes
-    the rest."""
-    base, per_row = _fit_spaces(base, parameters, d, fixed), d * (1 + base.known_deep_layers)
+    """Few prompt rows and up to a fifth for the spaces; the token-conditioned updates take the rest."""
+    base = _fit_spaces(base, parameters, d, fixed)
     if "prompt_length" not in fixed:
-        most = parameters // ((3 if base.deep_layers else 5) * per_row)
-        base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, most)))
+        base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, parameters // (5 * d))))
     if "token_rank" not in fixed and base.token_update:
-        rest = parameters - dataclasses.replace(base, token_rank=0).num_parameters(d)
-        base = dataclasses.replace(base, token_rank=max(0, rest // (2 * d)))
+        layers = 1 + base.known_deep_layers
+        rest = parameters - (base.num_parameters(d) - layers * 2 * base.token_rank * d)
+        base = dataclasses.replace(base, token_rank=max(1 if base.deep_layers else 0, rest // (layers * 2 * d)))
     left = parameters - base.num_parameters(d)
-    if "prompt_length" not in fixed and left >= per_row:
-        base = dataclasses.replace(base, prompt_length=base.prompt_length + left // per_row)
+    if "prompt_length" not in fixed and left >= d:
+        base = dataclasses.replace(base, prompt_length=base.prompt_length + left // d)
     return base

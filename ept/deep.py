@@ -1,28 +1,29 @@
-"""Deep prompts: at the input of every layer after the first, the prompt's rows get trained offsets of their own.
+"""Deep updates: at the input of every layer after the first, a token-conditioned update with D and W of the layer's own.
 
-As P-tuning v2 (Liu et al. 2022) and VPT-deep (Jia et al. 2022) give each layer a prompt of its own; here what a layer
-gets is added to what the layer before has made of the prompt, and starts at zero. The text's rows stay untouched.
+What the first layer reads gets that update from the EPT layer; here the hidden states of the others do, column by column:
+text and prompt alike, the same in a pass over a whole text and in a decoding step. As an adapter of a few hidden units
+(Houlsby et al. 2019; He et al. 2022) it adds to the residual stream, and it starts at zero.
 """
 
 import functools
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ept_kernels.reference import ACTIVATIONS
+
 from .backbones import evaluating, positions_of, weight_of
+from .inputs import Group, in_row_order
 
-if TYPE_CHECKING:
-    from .inputs import Group
-
-__all__ = ["DeepPrompts", "hooked", "layers_after_first", "layers_of", "measure", "path_of_layers"]
+__all__ = ["DeepUpdates", "hooked", "layers_after_first", "layers_of", "measure", "path_of_layers"]
 
 
 def path_of_layers(model: nn.Module) -> str | None:
-    """Where the layers that read the prompt stand: the name of the largest list of modules (of an encoder-decoder, its
+    """Where the layers stand: the name of the largest list of modules (of an encoder-decoder, its
     encoder's). None where there is no list, or where each layer's parts stand in several lists side by side (XLM)."""
     reader = model.get_encoder() if model.config.is_encoder_decoder else model  # type: ignore[operator, union-attr]
     largest, size = None, 0
@@ -37,17 +38,17 @@ def path_of_layers(model: nn.Module) -> str | None:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that read the prompt, in order; empty where they are not found."""
+    """Those layers, in order; empty where they are not found."""
     path = path_of_layers(model)
     return [] if path is None else list(cast(nn.ModuleList, model.get_submodule(path)))
 
 
 def layers_after_first(model: nn.Module) -> int:
-    """How many layers can have deep prompts. ValueError if none can."""
+    """How many layers can have deep updates. ValueError if none can."""
     layers = len(layers_of(model))
     if layers < 2:
         raise ValueError(
-            f"{type(model).__name__} has no deep prompts: no layers after the first were found (it has one, or they share "
+            f"{type(model).__name__} has no deep updates: no layers after the first were found (it has one, or they share "
             "their weights, or they do not stand in one list); set deep_layers=0"
         )
     return layers - 1
@@ -86,69 +87,65 @@ def measure(model: Any) -> Tensor:
     if len(seen) != len(layers) or any(hidden.shape != embeds.shape for hidden in seen):
         shapes = ", ".join(str(tuple(hidden.shape)) for hidden in seen[:3]) or "none"
         raise TypeError(
-            f"{name} has no deep prompts: its {len(layers)} layers should each read hidden states {tuple(embeds.shape)} once, "
+            f"{name} has no deep updates: its {len(layers)} layers should each read hidden states {tuple(embeds.shape)} once, "
             f"but {len(seen)} were read ({shapes}, …): set deep_layers=0"
         )
     return torch.stack([hidden.float().square().mean(-1).sqrt().median().cpu() for hidden in seen[1:]])
 
 
-class DeepPrompts:
-    """Within it, the layers of a backbone add the deep prompts of `groups` at the columns that `rows` names.
-
-    `rows` [batch, width] numbers the prompt's rows from 1 (0: text or padding), each group's after those of the group
-    before (`Group.first_row`); None where a pass has no prompt in it, as in decoding after a cached prefix. With
-    `after_cache` a layer may read the last of the columns alone.
+class DeepUpdates:
+    """Within it, the layers of a backbone update the hidden states that they read as the adapters of `groups` say.
 
     It is of the thread that entered it, and the innermost one counts, so that calls from several threads and calls
-    within others each add their own. The layers keep one hook each for good; outside, it does nothing.
+    within others each have their own. The layers keep one hook each for good; outside, it does nothing.
     """
 
-    def __init__(self, layers: list[nn.Module], groups: "list[Group]", rows: Tensor | None, after_cache: bool = False):
-        self.groups, self.rows, self.after_cache = groups, rows, after_cache
-        self.layers = hooked(layers)
-        self.depth = max((group.layer.config.deep_layers for group in groups), default=0)
-        if self.depth > len(self.layers):
+    def __init__(self, layers: list[nn.Module], groups: list[Group]):
+        self.groups, self.layers = groups, hooked(layers)
+        depth = max((group.layer.config.deep_layers for group in groups), default=0)
+        if depth > len(self.layers):
             raise ValueError(
-                f"deep_layers={self.depth}, but the backbone has {len(self.layers)} layers after the first left: "
+                f"deep_layers={depth}, but the backbone has {len(self.layers)} layers after the first left: "
                 "it has changed since it was wrapped"
             )
+        # Drawn once, so that a layer that is run again in the backward pass leaves out what it left out before.
+        self.dropout = [group.layer.draw_deep_dropout() for group in groups]
 
-    def __enter__(self) -> "DeepPrompts":
+    def __enter__(self) -> "DeepUpdates":
         _entered().append(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
         _entered().pop()
 
-    def add(self, number: int, hidden: Tensor) -> Tensor:
-        """Hidden states [batch, columns, d] at the input of the layer `number` after the first, with the offsets."""
-        if self.rows is None or number >= self.depth:
+    def update(self, number: int, hidden: Tensor) -> Tensor:
+        """Hidden states [batch, columns, d] at the input of the layer `number` after the first, updated."""
+        if all(number >= group.layer.config.deep_layers for group in self.groups):
             return hidden
-        rows = self.rows[:, -hidden.shape[1] :] if self.after_cache else self.rows
+        if self.groups[0].rows is None:
+            return self._of(0, number, hidden)
         # Beams and returned sequences repeat a batch's rows.
-        if len(hidden) % len(rows) or rows.shape[1] != hidden.shape[1]:
-            raise ValueError(
-                f"deep prompts: a layer reads hidden states {tuple(hidden.shape)} where the input has {tuple(self.rows.shape)} "
-                "columns: this backbone or this way to run it moves them; set deep_layers=0"
-            )
-        if len(hidden) != len(rows):
-            rows = rows.repeat_interleave(len(hidden) // len(rows), 0)
-        offsets = [self._of(group, number) for group in self.groups]
-        table = torch.cat([torch.zeros_like(offsets[0][:1]), *offsets])
-        return hidden + F.embedding(rows.to(table.device), table, padding_idx=0).to(hidden)
+        times = len(hidden) // sum(len(group.rows) for group in self.groups if group.rows is not None)
+        groups = [group.repeated(times) for group in self.groups]
+        return in_row_order([self._of(i, number, group.of(hidden)) for i, group in enumerate(groups)], groups)
 
-    def _of(self, group: "Group", number: int) -> Tensor:
-        """[s, d] what the group's prompt gets at the layer `number` after the first."""
-        if number < group.layer.config.deep_layers:
-            return group.layer.deep_offset(number)
-        return torch.zeros_like(group.layer.prompt)
+    def _of(self, group: int, number: int, hidden: Tensor) -> Tensor:
+        """What the group's adapter makes of its rows' hidden states."""
+        layer, dropout = self.groups[group].layer, self.dropout[group]
+        if number >= layer.config.deep_layers:
+            return hidden
+        down, up = (t.to(hidden.device) for t in layer.deep_tensors(number))
+        if dropout is not None:
+            up = up * dropout[number].to(hidden.device)
+        units = ACTIVATIONS[layer.config.activation](F.linear(hidden.to(down.dtype), down))
+        return hidden + (units @ up).to(hidden.dtype)
 
 
 _threads = threading.local()
 _hooking = threading.Lock()
 
 
-def _entered() -> list[DeepPrompts]:
+def _entered() -> list[DeepUpdates]:
     """What this thread has entered, the innermost last."""
     if not hasattr(_threads, "entered"):
         _threads.entered = []
@@ -162,7 +159,7 @@ def hooked(layers: list[nn.Module]) -> list[nn.Module]:
             own = vars(layer)  # what wraps a layer passes on the layer's attributes
             if "_ept_deep_hook" not in own:
                 layer._ept_deep_hook = True  # type: ignore[assignment]
-                layer.register_forward_pre_hook(functools.partial(_add, number), with_kwargs=True)
+                layer.register_forward_pre_hook(functools.partial(_update, number), with_kwargs=True)
             checkpoint = own.get(CHECKPOINT)
             if checkpoint is not None and not isinstance(checkpoint, _Remembering):
                 setattr(layer, CHECKPOINT, _Remembering(checkpoint))
@@ -184,17 +181,17 @@ class _Remembering:
         return self.checkpoint(functools.partial(_within, _entered()[-1], function), *args, **kwargs)
 
 
-def _within(deep: DeepPrompts, function: Callable, *args: Any, **kwargs: Any) -> Any:
+def _within(deep: DeepUpdates, function: Callable, *args: Any, **kwargs: Any) -> Any:
     with deep:
         return function(*args, **kwargs)
 
 
-def _add(number: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _update(number: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     entered = _entered()
     # A layer that was put into another module since (a checkpoint wrapper) leaves the work to that one.
     if not entered or number >= len(entered[-1].layers) or entered[-1].layers[number] is not module:
         return None
-    hidden = entered[-1].add(number, _hidden(args, kwargs))
+    hidden = entered[-1].update(number, _hidden(args, kwargs))
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 

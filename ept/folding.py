@@ -39,8 +39,8 @@ class FoldedLayer(nn.Module):
     """What inference needs of an EPTLayer, as buffers; it stands in an EPTModel where the EPTLayer stood.
 
     Buffers, None for parts that are off: `prompt` P* [s, d] and `text_update` C = e·c·A·B [N, d] in the backbone's own
-    size, `token_down`, `token_up` [q, d] in units of e, `deep_prompt` [layers, s, d] in the hidden states' own size.
-    `sha256` is `prompt_hash` of P* and the deep prompts as they were folded.
+    size, `token_down`, `token_up` [q, d] in units of e, `deep_down`, `deep_up` [layers, q, d] in the hidden states' own
+    size. `sha256` is `prompt_hash` of P* and the deep updates as they were folded.
 
     Args:
         config: of the EPTLayer. embed_dim: d. prompt_start: text column of the prompt.
@@ -50,21 +50,23 @@ class FoldedLayer(nn.Module):
     text_update: Tensor | None
     token_down: Tensor | None
     token_up: Tensor | None
-    deep_prompt: Tensor | None
+    deep_down: Tensor | None
+    deep_up: Tensor | None
 
     def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
         super().__init__()
         self.embed_scale = config.known_embed_scale
         self.config, self.embed_dim, self.prompt_start = config, embed_dim, prompt_start
         has_update = config.has_lowrank and config.lowrank_update
-        deep = config.known_deep_layers
+        deep_shape = (config.known_deep_layers, config.token_rank, embed_dim) if config.known_deep_layers else None
         token_shape = (config.token_rank, embed_dim) if config.has_token_update else None
         shapes = {
             "prompt": (config.prompt_length, embed_dim),
             "text_update": (config.max_text_length, embed_dim) if has_update else None,
             "token_down": token_shape,
             "token_up": token_shape,
-            "deep_prompt": (deep, config.prompt_length, embed_dim) if deep else None,
+            "deep_down": deep_shape,
+            "deep_up": deep_shape,
         }
         for name, shape in shapes.items():
             self.register_buffer(name, None if shape is None else torch.zeros(shape))
@@ -104,10 +106,13 @@ class FoldedLayer(nn.Module):
             total = total + self.text_update[text_positions.where(covered, 0)] * covered.unsqueeze(-1)
         return total.to(inputs_embeds.dtype)
 
-    def deep_offset(self, number: int) -> Tensor:
-        """[s, d] what is added to the prompt's rows at the input of the layer `number` after the first."""
-        assert self.deep_prompt is not None
-        return self.deep_prompt[number]
+    def deep_tensors(self, number: int) -> tuple[Tensor, Tensor]:
+        """D and W, [q, d] each, of the layer `number` after the first, in its hidden states' own size."""
+        assert self.deep_down is not None and self.deep_up is not None
+        return self.deep_down[number], self.deep_up[number]
+
+    def draw_deep_dropout(self) -> None:
+        """Nothing is left out of a folded adapter."""
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] and no gate weights [s, 0]: the gate is folded into P*."""
@@ -135,9 +140,13 @@ def fold_layer(layer: EPTLayer | FoldedLayer) -> FoldedLayer:
     exact.config = EPTConfig.from_dict(config.to_dict() | {"impl": "reference"})
     folded = FoldedLayer(config, layer.embed_dim, layer.prompt_start)
     folded.prompt.copy_(exact.reconstruct()[0])
-    if folded.deep_prompt is not None:
-        folded.deep_prompt.copy_(torch.stack([exact.deep_offset(i) for i in range(len(folded.deep_prompt))]))
-    folded.sha256 = prompt_hash(folded.prompt, folded.deep_prompt)
+    deep: list[Tensor] = []
+    if folded.deep_down is not None and folded.deep_up is not None:
+        pairs = [exact.deep_tensors(number) for number in range(config.deep_layers)]
+        deep = [folded.deep_down, folded.deep_up]
+        for mine, theirs in zip(deep, zip(*pairs, strict=True), strict=True):
+            mine.copy_(torch.stack(theirs))
+    folded.sha256 = prompt_hash(folded.prompt, *deep)
     if folded.text_update is not None and exact.lowrank_a is not None and exact.lowrank_b is not None:
         folded.text_update.copy_(layer.embed_scale * config.scale * exact.lowrank_a @ exact.lowrank_b)
     for mine, theirs in ((folded.token_down, layer.token_down), (folded.token_up, layer.token_up)):
@@ -146,11 +155,11 @@ def fold_layer(layer: EPTLayer | FoldedLayer) -> FoldedLayer:
     return folded.to(device)
 
 
-def prompt_hash(prompt: Tensor, deep_prompt: Tensor | None = None) -> str:
+def prompt_hash(prompt: Tensor, *deep: Tensor) -> str:
     """SHA-256, in hex, of a prompt P* [s, d], its shape and its values as little-endian fp32, and then in the same way
-    of its deep prompts [layers, s, d] if there are any. A key for prefix caches."""
+    of D and W of the deep updates, [layers, q, d] each, if there are any. A key for prefix caches."""
     digest = hashlib.sha256()
-    for tensor in (prompt,) if deep_prompt is None else (prompt, deep_prompt):
+    for tensor in (prompt, *deep):
         values = tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4")
         digest.update("x".join(map(str, values.shape)).encode() + b":" + values.tobytes())
     return digest.hexdigest()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ept_kernels.reference import text_positions
 
 from .adapters import AdaptersMixin
-from .deep import DeepPrompts
 from .inputs import Group, leading_padding, prompt_width
 
 __all__ = ["GenerationMixin"]
@@ -58,7 +57,7 @@ class GenerationMixin(AdaptersMixin):
         """
         backbone: Any = self.base_model  # its class has `generate`; PreTrainedModel alone has not
         if not self._adapter_enabled:
-            with self._deep_prompts_of([], None):
+            with self._deep_updates_of([]):
                 return backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
@@ -78,8 +77,7 @@ class GenerationMixin(AdaptersMixin):
         groups = self._groups(adapter_ids, len(text), text.device)
         if self._kind == "seq2seq":
             prepared = self._prepare_encoder_of_seq2seq(groups, read_ids, inputs_embeds, attention_mask, {})
-            prompt_rows = prepared.arguments.pop("prompt_rows", None)
-            with self._deep_prompts_of(groups, prompt_rows):
+            with self._deep_updates_of(groups):
                 return backbone.generate(**{k: v for k, v in prepared.arguments.items() if v is not None}, **kwargs)
         if not self._shifts_labels or "past_key_values" not in inspect.signature(self.base_model.forward).parameters:
             raise TypeError(f"{type(self.base_model).__name__} does not generate text with a key-value cache")
@@ -94,11 +92,8 @@ class GenerationMixin(AdaptersMixin):
         self._check_room(kwargs, groups, attention_mask)
         arguments = self._prepare_groups(groups, read_ids, inputs_embeds, attention_mask, None, None, None).arguments
         start = prompt_width(groups) + leading_padding(attention_mask)
-        prompt_rows = arguments.get("prompt_rows")
-        with self._deep_prompts_of(groups, prompt_rows, after_cache=True) as deep:
-            hook = functools.partial(
-                self._update_decoding_step, groups=groups, start=start, deep=deep, prompt_rows=prompt_rows
-            )
+        with self._deep_updates_of(groups):
+            hook = functools.partial(self._update_decoding_step, groups=groups, start=start)
             handle = self.base_model.register_forward_pre_hook(hook, with_kwargs=True)
             try:
                 ids = {} if input_ids is None else {"input_ids": input_ids}
@@ -114,13 +109,11 @@ class GenerationMixin(AdaptersMixin):
         kwargs: dict,
         groups: list[Group],
         start: Tensor,
-        deep: DeepPrompts | None,
-        prompt_rows: Tensor | None,
     ) -> tuple[tuple, dict] | None:
         """A hook on the wrapped model while it generates: embeds new tokens with their update.
 
         `start` [batch] is the backbone's column of each row's first text token; beams and returned sequences repeat
-        the rows. `prompt_rows` are those of the text that generation starts from, for `deep`.
+        the rows.
         """
         if not self._adapter_enabled:  # a pass of the bare model in between, say in a logits processor
             return None
@@ -129,8 +122,6 @@ class GenerationMixin(AdaptersMixin):
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + self._first_position
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            if deep is not None:
-                deep.rows = prompt_rows
             return args, kwargs
         kwargs["input_ids"] = None
         times = len(input_ids) // len(start)
@@ -140,14 +131,10 @@ class GenerationMixin(AdaptersMixin):
         if cache is not None and cache.get_seq_length() > 0:
             embeddings = self.base_model.get_input_embeddings()(input_ids)
             kwargs["inputs_embeds"] = self._continue_text(groups, embeddings, cache.get_seq_length() + column - start)
-            if deep is not None:
-                deep.rows = None  # the cache holds the prompt
         else:  # generation without a cache repeats the whole text
             text = (column + prompt_width(groups) >= start).to(torch.int64)
             prepared = self._prepare_groups(groups, input_ids, None, text, None, None, None).arguments
             kwargs["inputs_embeds"] = prepared["inputs_embeds"]
-            if deep is not None:
-                deep.rows = prepared.get("prompt_rows")
             if kwargs.get("position_ids") is not None:
                 positions = text_positions(prepared["attention_mask"]).clamp(min=0)
                 kwargs["position_ids"] = positions + self._first_position

@@ -28,15 +28,11 @@ RELATIVE_POSITIONS = ("bloom", "mpt", "falcon")  # causal models without positio
 
 @dataclass
 class Group:
-    """The rows of a batch that belong to one adapter: its layer, its heads, and the rows' numbers (None: all rows).
-
-    `first_row` counts the prompt rows of the groups before it, where any of the batch's adapters has deep prompts.
-    """
+    """The rows of a batch that belong to one adapter: its layer, its heads, and the rows' numbers (None: all rows)."""
 
     layer: EPTLayer | FoldedLayer
     heads: list[nn.Module]
     rows: Tensor | None = None
-    first_row: int | None = None
 
     @overload
     def of(self, tensor: Tensor) -> Tensor: ...
@@ -249,10 +245,7 @@ class InputsMixin(nn.Module):
         position_ids: Tensor | None,
         labels: Tensor | None,
     ) -> Prepared:
-        """The wrapped model's arguments for rows of one adapter, one example per row.
-
-        And `prompt_rows` [batch, s + L] for `DeepPrompts`, where the batch has any: to be taken out before the model runs.
-        """
+        """The wrapped model's arguments for rows of one adapter, one example per row."""
         layer = group.layer
         token_labels = labels is not None and self._labels_are_per_token(labels)
         order = None
@@ -279,10 +272,6 @@ class InputsMixin(nn.Module):
             # Without a mask transformers takes a gap between positions for the start of another example.
             attention_mask = torch.ones(batch, length, dtype=torch.int64, device=device)
         prepared["attention_mask"] = None if attention_mask is None else insert(layer, attention_mask, 1)
-        if group.first_row is not None:
-            numbers = torch.arange(layer.config.prompt_length, device=device) + group.first_row + 1
-            text_columns = torch.zeros(batch, length, dtype=torch.int64, device=device)
-            prepared["prompt_rows"] = insert(layer, text_columns, numbers.expand(batch, -1))
         if token_type_ids is not None and "token_type_ids" in self._accepts:
             prepared["token_type_ids"] = insert(layer, token_type_ids.expand(batch, -1), 0)
         if position_ids is not None:

@@ -196,7 +196,7 @@ def method_of(config: EPTConfig) -> str:
         name
         for name, on in (
             ("low-rank update", update), ("fusion", fusion), ("spaces", config.has_spaces),
-            ("token-conditioned update", config.has_token_update), ("deep prompts", bool(config.deep_layers)),
+            ("token-conditioned update", config.has_token_update), ("deep updates", bool(config.deep_layers)),
         )
         if on
     ]  # fmt: skip

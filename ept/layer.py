@@ -28,9 +28,9 @@ class EPTLayer(nn.Module):
 
     Tensors that belong to parts that are off are None. B, V and W start at zero, so that the layer starts as a plain
     short soft prompt; A ~ N(0, 1/√r), U, D, G ~ N(0, 1/√d) (second argument: standard deviation); P ~ N(0, 1) until
-    `init_prompt` puts something better there. Deep prompts [layers, s, d] start at zero, in units of `deep_scale`
-    [layers], the size of the hidden states where they are added, which `get_ept_model` measures. In training mode the
-    token-conditioned update has dropout (`config.token_dropout`).
+    `init_prompt` puts something better there. The D and W of deep updates, [layers, q, d] each, start alike; they are in
+    units of `deep_scale` [layers], the size of the hidden states that they update, which `get_ept_model` measures. In
+    training mode the token-conditioned updates have dropout (`config.token_dropout`).
     """
 
     prompt: nn.Parameter
@@ -41,7 +41,8 @@ class EPTLayer(nn.Module):
     gate_weight: nn.Parameter | None
     token_down: nn.Parameter | None
     token_up: nn.Parameter | None
-    deep_prompt: nn.Parameter | None
+    deep_down: nn.Parameter | None
+    deep_up: nn.Parameter | None
     deep_scale: Tensor | None
 
     def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
@@ -62,7 +63,8 @@ class EPTLayer(nn.Module):
             "gate_weight": (config.num_spaces, embed_dim) if config.has_spaces else None,
             "token_down": (config.token_rank, embed_dim) if config.has_token_update else None,
             "token_up": (config.token_rank, embed_dim) if config.has_token_update else None,
-            "deep_prompt": (deep, config.prompt_length, embed_dim) if deep else None,
+            "deep_down": (deep, config.token_rank, embed_dim) if deep else None,
+            "deep_up": (deep, config.token_rank, embed_dim) if deep else None,
         }
         for name, shape in shapes.items():
             parameter = None if shape is None else nn.Parameter(torch.zeros(shape, dtype=torch.float32))
@@ -85,8 +87,9 @@ class EPTLayer(nn.Module):
         if self.token_down is not None and self.token_up is not None:
             self.token_down.normal_(std=1 / math.sqrt(self.embed_dim))
             self.token_up.zero_()
-        if self.deep_prompt is not None:
-            self.deep_prompt.zero_()
+        if self.deep_down is not None and self.deep_up is not None:
+            self.deep_down.normal_(std=1 / math.sqrt(self.embed_dim))
+            self.deep_up.zero_()
 
     @torch.no_grad()
     def init_prompt(self, rows: Tensor) -> None:
@@ -147,10 +150,16 @@ class EPTLayer(nn.Module):
             scale=self.config.scale, embed_scale=self.embed_scale, **self._token_settings(),
         )  # fmt: skip
 
-    def deep_offset(self, number: int) -> Tensor:
-        """[s, d] what is added to the prompt's rows at the input of the layer `number` after the first."""
-        assert self.deep_prompt is not None and self.deep_scale is not None  # `number` < config.deep_layers
-        return self.deep_prompt[number] * self.deep_scale[number]
+    def deep_tensors(self, number: int) -> tuple[Tensor, Tensor]:
+        """D and W, [q, d] each, of the layer `number` after the first, in its hidden states' own size."""
+        assert self.deep_down is not None and self.deep_up is not None and self.deep_scale is not None
+        return self.deep_down[number] / self.deep_scale[number], self.deep_up[number] * self.deep_scale[number]
+
+    def draw_deep_dropout(self) -> Tensor | None:
+        """[layers, q, 1] factors on the rows of every W for one pass; None where nothing is left out."""
+        if self.deep_up is None or not self.training or not self.config.token_dropout:
+            return None
+        return F.dropout(self.deep_up.new_ones(*self.deep_up.shape[:2], 1), self.config.token_dropout)
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] in the backbone's own size, and the gate's weights [s, K]; also where they are sharded."""

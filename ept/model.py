@@ -155,7 +155,7 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
                 position_ids=position_ids, inputs_embeds=inputs_embeds, labels=labels, past_key_values=past_key_values,
                 return_dict=return_dict,
             )  # fmt: skip
-            with self._deep_prompts_of([], None):
+            with self._deep_updates_of([]):
                 return self.base_model(**{k: v for k, v in given.items() if v is not None}, **kwargs)
         self._check_inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, kwargs)
         if kwargs.get("encoder_outputs") is not None:
@@ -177,7 +177,7 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
             )
             kwargs.pop("cache_position", None)
             arguments = {k: v for k, v in arguments.items() if v is not None}
-            with self._deep_prompts_of([], None):  # the cache holds the prompt
+            with self._deep_updates_of(groups):
                 return self.base_model(
                     **arguments, **kwargs, **({} if return_dict is None else {"return_dict": return_dict})
                 )
@@ -189,12 +189,11 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
             prepared = self._prepare_packed(groups, starts, *rows)
         else:
             prepared = self._prepare_groups(groups, *rows)
-        prompt_rows = prepared.arguments.pop("prompt_rows", None)
         kept = self._move_logits_to_keep(kwargs, prepared.columns)
         arguments = {k: v for k, v in prepared.arguments.items() if v is not None}
         if past_key_values is not None:
             arguments["past_key_values"] = past_key_values
-        with self._heads_of(groups), self._deep_prompts_of(groups, prompt_rows):
+        with self._heads_of(groups), self._deep_updates_of(groups):
             outputs = self.base_model(**arguments, **kwargs, return_dict=True)
         if self._kind != "seq2seq":
             self._trim(outputs, prepared.columns, text.shape[1], kept)
@@ -278,11 +277,11 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
             attention_mask: [batch, L], 1 on text; None where there is no padding.
 
         Raises:
-            ValueError: the adapter has deep prompts, which no input can carry.
+            ValueError: the adapter has deep updates, which no input can carry.
         """
         if self.ept_config.deep_layers:
             raise ValueError(
-                "the adapter's deep prompts act inside the backbone, where no input reaches: train one with deep_layers=0 "
+                "the adapter's deep updates act inside the backbone, where no input reaches: train one with deep_layers=0 "
                 "to use its embeddings elsewhere"
             )
         self._check_inputs(input_ids, inputs_embeds, attention_mask, None, None, None, {})

@@ -110,7 +110,7 @@ ADAPTER_HELP = {
     "space_dim": "h, width of each space.",
     "token_rank": "q of the token-conditioned update; 0 turns it off.",
     "token_dropout": "Share of the token-conditioned update's hidden units that a training step leaves out.",
-    "deep_layers": "Layers after the first that give the prompt's rows offsets of their own; -1: all, 0: none.",
+    "deep_layers": "Layers after the first whose input gets an update of rank q of its own; -1: all, 0: none.",
     "alpha": "The low-rank pair is scaled by alpha / sqrt(rank).",
     "activation": "Of spaces and token-conditioned update: silu, relu, gelu or identity.",
     "lowrank_update": "Whether the low-rank pair updates the text.",
@@ -140,7 +140,7 @@ def _adapter_help(name: str) -> str:
 AdapterArguments = make_dataclass(
     "AdapterArguments",
     [
-        ("preset", str, option("Sizes to start from: ours, the paper's parts, or deep prompts.", "default", choices=PRESETS)),
+        ("preset", str, option("Sizes to start from: ours, the paper's parts, or deep updates.", "default", choices=PRESETS)),
         ("budget", int | None, option("Choose the sizes that fill this many trained parameters (without a head).")),
         ("soft_prompt", str | None, option(
             "Trained prompt for --init decompose: a PEFT prompt-tuning adapter, or a safetensors file with one matrix."
@@ -237,6 +237,7 @@ class PlanArguments:
 EXPLAINED = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "activation_checkpointing", "learning_rate", "prompt_learning_rate", "down_learning_rate",
+    "deep_learning_rate",
     "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "train_sampling_strategy", "eval_strategy",
     "eval_steps", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model",
     "resume_from_checkpoint", "logging_steps", "report_to", "bf16", "fp16", "seed", "disable_tqdm",

@@ -203,8 +203,6 @@ def why_not_peft(model: EPTModel) -> str | None:
         return "its low-rank update changes the text's embeddings"
     if config.has_token_update:
         return "its token-conditioned update changes the text's embeddings"
-    if config.deep_layers:
-        return "its deep prompts act inside the backbone"
     if model.ept.prompt_start:
         return f"its prompt stands at text column {model.ept.prompt_start}, PEFT's always before the text"
     if isinstance(model.base_model, MeanPoolingForSequenceClassification):

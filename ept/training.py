@@ -50,22 +50,24 @@ __all__ = [
 PROMPT_LEARNING_RATE = 0.09
 LEARNING_RATE = 0.018
 DOWN_LEARNING_RATE = 0.001
+DEEP_LEARNING_RATE = 0.005
 HEAD_LEARNING_RATE = 0.005
 
 
 @dataclass
 class EPTArguments:
-    """The learning rates of EPT's parts, mixed into transformers' arguments: in units of the embeddings' RMS, those of
-    deep prompts in units of the hidden states'."""
+    """The learning rates of EPT's parts, mixed into transformers' arguments: in units of the embeddings' RMS, that of
+    deep updates in units of the hidden states'."""
 
     learning_rate: float = field(
         default=LEARNING_RATE, metadata={"help": "Rate of the tensors that start at zero: B, V and W."}
     )
-    prompt_learning_rate: float = field(
-        default=PROMPT_LEARNING_RATE, metadata={"help": "Rate of the short prompt P and of deep prompts."}
-    )
+    prompt_learning_rate: float = field(default=PROMPT_LEARNING_RATE, metadata={"help": "Rate of the short prompt P."})
     down_learning_rate: float = field(
         default=DOWN_LEARNING_RATE, metadata={"help": "Rate of the tensors that feed them: A, U, D and the gate G."}
+    )
+    deep_learning_rate: float = field(
+        default=DEEP_LEARNING_RATE, metadata={"help": "Rate of deep updates, D and W of every layer after the first."}
     )
     head_learning_rate: float = field(default=HEAD_LEARNING_RATE, metadata={"help": "Rate of a task head."})
     include_num_input_tokens_seen: str = field(
@@ -96,9 +98,9 @@ class EPTSeq2SeqTrainingArguments(EPTArguments, Seq2SeqTrainingArguments):  # ty
     """transformers' Seq2SeqTrainingArguments with EPT's learning rates and their defaults."""
 
 
-PROMPT = ("prompt", "deep_prompt")
 UP = ("lowrank_b", "space_up", "token_up")
 DOWN = ("lowrank_a", "space_down", "gate_weight", "token_down")
+DEEP = ("deep_down", "deep_up")
 
 
 def parameter_groups(
@@ -107,18 +109,21 @@ def parameter_groups(
     learning_rate: float = LEARNING_RATE,
     prompt_learning_rate: float = PROMPT_LEARNING_RATE,
     down_learning_rate: float = DOWN_LEARNING_RATE,
+    deep_learning_rate: float = DEEP_LEARNING_RATE,
     head_learning_rate: float = HEAD_LEARNING_RATE,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """The optimiser's groups: the prompt, what starts at zero, what feeds it, and the head; no decay on P and biases."""
+    """The optimiser's groups: the prompt, what starts at zero, what feeds it, the deep updates, and the head; no decay on
+    P and biases."""
     if isinstance(model.ept, FoldedLayer):
         raise ValueError("the adapter is folded, for inference only: train the adapter that it was folded from")
     head = [(name, p) for name, p in model.base_model.named_parameters() if p.requires_grad]
     named = dict(model.ept.named_parameters())
     groups = [
-        (prompt_learning_rate, 0.0, [named[name] for name in PROMPT if name in named]),
+        (prompt_learning_rate, 0.0, [named["prompt"]]),
         (learning_rate, weight_decay, [named[name] for name in UP if name in named]),
         (down_learning_rate, weight_decay, [named[name] for name in DOWN if name in named]),
+        (deep_learning_rate, weight_decay, [named[name] for name in DEEP if name in named]),
         (head_learning_rate, weight_decay, [p for name, p in head if not name.endswith("bias")]),
         (head_learning_rate, 0.0, [p for name, p in head if name.endswith("bias")]),
     ]
