@@ -56,8 +56,8 @@ HEAD_LEARNING_RATE = 0.005
 
 @dataclass
 class EPTArguments:
-    """The learning rates of EPT's parts, mixed into transformers' arguments: in units of the embeddings' RMS, that of
-    deep updates in units of the hidden states'."""
+    """The learning rates of EPT's parts, mixed into transformers' arguments: in units of the embeddings' RMS, in the
+    layers in units of the hidden states' size."""
 
     learning_rate: float = field(
         default=LEARNING_RATE, metadata={"help": "Rate of the tensors that start at zero: B, V and W."}
@@ -67,7 +67,8 @@ class EPTArguments:
         default=DOWN_LEARNING_RATE, metadata={"help": "Rate of the tensors that feed them: A, U, D and the gate G."}
     )
     deep_learning_rate: float = field(
-        default=DEEP_LEARNING_RATE, metadata={"help": "Rate of deep updates, D and W of every layer after the first."}
+        default=DEEP_LEARNING_RATE,
+        metadata={"help": "Rate of D and W where every layer has its own (deep_layers), the first's among them."},
     )
     head_learning_rate: float = field(default=HEAD_LEARNING_RATE, metadata={"help": "Rate of a task head."})
     include_num_input_tokens_seen: str = field(
@@ -100,7 +101,7 @@ class EPTSeq2SeqTrainingArguments(EPTArguments, Seq2SeqTrainingArguments):  # ty
 
 UP = ("lowrank_b", "space_up", "token_up")
 DOWN = ("lowrank_a", "space_down", "gate_weight", "token_down")
-DEEP = ("deep_down", "deep_up")
+DEEP = ("token_down", "token_up", "deep_down", "deep_up")
 
 
 def parameter_groups(
@@ -113,17 +114,18 @@ def parameter_groups(
     head_learning_rate: float = HEAD_LEARNING_RATE,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """The optimiser's groups: the prompt, what starts at zero, what feeds it, the deep updates, and the head; no decay on
-    P and biases."""
+    """The optimiser's groups: the prompt, what starts at zero, what feeds it, the updates where every layer has its own,
+    and the head; no decay on P and biases."""
     if isinstance(model.ept, FoldedLayer):
         raise ValueError("the adapter is folded, for inference only: train the adapter that it was folded from")
     head = [(name, p) for name, p in model.base_model.named_parameters() if p.requires_grad]
     named = dict(model.ept.named_parameters())
+    deep = [named.pop(name) for name in DEEP if name in named] if model.ept_config.deep_layers else []
     groups = [
         (prompt_learning_rate, 0.0, [named["prompt"]]),
         (learning_rate, weight_decay, [named[name] for name in UP if name in named]),
         (down_learning_rate, weight_decay, [named[name] for name in DOWN if name in named]),
-        (deep_learning_rate, weight_decay, [named[name] for name in DEEP if name in named]),
+        (deep_learning_rate, weight_decay, deep),
         (head_learning_rate, weight_decay, [p for name, p in head if not name.endswith("bias")]),
         (head_learning_rate, 0.0, [p for name, p in head if name.endswith("bias")]),
     ]

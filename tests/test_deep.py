@@ -186,7 +186,8 @@ def test_they_count_and_train_at_a_rate_of_their_own():
     assert model.trainable_parameters()["deep"] == 2 * 2 * 6 * 32 == model.ept.deep_up.numel() * 2
     assert sum(model.trainable_parameters().values()) == model.ept_config.num_parameters(32)
     (group,) = (group for group in parameter_groups(model, deep_learning_rate=0.25) if group["lr"] == 0.25)
-    assert {id(p) for p in group["params"]} == {id(model.ept.deep_down), id(model.ept.deep_up)}
+    updates = [getattr(model.ept, name) for name in ("token_down", "token_up", "deep_down", "deep_up")]
+    assert {id(p) for p in group["params"]} == set(map(id, updates))
 
 
 def test_a_training_pass_leaves_units_out_for_the_whole_batch(monkeypatch):

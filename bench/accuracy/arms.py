@@ -8,7 +8,13 @@ TASKS = ("movies", "rating", "tweets", "news", "authors")
 BUDGET = 38_400  # a soft prompt of 100 tokens at d = 384
 HEAD_RATE = 0.005
 HALF = {"prompt_length": 2, "num_spaces": 0, "token_rank": 24}  # 19,200 parameters; the best of the variants looked at
-DEEP = {"prompt_length": 4, "num_spaces": 0, "token_rank": 24, "deep_layers": 5}  # 27,648 parameters
+DEEP = {
+    "prompt_length": 2,
+    "num_spaces": 0,
+    "token_rank": 4,
+    "deep_layers": 5,
+    "token_dropout": 0.1,
+}  # 19,200 parameters
 DROPOUT = {"token_dropout": 0.25}
 STEPS = 150  # of 32 rows
 ALL_ROWS = 1_000_000  # more than any task has
@@ -110,8 +116,8 @@ def search() -> list[Job]:
 def rates() -> list[Job]:
     """Whether EPT's default rates are the best of three on the tasks that `search` left out, and with its dropout."""
     return [
-        job(f"EPT, {shape} {rate:g}", "EPT", rate, task, 2000, 0, settings=settings | DROPOUT)
-        for shape, settings in (("half", HALF), ("deep", DEEP))
+        job(f"EPT, {shape} {rate:g}", "EPT", rate, task, 2000, 0, settings=settings)
+        for shape, settings in (("half", HALF | DROPOUT), ("deep", DEEP))
         for task in TASKS
         for rate in (1.0, 0.5, 2.0)
     ]
@@ -124,7 +130,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.005},
     "EPT, half": {"method": "EPT", "rate": 1.0, "settings": HALF | DROPOUT},
     "head only": {"method": "head only", "rate": 0.02},
-    "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": DEEP | DROPOUT},
+    "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": DEEP},
+    "EPT, deep q=8": {"method": "EPT", "rate": 1.0, "settings": DEEP | {"token_rank": 8}},
+    "LoRA r=2": {"method": "LoRA", "rate": 0.005, "budget": 18_432},
     "EPT, no dropout": {"method": "EPT", "rate": 1.0},
     "EPT, half, no dropout": {"method": "EPT", "rate": 1.0, "settings": HALF},
     "EPT paper": {"method": "EPT paper", "rate": 2.0},
@@ -136,13 +144,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "DePT": {"method": "DePT", "rate": 2.0},
     "full fine-tuning": {"method": "full", "rate": 0.0001, "dtype": "float32"},
 }
-FIRST = 6  # arms whose runs with three seeds and both sizes come first
+FIRST = 8  # arms whose runs with three seeds and both sizes come first
 COMPARISONS = [
     ("EPT", "prompt tuning 20"), ("EPT", "prompt tuning 100"), ("EPT", "DePT"), ("EPT", "EPT paper"),
     ("EPT", "LoRA r=4"), ("EPT", "EPT, half"), ("EPT", "head only"),
     ("EPT, half", "LoRA r=4"), ("EPT, half", "LoRA"), ("EPT, half", "prompt tuning 20"),
-    ("EPT, deep", "LoRA r=4"), ("EPT, deep", "EPT, half"), ("EPT, deep", "prompt tuning 20"), ("EPT, deep", "prompt tuning 100"),
-    ("EPT, deep", "BitFit"), ("EPT, deep", "LoRA"),
+    ("EPT, deep", "LoRA r=4"), ("EPT, deep", "LoRA r=2"), ("EPT, deep", "EPT, half"), ("EPT, deep", "prompt tuning 20"),
+    ("EPT, deep", "prompt tuning 100"), ("EPT, deep", "prompt tuning 10"), ("EPT, deep", "DePT"), ("EPT, deep", "EPT paper"),
+    ("EPT, deep", "BitFit"), ("EPT, deep", "LoRA"), ("EPT, deep q=8", "LoRA r=4"), ("EPT, deep q=8", "EPT, deep"),
+    ("EPT, deep q=8", "full fine-tuning"),
     ("EPT", "EPT, no dropout"), ("EPT, half", "EPT, half, no dropout"), ("EPT", "prompt tuning 10"),
     ("EPT, a tenth", "LoRA, a tenth"), ("EPT, a tenth", "prompt tuning 10"),
 ]  # fmt: skip
@@ -161,7 +171,7 @@ def final() -> list[Job]:
     ]
 
 
-# As many steps as fit into the default preset's time for 150, where that is fewer: bench/results/accuracy/cpu/step_time.json.
+# As many steps as fit into the default preset's time for 150, where that is fewer: bench/results/accuracy/step_time.json.
 EQUAL_TIME_STEPS = {
     "prompt tuning 20": 104, "prompt tuning 10": 129, "prompt tuning 100": 36, "DePT": 73, "EPT paper": 71, "BitFit": 89,
     "full fine-tuning": 52,
@@ -192,12 +202,12 @@ def whole_sets() -> list[Job]:
 
 # SmolLM2-135M: 100 steps of 16 rows of at most 24 tokens, which is what these machines have time for.
 SMOLLM2 = {"backbone": "smollm2", "steps": 100, "batch_size": 16, "max_length": 24, "budget": 57_600, "rows": 2000}
-SMOLLM2_DEEP = {"prompt_length": 2, "num_spaces": 0, "token_rank": 20, "deep_layers": 29}  # 57,600 parameters
+SMOLLM2_DEEP = DEEP | {"token_rank": 1, "deep_layers": 29}  # 35,712 parameters
 SMOLLM2_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `smollm2` chose
     "EPT, half": {"method": "EPT", "rate": 0.5, "settings": HALF | DROPOUT},
     "LoRA": {"method": "LoRA", "rate": 0.008},
     "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.024},
-    "EPT, deep": {"method": "EPT", "rate": 0.5, "settings": SMOLLM2_DEEP | DROPOUT},
+    "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": SMOLLM2_DEEP},
 }
 
 
@@ -210,7 +220,7 @@ def smollm2() -> list[Job]:
         "EPT, half": (1.0, 0.5, 2.0, 0.25),
         "LoRA": (0.001, 0.0005, 0.002, 0.004, 0.008, 0.016),
         "prompt tuning 20": (0.012, 0.006, 0.024, 0.048),
-        "EPT, deep": (0.5, 1.0, 0.25),
+        "EPT, deep": (1.0, 0.5, 2.0),
     }
     common = dict[str, Any](task="tweets", seed=0) | SMOLLM2
     slow_w = SMOLLM2_ARMS["EPT, half"] | {"rate": 1.0, "rates": {"learning_rate": 0.0045}}
@@ -236,7 +246,7 @@ def smollm2_final() -> list[Job]:
 # The same backbone at MiniLM's protocol (150 steps of 32 rows of at most 48 tokens), which takes a GPU.
 SMOLLM2_WHOLE: dict[str, Any] = {"backbone": "smollm2", "budget": 57_600, "rows": 2000}
 SMOLLM2_RATES = {
-    "EPT, deep": (0.5, 0.25, 1.0), "LoRA": (0.004, 0.002, 0.008), "prompt tuning 20": (0.024, 0.012, 0.048),
+    "EPT, deep": (1.0, 0.5, 2.0), "LoRA": (0.004, 0.002, 0.008), "prompt tuning 20": (0.024, 0.012, 0.048),
     "EPT, half": (0.5, 0.25, 1.0), "EPT": (0.5, 0.25, 1.0), "head only": (0.005, 0.002, 0.02),
 }  # fmt: skip
 SMOLLM2_WHOLE_ARMS: dict[str, dict[str, Any]] = SMOLLM2_ARMS | {

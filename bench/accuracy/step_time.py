@@ -1,7 +1,7 @@
 """Step times of the study's arms, in turn on the same batches: `python -m bench.accuracy.step_time [--rounds 12]`.
 
-On the CPU. Writes bench/results/accuracy/cpu/step_time.json: each arm's time over that of the default preset, lower
-quartile, median and upper quartile over the rounds. From the medians follow `EQUAL_TIME_STEPS` in arms.py.
+Writes bench/results/accuracy/step_time.json: each arm's time over that of the default preset, lower quartile, median
+and upper quartile over the rounds. From the medians follow `EQUAL_TIME_STEPS` in arms.py.
 """
 
 import argparse
@@ -41,9 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.step_time", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
     found = measure(parser.parse_args().rounds)
-    path = RESULTS / "cpu" / "step_time.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "step_time.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for arm, (low, middle, high) in found["over EPT"].items():
         print(f"{arm:24} {middle:.3f} ({low:.3f} to {high:.3f}): {round(STEPS / middle)} steps in EPT's time")
 

@@ -2,9 +2,8 @@
 
     python -m bench.accuracy.study STAGE [--processes 2] [--minutes 60] [--arms ARM …]
 
-A stage's lines stand in bench/results/accuracy/cuda/STAGE.jsonl where there is a GPU, and in …/cpu/ where there is
-none; what stands there is not run again, so a stage that was interrupted goes on. `--minutes` starts no run after
-that time.
+A stage's lines stand in bench/results/accuracy/STAGE.jsonl; what stands there is not run again, so a stage that was
+interrupted goes on. `--minutes` starts no run after that time.
 """
 
 import argparse
@@ -38,9 +37,9 @@ from ..fit import fit, load, predict, quiet, score
 from ..real_text import Task, load_task, minilm, smollm2
 from .arms import STAGES
 
-__all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "device_type", "key", "minilm_for", "read"]
+__all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "key", "minilm_for", "read"]
 
-RESULTS = Path(__file__).parents[1] / "results" / "accuracy"  # below it a directory for each device type
+RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 MAX_LENGTH = 48
 BATCH_SIZE = 32
 PREDICTION_UNIT = 1e-3  # regression outputs are kept in thousandths
@@ -55,14 +54,9 @@ def key(job: Job) -> str:
     return json.dumps({name: job.get(name) for name in (*names, *others)}, sort_keys=True)
 
 
-def device_type() -> str:
-    """ "cuda" where there is a GPU, which transformers' Trainer then takes, or "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def read(stage: str, device: str) -> list[Job]:
-    """The stage's lines of a device type."""
-    path = RESULTS / device / f"{stage}.jsonl"
+def read(stage: str) -> list[Job]:
+    """The stage's lines."""
+    path = RESULTS / f"{stage}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -152,15 +146,13 @@ def _look(model: EPTModel) -> dict[str, float]:
 
 def run_stage(name: str, processes: int, minutes: float, arms: list[str] | None = None) -> None:
     jobs = [job for job in STAGES[name]() if arms is None or job["arm"] in arms]
-    device = device_type()
-    path = RESULTS / device / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = {key(record) for record in read(name, device)}
-    elsewhere = {key(record): record for other in STAGES for record in read(other, device)}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    done = {key(record) for record in read(name)}
+    elsewhere = {key(record): record for other in STAGES for record in read(other)}
     missing = []
     for job in jobs:
         if key(job) not in done and key(job) in elsewhere:
-            _append(path, elsewhere[key(job)] | {"arm": job["arm"]})
+            _append(name, elsewhere[key(job)] | {"arm": job["arm"]})
         elif key(job) not in done:
             missing.append(job)
     for task in {job["task"] for job in missing}:
@@ -182,12 +174,12 @@ def run_stage(name: str, processes: int, minutes: float, arms: list[str] | None 
                 break
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in finished:
-                _append(path, future.result() | {"machine": machine})
+                _append(name, future.result() | {"machine": machine})
                 bar.update()
 
 
-def _append(path: Path, record: Job) -> None:
-    with open(path, "a") as file:
+def _append(stage: str, record: Job) -> None:
+    with open(RESULTS / f"{stage}.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
 
 

@@ -2,13 +2,12 @@
 
     python -m bench.accuracy.table [--draws 2000]
 
-Writes table.md and accuracy.png beside them: bench/results/accuracy/cuda/ and …/cpu/.
+Writes table.md and accuracy.png into bench/results/accuracy/.
 """
 
 import argparse
 import statistics
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -105,7 +104,7 @@ def _comparisons(records: list[dict[str, Any]], draws: int) -> list[str]:
     return lines
 
 
-def _picture(records: list[dict[str, Any]], path: Path) -> None:
+def _picture(records: list[dict[str, Any]]) -> None:
     """One panel for each training-set size: mean over the tasks against trained parameters."""
     sizes = sorted({record["rows"] for record in records})
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4), squeeze=False)
@@ -125,29 +124,21 @@ def _picture(records: list[dict[str, Any]], path: Path) -> None:
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.margins(x=0.15)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.savefig(RESULTS / "accuracy.png", dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.table", description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=2000)
     draws = parser.parse_args().draws
-    found = [device for device in ("cuda", "cpu") if read("final", device)]
-    if not found:
+    records = read("final")
+    if not records:
         raise SystemExit("no final runs yet: python -m bench.accuracy.study final")
-    for device in found:
-        _write(device, draws)
-
-
-def _write(device: str, draws: int) -> None:
-    """table.md and accuracy.png of a device type's lines."""
-    records = read("final", device)
     sections = {
         f"{rows:,} training rows": [record for record in records if record["rows"] == rows]
         for rows in sorted({record["rows"] for record in records}, reverse=True)
     }
-    sections |= {title: read(stage, device) for stage, title in OTHERS.items()}
+    sections |= {title: read(stage) for stage, title in OTHERS.items()}
     lines = []
     for title, chosen in sections.items():
         if chosen:
@@ -157,8 +148,8 @@ def _write(device: str, draws: int) -> None:
     lines += ["Mean ± deviation over seeds; protocol in `bench/accuracy/README.md`."]
     lines += ["; ".join(f"{name} {value}" for name, value in machine) for machine in machines]
     text = "\n".join(lines)
-    (RESULTS / device / "table.md").write_text(text + "\n", encoding="utf-8")
-    _picture(records, RESULTS / device / "accuracy.png")
+    (RESULTS / "table.md").write_text(text + "\n", encoding="utf-8")
+    _picture(records)
     print(text)
 
 
