@@ -192,7 +192,7 @@ class EPTConfig:
     def deep(cls, **settings: Any) -> "EPTConfig":
         """A narrow token-conditioned update in every layer, no spaces [ours]: the most accurate of the presets
         (bench/NOTES.md), for whoever runs the adapter inside transformers."""
-        preset = dict(prompt_length=2, num_spaces=0, token_rank=4, token_dropout=0.1, deep_layers=-1)
+        preset = dict(prompt_length=2, num_spaces=0, token_rank=4, token_dropout=0.0, deep_layers=-1)
         return cls(**preset | settings)
 
     @classmethod
