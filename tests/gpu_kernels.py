@@ -5,8 +5,9 @@
 2. one launch against the same roles one after another, and two runs against each other: the same bits;
 3. CUDA-graph capture and replay;
 4. whole models behind EPT against the plain formula on the CPU: loss, gradients, greedy generation;
-5. time of forward and backward against a copy of as many bytes as the model predicts;
-6. compute-sanitizer's race check on a few cases, where it is installed.
+5. compute-sanitizer's race check on a few cases, where it is installed.
+
+Times are `make bench-gpu`'s.
 """
 
 import argparse
@@ -24,13 +25,15 @@ import transformers as hf
 import triton
 from kernel_cases import covering_cases, errors, kernel_case, run, source_dtype
 
-from ept_kernels import prompt_embed, traffic
+from ept_kernels import prompt_embed
 from tiny_models import all_parts, backbone, ids, padded, wrapped
 
 ROOT = Path(__file__).parents[1]
 CASES = 150
 MOST_WORKERS = 16  # processes, each with a context of its own on the GPU
 SANITIZED = 5
+# On a GPU the plain formula's fp32 products are fp32's own, the kernels' three of TF32 each: up to 3.2 times its error was seen.
+TIMES = 4.0
 BENCH = dict(batch=32, length=256, s=60, n=256, r=30, k=4, h=8)
 
 
@@ -41,7 +44,7 @@ def on_gpu(case: dict) -> dict:
 def check_case(seed: int, axes: dict) -> dict:
     case = on_gpu(kernel_case(seed, **axes))
     try:
-        return errors(case, run(case, "triton", source_dtype(case)))
+        return errors(case, run(case, "triton", source_dtype(case)), times=TIMES)
     except Exception as error:  # the other cases go on
         return dict(raised=f"{type(error).__name__}: {error}")
 
@@ -118,31 +121,6 @@ def models() -> dict:
     return far
 
 
-def times() -> list[dict]:
-    rows = []
-    for d, q in ((768, 0), (768, 24), (4096, 0), (4096, 24)):
-        case = bench_case(d, q)
-        leaves = {
-            n: v.requires_grad_() for n, v in case.items() if isinstance(v, torch.Tensor) and v.dtype == torch.float32
-        }
-        shapes = traffic.Shapes(d=d, q=q, masked=False, **BENCH)
-        out = prompt_embed(**case, impl="triton")
-        grad = torch.randn_like(out)
-        calls = dict(
-            forward=lambda case=case: prompt_embed(**case, impl="triton"),
-            backward=lambda out=out, leaves=leaves, grad=grad: torch.autograd.grad(
-                out, list(leaves.values()), grad, retain_graph=True
-            ),
-        )
-        for way, call in calls.items():
-            size = getattr(traffic, way)(shapes).total
-            half = torch.empty(size // 2, dtype=torch.uint8, device="cuda")
-            copy = torch.empty_like(half)
-            ours, copied = triton.testing.do_bench(call), triton.testing.do_bench(lambda: copy.copy_(half))  # noqa: B023
-            rows.append(dict(d=d, q=q, way=way, ms=ours, bytes=size, copy_ms=copied, of_copy_bandwidth=copied / ours))
-    return rows
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=CASES)
@@ -157,7 +135,7 @@ def main():
         matrix=check_matrix(options.cases, options.workers),
     )  # fmt: skip
     if not options.matrix_only:
-        result |= dict(same_bits=same_bits(), graph_replays=graph_replays(), models=models(), times=times())
+        result |= dict(same_bits=same_bits(), graph_replays=graph_replays(), models=models())
         sanitizer = shutil.which("compute-sanitizer")
         if sanitizer:
             command = [sanitizer, "--tool", "racecheck", "--error-exitcode", "1", sys.executable, __file__]

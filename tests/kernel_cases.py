@@ -111,10 +111,12 @@ def source_dtype(case: dict) -> torch.dtype:
     return case["embedding_weight" if "embedding_weight" in case else "inputs_embeds"].dtype
 
 
-def errors(case: dict, got: dict[str, torch.Tensor], truncates: bool = False) -> dict[str, tuple[float, float]]:
+def errors(
+    case: dict, got: dict[str, torch.Tensor], truncates: bool = False, times: float = 2.0
+) -> dict[str, tuple[float, float]]:
     """(error, allowed) of each result that is off by more than allowed, in norm.
 
-    Allowed is twice the error of the plain formula in the same dtypes. The floor below it is half a unit in the last
+    Allowed is `times` the error of the plain formula in the same dtypes. The floor below it is half a unit in the last
     place of the result's dtype, what rounding the exact value costs anybody; a whole unit where the interpreter
     `truncates` (its casts to bfloat16); two units for a result of few numbers, where the plain formula's error is one
     draw that may come out near zero, while the result ends a chain of at least four roundings. In float64 the plain
@@ -131,7 +133,7 @@ def errors(case: dict, got: dict[str, torch.Tensor], truncates: bool = False) ->
             units = 16.0
         floor = units * torch.finfo(value.dtype).eps
         error = (value.double() - truth[name]).norm().item()
-        allowed = 2 * max((plain[name].double() - truth[name]).norm().item(), floor * truth[name].norm().item())
+        allowed = times * max((plain[name].double() - truth[name]).norm().item(), floor * truth[name].norm().item())
         if not error <= allowed:
             wrong[name] = (error, allowed)
     return wrong
