@@ -73,14 +73,14 @@ def prompt_embed(
     """
     _check_embedding(input_ids, embedding_weight)
     impl = _resolve(impl, prompt)
+    table = embedding_weight.detach() if embedding_weight.requires_grad else embedding_weight
     if impl == "triton":
         return _launch(
-            input_ids, embedding_weight.detach(), attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up,
+            input_ids, table, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up,
             gate_weight, scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion,
         )  # fmt: skip
-    embeddings = F.embedding(input_ids, embedding_weight.detach())
     return _join(
-        embeddings, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
+        F.embedding(input_ids, table), attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
         scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion, impl,
     )  # fmt: skip
 
@@ -176,7 +176,8 @@ def text_update(
     `text_positions` [batch, L] int64 says p for each token, -1 on padding: the tokens of a cached prefix count.
     Computed in torch; returns [batch, L, d] in the dtype of `inputs_embeds`.
     """
-    _check_text(inputs_embeds, inputs_embeds.shape[-1], lowrank_a, lowrank_b, token_down, token_up, activation)
+    shape = inputs_embeds.shape
+    _check_text(shape, inputs_embeds, shape[-1], lowrank_a, lowrank_b, token_down, token_up, activation)
     if text_positions.shape != inputs_embeds.shape[:2]:
         raise ValueError(
             f"text_positions has shape {tuple(text_positions.shape)}, but must be one number per token: "
@@ -215,10 +216,10 @@ def _launch(
     from . import triton_op
 
     _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, activation, embed_scale)
-    text = source if input_ids is None else source[:1, :].unsqueeze(0).expand(*input_ids.shape, -1)
-    _check_text(text, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
-    _check_mask(attention_mask, text)
-    _check_start(prompt_start, text.shape[1])
+    shape = source.shape if input_ids is None else (*input_ids.shape, source.shape[1])
+    _check_text(shape, source, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
+    _check_mask(attention_mask, shape, source)
+    _check_start(prompt_start, shape[1])
     out, _ = triton_op.prompt_embed(
         input_ids, source, attention_mask,
         prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
@@ -248,9 +249,10 @@ def _join(
     impl: str,
 ) -> Tensor:
     _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, activation, embed_scale)
-    _check_text(inputs_embeds, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
-    _check_mask(attention_mask, inputs_embeds)
-    length = inputs_embeds.shape[1]
+    shape = inputs_embeds.shape
+    _check_text(shape, inputs_embeds, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
+    _check_mask(attention_mask, shape, inputs_embeds)
+    length = shape[1]
     _check_start(prompt_start, length)
     functions = _functions(impl)
     dtype = _compute_dtype(functions, inputs_embeds, prompt, lowrank_a, space_down, token_down)
@@ -362,7 +364,8 @@ def _check_prompt(
 
 
 def _check_text(
-    inputs_embeds: Tensor,
+    shape: tuple[int, ...],
+    source: Tensor,
     d: int,
     lowrank_a: Tensor | None,
     lowrank_b: Tensor | None,
@@ -370,10 +373,11 @@ def _check_text(
     token_up: Tensor | None,
     activation: str,
 ) -> None:
-    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != d:
+    """`shape` is that of the text's embeddings, `source` what they come from: themselves, or E."""
+    if len(shape) != 3 or shape[2] != d:
         raise ValueError(
             f"the text's embeddings must be [batch, length, {d}] for a prompt of width {d}, "
-            f"not {tuple(inputs_embeds.shape)}: the EPT tensors belong to another backbone"
+            f"not {tuple(shape)}: the EPT tensors belong to another backbone"
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown: choose one of {', '.join(map(repr, ACTIVATIONS))}")
@@ -382,11 +386,11 @@ def _check_text(
     if token_down is not None and token_up is not None:
         _check_shape("token_down", token_down, ("q", d))
         _check_shape("token_up", token_up, tuple(token_down.shape))
-    named = dict(inputs_embeds=inputs_embeds, lowrank_a=lowrank_a, token_down=token_down, token_up=token_up)
-    _check_trained(inputs_embeds.device, named)
+    named = dict(inputs_embeds=source, lowrank_a=lowrank_a, token_down=token_down, token_up=token_up)
+    _check_trained(source.device, named)
 
 
-def _check_mask(attention_mask: Tensor | None, inputs_embeds: Tensor) -> None:
+def _check_mask(attention_mask: Tensor | None, shape: tuple[int, ...], source: Tensor) -> None:
     if attention_mask is None:
         return
     if attention_mask.is_floating_point() or attention_mask.is_complex():
@@ -394,12 +398,12 @@ def _check_mask(attention_mask: Tensor | None, inputs_embeds: Tensor) -> None:
             f"attention_mask must be bool or integer, nonzero on text, not {attention_mask.dtype}: "
             "additive masks are not supported"
         )
-    if attention_mask.shape != inputs_embeds.shape[:2]:
+    if attention_mask.shape != shape[:2]:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the text is "
-            f"{tuple(inputs_embeds.shape[:2])}: pass one entry per text token, without columns for the prompt"
+            f"{tuple(shape[:2])}: pass one entry per text token, without columns for the prompt"
         )
-    _same_device("attention_mask", attention_mask, inputs_embeds=inputs_embeds)
+    _same_device("attention_mask", attention_mask, inputs_embeds=source)
 
 
 def _check_start(prompt_start: int, length: int) -> None:
@@ -409,6 +413,8 @@ def _check_start(prompt_start: int, length: int) -> None:
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple) -> None:
     """Letters stand for any positive size."""
+    if tensor.shape == shape:
+        return
     fits = tensor.dim() == len(shape) and all(
         n >= 1 if isinstance(want, str) else n == want for n, want in zip(tensor.shape, shape, strict=True)
     )
