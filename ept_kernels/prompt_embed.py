@@ -161,7 +161,7 @@ def reconstruct_prompt(
 
 def text_update(
     inputs_embeds: Tensor,
-    text_positions: Tensor,
+    text_positions: Tensor | None,
     lowrank_a: Tensor | None,
     lowrank_b: Tensor | None,
     *,
@@ -173,12 +173,13 @@ def text_update(
 ) -> Tensor:
     """The text's embeddings [batch, L, d] with both updates and without a prompt: what a decoding step needs.
 
-    `text_positions` [batch, L] int64 says p for each token, -1 on padding: the tokens of a cached prefix count.
+    `text_positions` [batch, L] int64 says p for each token, -1 on padding: the tokens of a cached prefix count. None is
+    text without padding that starts at 0.
     Computed in torch; returns [batch, L, d] in the dtype of `inputs_embeds`.
     """
     shape = inputs_embeds.shape
     _check_text(shape, inputs_embeds, shape[-1], lowrank_a, lowrank_b, token_down, token_up, activation)
-    if text_positions.shape != inputs_embeds.shape[:2]:
+    if text_positions is not None and text_positions.shape != inputs_embeds.shape[:2]:
         raise ValueError(
             f"text_positions has shape {tuple(text_positions.shape)}, but must be one number per token: "
             f"{tuple(inputs_embeds.shape[:2])}"
@@ -220,11 +221,12 @@ def _launch(
     _check_text(shape, source, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
     _check_mask(attention_mask, shape, source)
     _check_start(prompt_start, shape[1])
+    lowrank_update = lowrank_update and lowrank_a is not None
     out, _ = triton_op.prompt_embed(
-        input_ids, source, attention_mask,
+        input_ids, source, attention_mask if lowrank_update or token_down is not None else None,
         prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
         scale=scale, embed_scale=embed_scale, activation=activation, prompt_start=prompt_start,
-        lowrank_update=lowrank_update and lowrank_a is not None, fusion=fusion and lowrank_a is not None,
+        lowrank_update=lowrank_update, fusion=fusion and lowrank_a is not None,
     )  # fmt: skip
     return out
 
@@ -263,15 +265,17 @@ def _join(
         prompt_star, _ = functions.reconstruct_prompt(
             p, a, b, u, v, g, scale=scale, embed_scale=embed_scale, activation=activation, fusion=fusion
         )
-        if attention_mask is not None:
+        if not lowrank_update:
+            a = b = None
+        if a is None and down is None:
+            positions = None  # nothing asks for them
+        elif attention_mask is not None:
             positions = reference.text_positions(attention_mask)
         elif functions is reference:
             positions = torch.arange(length, device=inputs_embeds.device).expand(len(inputs_embeds), -1)
         else:
             positions = None
-        if not lowrank_update:
-            a = b = None
-        elif a is not None and functions is torch_impl:
+        if a is not None and functions is torch_impl:
             a = a[:length]  # no position lies beyond the text
         x = functions.text_update(
             x, positions, a, b,
@@ -296,7 +300,7 @@ def _compute_dtype(functions: ModuleType, *tensors: Tensor | None) -> torch.dtyp
     present = [t.dtype for t in tensors if t is not None]
     dtype = present[0]
     for other in present[1:]:
-        dtype = torch.promote_types(dtype, other)
+        dtype = dtype if other == dtype else torch.promote_types(dtype, other)
     return dtype if functions is reference else torch.promote_types(dtype, torch.float32)
 
 
