@@ -16,7 +16,7 @@ from .backbones import embedding_rms, embedding_width, reads_first_token, weight
 from .config import EPTConfig
 from .deep import DeepUpdates, hooked, layers_after_first, layers_of, measure, path_of_layers
 from .folding import FoldedLayer
-from .inputs import Group, InputsMixin, in_row_order
+from .inputs import Group, InputsMixin, by_group, in_row_order
 from .layer import EPTLayer
 from .saving import backbone_fingerprint, check_fingerprint, check_weights, read_adapter
 from .sharding import put, whole_shape
@@ -62,9 +62,13 @@ class RoutedHead(nn.Module):
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """features [batch, …] -> [batch, …, labels of the widest head]."""
-        parts = [head(group.of(features), *args, **kwargs) for head, group in zip(self.heads, self.groups, strict=True)]
+        rows = by_group(features, self.groups)
+        parts = [head(part, *args, **kwargs) for head, part in zip(self.heads, rows, strict=True)]
         widest = max(part.shape[-1] for part in parts)
-        parts = [F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts]
+        parts = [
+            part if part.shape[-1] == widest else F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf)
+            for part in parts
+        ]
         return in_row_order(parts, self.groups)
 
 
@@ -277,7 +281,11 @@ class AdaptersMixin(InputsMixin):
             found[name] = (self.ept, self._heads()) if adapter is None else (adapter.layer, list(adapter.heads))
         if len(rows) == 1:
             return [Group(*found[name]) for name in rows]
-        return [Group(*found[name], torch.tensor(numbers, device=device)) for name, numbers in rows.items()]
+        sorted_rows = [row for numbers in rows.values() for row in numbers]
+        order = sorted(range(batch), key=sorted_rows.__getitem__)
+        both = torch.tensor([sorted_rows, order], device=device)  # one transfer for all
+        parts = both[0].split([len(numbers) for numbers in rows.values()])
+        return [Group(*found[name], part, both[1]) for name, part in zip(rows, parts, strict=True)]
 
     def _deep_updates_of(self, groups: list[Group]) -> contextlib.AbstractContextManager[DeepUpdates | None]:
         """Within, the wrapped model's layers have the groups' deep updates, if they have any."""

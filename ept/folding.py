@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ept_kernels
-from ept_kernels.reference import text_positions
+from ept_kernels.reference import insert_prompt, text_positions
 
 from .backbones import weight_of
 from .config import EPTConfig
@@ -84,17 +84,15 @@ class FoldedLayer(nn.Module):
             if input_ids is None or embedding_weight is None:
                 raise ValueError("give input_ids with embedding_weight, or inputs_embeds")
             inputs_embeds = F.embedding(input_ids, embedding_weight)
-        if attention_mask is None:
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).expand(len(inputs_embeds), -1)
-        else:
-            positions = text_positions(attention_mask)
+        positions = None if attention_mask is None else text_positions(attention_mask)
         text = self.continue_text(inputs_embeds, positions)
-        return ept_kernels.prompt_embed_inputs(
-            text, attention_mask, self.prompt, None, None, None, None, None, scale=0.0, prompt_start=self.prompt_start
-        )
+        return insert_prompt(self.prompt.to(text.dtype), text, self.prompt_start)
 
-    def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor) -> Tensor:
-        """[batch, n, d] embeddings of text with the updates for their positions [batch, n]; -1 is padding."""
+    def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor | None) -> Tensor:
+        """[batch, n, d] embeddings of text with the updates for their positions [batch, n]; -1 is padding.
+
+        None is text without padding from its first token on.
+        """
         total = inputs_embeds.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
         if self.token_down is not None:
             total = ept_kernels.text_update(
@@ -102,8 +100,12 @@ class FoldedLayer(nn.Module):
                 token_down=self.token_down, token_up=self.token_up, activation=self.config.activation,
             )  # fmt: skip
         if self.text_update is not None:
-            covered = (text_positions >= 0) & (text_positions < len(self.text_update))
-            total = total + self.text_update[text_positions.where(covered, 0)] * covered.unsqueeze(-1)
+            beyond, length = len(self.text_update), inputs_embeds.shape[1]
+            if text_positions is None:
+                total = total + F.pad(self.text_update[:length], (0, 0, 0, max(0, length - beyond)))
+            else:  # one more row, of zeros, stands behind the last position and, as number -1, for padding
+                rows = F.pad(self.text_update, (0, 0, 0, 1))
+                total = total + rows[text_positions.clamp(-1, beyond)]
         return total.to(inputs_embeds.dtype)
 
     def deep_tensors(self, number: int) -> tuple[Tensor, Tensor]:
@@ -144,8 +146,8 @@ def fold_layer(layer: EPTLayer | FoldedLayer) -> FoldedLayer:
     if folded.deep_down is not None and folded.deep_up is not None:
         pairs = [exact.deep_tensors(number) for number in range(config.deep_layers)]
         deep = [folded.deep_down, folded.deep_up]
-        for mine, theirs in zip(deep, zip(*pairs, strict=True), strict=True):
-            mine.copy_(torch.stack(theirs))
+        for folded_deep, of_layers in zip(deep, zip(*pairs, strict=True), strict=True):
+            folded_deep.copy_(torch.stack(of_layers))
     folded.sha256 = prompt_hash(folded.prompt, *deep)
     if folded.text_update is not None and exact.lowrank_a is not None and exact.lowrank_b is not None:
         folded.text_update.copy_(layer.embed_scale * config.scale * exact.lowrank_a @ exact.lowrank_b)

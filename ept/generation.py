@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ept_kernels.reference import text_positions
 
 from .adapters import AdaptersMixin
-from .inputs import Group, leading_padding, prompt_width
+from .inputs import Group, leading_padding, of_one_shape, prompt_width
 
 __all__ = ["GenerationMixin"]
 
@@ -170,7 +170,7 @@ class GenerationMixin(AdaptersMixin):
         if self._max_length is None:
             return
         rooms = []
-        for group in groups:
+        for group in of_one_shape(groups):
             s, longest = group.layer.config.prompt_length, int(group.of(attention_mask).sum(1).max())
             rooms.append((self._max_length - s - longest, s, longest))
         room, s, longest = min(rooms)

@@ -1,10 +1,13 @@
 """From the caller's arguments to the wrapped model's: the prompt's columns go in here, and out of the outputs again.
 
-The rows of a batch may belong to several adapters. Each `Group` of rows is prepared as if it were alone; then all are
-brought to one width, so that the backbone runs once.
+The rows of a batch may belong to several adapters. Where their prompts have one shape, the rows of all are prepared
+together but for the embeddings; otherwise each `Group` of rows is prepared as if it were alone, and then all are brought
+to one width, so that the backbone runs once.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -28,11 +31,15 @@ RELATIVE_POSITIONS = ("bloom", "mpt", "falcon")  # causal models without positio
 
 @dataclass
 class Group:
-    """The rows of a batch that belong to one adapter: its layer, its heads, and the rows' numbers (None: all rows)."""
+    """The rows of a batch that belong to one adapter: its layer, its heads, and the rows' numbers (None: all rows).
+
+    `order`, where it is known, has for every row of the batch its place among the rows of all groups, one after another.
+    """
 
     layer: EPTLayer | FoldedLayer
     heads: list[nn.Module]
     rows: Tensor | None = None
+    order: Tensor | None = None
 
     @overload
     def of(self, tensor: Tensor) -> Tensor: ...
@@ -48,15 +55,20 @@ class Group:
         if self.rows is None or times == 1:
             return self
         rows = self.rows.unsqueeze(1) * times + torch.arange(times, device=self.rows.device)
-        return dataclasses.replace(self, rows=rows.flatten())
+        return dataclasses.replace(self, rows=rows.flatten(), order=None)
 
 
 @dataclass
 class Prepared:
-    """The wrapped model's arguments, and the columns of its outputs where the caller's are: a slice, or [batch, L]."""
+    """The wrapped model's arguments, and where the caller's columns are in its outputs: a slice, or what says it."""
 
     arguments: dict[str, Any]
-    columns: slice | Tensor
+    where: slice | Callable[[], Tensor]
+
+    @functools.cached_property
+    def columns(self) -> slice | Tensor:
+        """The columns of the outputs where the caller's are: a slice, or [batch, L]. Pooled outputs never ask."""
+        return self.where if isinstance(self.where, slice) else self.where()
 
     @property
     def width(self) -> int:
@@ -81,8 +93,27 @@ def in_row_order(parts: list[Tensor], groups: list[Group]) -> Tensor:
     """One tensor of all rows from each group's, in the batch's order."""
     if groups[0].rows is None:
         return parts[0]
-    order = torch.argsort(torch.cat([group.rows for group in groups if group.rows is not None]))
-    return torch.cat(parts).index_select(0, order)
+    order = groups[0].order
+    return torch.cat(parts).index_select(0, torch.argsort(all_rows(groups)) if order is None else order)
+
+
+def by_group(tensor: Tensor, groups: list[Group]) -> list[Tensor]:
+    """Each group's rows of a tensor [batch, …]."""
+    if groups[0].rows is None:
+        return [tensor]
+    sizes = [len(group.rows) for group in groups if group.rows is not None]
+    return list(tensor.index_select(0, all_rows(groups)).split(sizes))
+
+
+def all_rows(groups: list[Group]) -> Tensor:
+    return torch.cat([group.rows for group in groups if group.rows is not None])
+
+
+def of_one_shape(groups: list[Group]) -> list[Group]:
+    """The groups, or one of all rows where their prompts have one length and one place: it stands for every one of them
+    in what asks for the prompt's shape alone."""
+    shapes = {(group.layer.config.prompt_length, group.layer.prompt_start) for group in groups}
+    return groups if len(shapes) > 1 else [dataclasses.replace(groups[0], rows=None, order=None)]
 
 
 def prompt_width(groups: list[Group]) -> int:
@@ -98,14 +129,19 @@ def insert(layer: EPTLayer | FoldedLayer, columns: Tensor, value: int | Tensor) 
     return torch.cat([columns[:, :start], value, columns[:, start:]], dim=1)
 
 
-def place(layer: EPTLayer | FoldedLayer, columns: Tensor, leading: Tensor) -> Tensor:
-    """Columns [batch, s + L, …] with the prompt's moved behind a row's padding on the left, `leading` [batch] wide."""
+def behind_padding(layer: EPTLayer | FoldedLayer, width: int, leading: Tensor) -> Tensor:
+    """[batch, width = s + L] where to take columns from, so that the prompt's come to stand behind a row's padding on
+    the left, `leading` [batch] wide."""
     s, lead = layer.config.prompt_length, leading.unsqueeze(1)
-    column = torch.arange(columns.shape[1], device=columns.device)
-    source = torch.where(column < lead, column + s, torch.where(column < lead + s, column - lead, column))
-    if columns.dim() == 3:
-        source = source.unsqueeze(-1).expand(-1, -1, columns.shape[2])
-    return columns.gather(1, source)
+    column = torch.arange(width, device=leading.device)
+    return torch.where(column < lead, column + s, torch.where(column < lead + s, column - lead, column))
+
+
+def taken(tensor: Tensor, columns: Tensor) -> Tensor:
+    """The columns [batch, m] of a tensor [batch, n, …]."""
+    if tensor.dim() == 3:
+        columns = columns.unsqueeze(-1).expand(-1, -1, tensor.shape[2])
+    return tensor.gather(1, columns)
 
 
 def widened(columns: Tensor, width: int, value: int, left: bool) -> Tensor:
@@ -204,17 +240,15 @@ class InputsMixin(nn.Module):
         batch, length = text.shape[:2]
         if attention_mask is None and self._kind == "causal-pooled" and input_ids is not None:
             attention_mask = self._mask_by_last_token(input_ids)
-        if groups[0].rows is None:
-            return self._prepare(
-                groups[0], input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels
-            )
+        if len(of_one_shape(groups)) == 1:
+            return self._prepare(groups, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels)
         if attention_mask is None and len({group.layer.config.prompt_length for group in groups}) > 1:
             attention_mask = torch.ones(batch, length, dtype=torch.int64, device=text.device)
         token_type_ids, position_ids = (
             None if t is None else t.expand(batch, -1) for t in (token_type_ids, position_ids)
         )
         given = (input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels)
-        parts = [self._prepare(group, *map(group.of, given)) for group in groups]
+        parts = [self._prepare(of_one_shape([group]), *map(group.of, given)) for group in groups]
         return self._joined(parts, groups, length)
 
     def _joined(self, parts: list[Prepared], groups: list[Group], length: int) -> Prepared:
@@ -232,12 +266,16 @@ class InputsMixin(nn.Module):
             arguments[key] = None if first is None else in_row_order(tensors, groups)
         if self._kind == "causal":
             return Prepared(arguments, slice(width - length, None))
-        columns = [_as_indices(part, length) + (width - part.width if left else 0) for part in parts]
-        return Prepared(arguments, in_row_order(columns, groups))
+
+        def columns() -> Tensor:
+            moved = [_as_indices(part, length) + (width - part.width if left else 0) for part in parts]
+            return in_row_order(moved, groups)
+
+        return Prepared(arguments, columns)
 
     def _prepare(
         self,
-        group: Group,
+        groups: list[Group],
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
@@ -245,27 +283,28 @@ class InputsMixin(nn.Module):
         position_ids: Tensor | None,
         labels: Tensor | None,
     ) -> Prepared:
-        """The wrapped model's arguments for rows of one adapter, one example per row."""
-        layer = group.layer
+        """The wrapped model's arguments for rows of adapters whose prompts have one shape, one example per row."""
+        layer = groups[0].layer  # as good as any: asked for the shape alone
         token_labels = labels is not None and self._labels_are_per_token(labels)
         order = None
         if attention_mask is not None and self._kind != "causal":
             # Encoders count positions by columns, so their text must start at the first; a pooled causal model reads
             # the last column, so its text must end there.
-            text = attention_mask != 0
-            order = torch.argsort(text if self._kind == "causal-pooled" else ~text, dim=1, stable=True)
+            last = attention_mask != 0 if self._kind == "causal-pooled" else attention_mask == 0
+            order = torch.argsort(last, dim=1, stable=True)
             attention_mask = attention_mask.gather(1, order)
             input_ids, token_type_ids, position_ids = (
                 None if t is None else t.expand(len(order), -1).gather(1, order)
                 for t in (input_ids, token_type_ids, position_ids)
             )
             if inputs_embeds is not None:
-                inputs_embeds = inputs_embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[2]))
+                inputs_embeds = taken(inputs_embeds, order)
             if labels is not None and token_labels:
                 labels = labels.gather(1, order)
         length = text_of(input_ids, inputs_embeds).shape[1]
         self._check_length(layer, length, attention_mask)
-        embeds = self._embed(layer, input_ids, inputs_embeds, attention_mask)
+        read = (input_ids, inputs_embeds, attention_mask)
+        embeds = in_row_order([self._embed(group.layer, *map(group.of, read)) for group in groups], groups)
         prepared: dict[str, Any] = {"inputs_embeds": embeds}
         batch, device = len(embeds), embeds.device
         if position_ids is not None and attention_mask is None and self._kind.startswith("causal"):
@@ -281,7 +320,8 @@ class InputsMixin(nn.Module):
             leading = leading_padding(attention_mask)
             moved = bool(leading.any())  # asked once: it waits for the device
             if moved:
-                prepared = {key: place(layer, t, leading) for key, t in prepared.items()}
+                columns = behind_padding(layer, embeds.shape[1], leading)
+                prepared = {key: taken(t, columns) for key, t in prepared.items()}
             if "position_ids" in self._accepts and position_ids is None:
                 positions = text_positions(prepared["attention_mask"]).clamp(min=0)
                 prepared["position_ids"] = positions + self._first_position
@@ -299,12 +339,15 @@ class InputsMixin(nn.Module):
             if mask is None:
                 mask = torch.ones(batch, length, dtype=torch.int64, device=device)
             prepared["pooling_mask"] = insert(layer, mask, 0)
-        columns: slice | Tensor = slice(layer.config.prompt_length, None)
-        if order is not None or layer.prompt_start:
-            columns = torch.argsort(order, dim=1) if order is not None else torch.arange(length, device=device)
+        if order is None and not layer.prompt_start:
+            return Prepared(prepared, slice(layer.config.prompt_length, None))
+
+        def where() -> Tensor:
+            columns = torch.arange(length, device=device) if order is None else torch.argsort(order, dim=1)
             columns = columns + layer.config.prompt_length * (columns >= layer.prompt_start)
-            columns = columns.expand(batch, -1)
-        return Prepared(prepared, columns)
+            return columns.expand(batch, -1)
+
+        return Prepared(prepared, where)
 
     def _prepare_encoder_of_seq2seq(
         self,
@@ -320,6 +363,7 @@ class InputsMixin(nn.Module):
             if len({group.layer.config.prompt_length for group in groups}) > 1:
                 raise ValueError("encoder_outputs of prompts of several lengths need the text's attention_mask")
             return Prepared({"attention_mask": None}, slice(None))
+        groups = of_one_shape(groups)
         packed = attention_mask.sort(dim=1, descending=True, stable=True).values
         parts = [
             Prepared({"attention_mask": insert(group.layer, group.of(packed), 1)}, slice(0, None)) for group in groups
@@ -398,7 +442,8 @@ class InputsMixin(nn.Module):
                 f"attention_mask has {attention_mask.shape[1]} columns, but the cached and new text has {text_length}"
             )
         p = text_positions(attention_mask)[:, -new:]
-        for group in groups:
+        shapes = of_one_shape(groups)
+        for group in shapes:
             self._check_length(group.layer, text_length, group.of(attention_mask))
         prepared = dict(
             inputs_embeds=self._continue_text(groups, x, p),
@@ -409,8 +454,8 @@ class InputsMixin(nn.Module):
         if "position_ids" in self._accepts:
             if position_ids is None:
                 position_ids = p + self._first_position
-            s = [group.of(p).new_full((len(group.of(p)), 1), group.layer.config.prompt_length) for group in groups]
-            prepared["position_ids"] = position_ids.clamp(min=0) + in_row_order(s, groups)
+            s = [torch.full_like(group.of(p[:, :1]), group.layer.config.prompt_length) for group in shapes]
+            prepared["position_ids"] = position_ids.clamp(min=0) + in_row_order(s, shapes)
         return prepared
 
     def _continue_text(self, groups: list[Group], x: Tensor, p: Tensor) -> Tensor:
@@ -420,16 +465,19 @@ class InputsMixin(nn.Module):
     def _mask_with_prompt(self, groups: list[Group], attention_mask: Tensor) -> Tensor:
         """[batch, prompt_width + L]: a causal model's mask with each row's prompt directly before its text."""
         width, leading = prompt_width(groups) + attention_mask.shape[1], leading_padding(attention_mask)
-        parts = [
-            place(group.layer, insert(group.layer, group.of(attention_mask), 1), group.of(leading)) for group in groups
-        ]
-        return in_row_order([widened(part, width, 0, left=True) for part in parts], groups)
+        groups, parts = of_one_shape(groups), []
+        for group in groups:
+            part = insert(group.layer, group.of(attention_mask), 1)
+            part = taken(part, behind_padding(group.layer, part.shape[1], group.of(leading)))
+            parts.append(widened(part, width, 0, left=True))
+        return in_row_order(parts, groups)
 
-    def _move_logits_to_keep(self, kwargs: dict, columns: slice | Tensor) -> int | Tensor | None:
+    def _move_logits_to_keep(self, kwargs: dict, prepared: Prepared) -> int | Tensor | None:
         """Puts `logits_to_keep`, which counts the caller's columns, into the backbone's. Returns what was asked for."""
         kept = kwargs.get("logits_to_keep")
         if kept is None or (isinstance(kept, int) and kept == 0) or self._kind != "causal":
             return None
+        columns = prepared.columns
         if isinstance(columns, slice):
             if isinstance(kept, Tensor):
                 kwargs["logits_to_keep"] = kept + columns.start
@@ -439,7 +487,7 @@ class InputsMixin(nn.Module):
         kwargs["logits_to_keep"] = columns[0, kept] if isinstance(kept, Tensor) else columns[0, -kept:]
         return kwargs["logits_to_keep"]
 
-    def _trim(self, outputs: Any, columns: slice | Tensor, length: int, kept: int | Tensor | None) -> None:
+    def _trim(self, outputs: Any, prepared: Prepared, length: int, kept: int | Tensor | None) -> None:
         """Brings token-level outputs into the caller's columns; the prompt's rows go."""
         for key in ("logits", "last_hidden_state"):
             value = outputs.get(key)
@@ -448,10 +496,10 @@ class InputsMixin(nn.Module):
             if kept is not None and key == "logits":
                 if not isinstance(kept, Tensor):
                     outputs[key] = value[:, -min(kept, length) :]
-            elif isinstance(columns, slice):
-                outputs[key] = value[:, columns]
+            elif isinstance(prepared.columns, slice):
+                outputs[key] = value[:, prepared.columns]
             else:
-                outputs[key] = value.gather(1, columns.unsqueeze(-1).expand(-1, -1, value.shape[2]))
+                outputs[key] = taken(value, prepared.columns)
 
 
 def _as_indices(part: Prepared, length: int) -> Tensor:

@@ -189,14 +189,14 @@ class EPTModel(GenerationMixin, PackingMixin, AdaptersMixin, nn.Module):
             prepared = self._prepare_packed(groups, starts, *rows)
         else:
             prepared = self._prepare_groups(groups, *rows)
-        kept = self._move_logits_to_keep(kwargs, prepared.columns)
+        kept = self._move_logits_to_keep(kwargs, prepared)
         arguments = {k: v for k, v in prepared.arguments.items() if v is not None}
         if past_key_values is not None:
             arguments["past_key_values"] = past_key_values
         with self._heads_of(groups), self._deep_updates_of(groups):
             outputs = self.base_model(**arguments, **kwargs, return_dict=True)
         if self._kind != "seq2seq":
-            self._trim(outputs, prepared.columns, text.shape[1], kept)
+            self._trim(outputs, prepared, text.shape[1], kept)
         return outputs.to_tuple() if return_dict is False else outputs
 
     @contextlib.contextmanager

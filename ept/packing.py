@@ -108,7 +108,7 @@ class PackingMixin(InputsMixin):
             )
         owners = [
             group if group.rows is None
-            else dataclasses.replace(group, rows=torch.isin(row[first], group.rows).nonzero().flatten())
+            else dataclasses.replace(group, rows=torch.isin(row[first], group.rows).nonzero().flatten(), order=None)
             for group in groups
         ]  # fmt: skip
         given = (input_ids, inputs_embeds, text.long(), token_type_ids, position_ids, labels)
@@ -137,7 +137,8 @@ class PackingMixin(InputsMixin):
         if isinstance(columns, slice):
             columns = torch.arange(shape[1], device=row.device).expand(shape) + columns.start
         in_example = place.gather(1, columns)[example, p]
-        return Prepared(arguments, torch.zeros_like(starts, dtype=torch.int64).index_put((row, column), in_example))
+        columns = torch.zeros_like(starts, dtype=torch.int64).index_put((row, column), in_example)
+        return Prepared(arguments, lambda: columns)
 
     def _apart_from_each_other(self, numbers: Tensor, way: str, dtype: torch.dtype) -> dict[str, Any]:
         """What keeps examples from seeing each other; `numbers` [batch, width] says each column's example, 0 is padding."""

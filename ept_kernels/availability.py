@@ -1,5 +1,6 @@
 """Whether the Triton kernels can run, and what impl="auto" therefore takes. Imports without Triton."""
 
+import functools
 import importlib.util
 import logging
 
@@ -37,6 +38,9 @@ def why_no_triton(device: torch.device) -> str | None:
     return f"the tensors are on {device.type}, not on a GPU"
 
 
+_why_not_on_gpu = functools.cache(why_no_triton)  # what is known of a GPU stays true, and is asked in every call
+
+
 def _driver_of_cpu() -> bool:
     import triton
 
@@ -50,11 +54,11 @@ def _driver_of_cpu() -> bool:
 def resolve(impl: str, device: torch.device) -> str:
     """ "triton" where it can run or an error that says why not; for "auto" what it takes, said once."""
     if impl == "triton":
-        reason = why_no_triton(device)
+        reason = _why_not_on_gpu(device) if device.type == "cuda" else why_no_triton(device)
         if reason is not None:
             raise RuntimeError(f'impl="triton" cannot run: {reason}. Use impl="torch"')
     if impl == "auto":
-        reason = why_no_triton(device) if device.type == "cuda" else f"the tensors are on {device.type}, not on a GPU"
+        reason = _why_not_on_gpu(device) if device.type == "cuda" else f"the tensors are on {device.type}, not on a GPU"
         impl = "triton" if reason is None else "torch"
         if (impl, reason) not in _said:
             _said.add((impl, reason))

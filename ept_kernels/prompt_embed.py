@@ -73,14 +73,14 @@ def prompt_embed(
     """
     _check_embedding(input_ids, embedding_weight)
     impl = _resolve(impl, prompt)
+    table = embedding_weight.detach() if embedding_weight.requires_grad else embedding_weight
     if impl == "triton":
         return _launch(
-            input_ids, embedding_weight.detach(), attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up,
+            input_ids, table, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up,
             gate_weight, scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion,
         )  # fmt: skip
-    embeddings = F.embedding(input_ids, embedding_weight.detach())
     return _join(
-        embeddings, attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
+        F.embedding(input_ids, table), attention_mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight,
         scale, embed_scale, token_down, token_up, activation, prompt_start, lowrank_update, fusion, impl,
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def reconstruct_prompt(
 
 def text_update(
     inputs_embeds: Tensor,
-    text_positions: Tensor,
+    text_positions: Tensor | None,
     lowrank_a: Tensor | None,
     lowrank_b: Tensor | None,
     *,
@@ -173,11 +173,13 @@ def text_update(
 ) -> Tensor:
     """The text's embeddings [batch, L, d] with both updates and without a prompt: what a decoding step needs.
 
-    `text_positions` [batch, L] int64 says p for each token, -1 on padding: the tokens of a cached prefix count.
+    `text_positions` [batch, L] int64 says p for each token, -1 on padding: the tokens of a cached prefix count. None is
+    text without padding that starts at 0.
     Computed in torch; returns [batch, L, d] in the dtype of `inputs_embeds`.
     """
-    _check_text(inputs_embeds, inputs_embeds.shape[-1], lowrank_a, lowrank_b, token_down, token_up, activation)
-    if text_positions.shape != inputs_embeds.shape[:2]:
+    shape = inputs_embeds.shape
+    _check_text(shape, inputs_embeds, shape[-1], lowrank_a, lowrank_b, token_down, token_up, activation)
+    if text_positions is not None and text_positions.shape != inputs_embeds.shape[:2]:
         raise ValueError(
             f"text_positions has shape {tuple(text_positions.shape)}, but must be one number per token: "
             f"{tuple(inputs_embeds.shape[:2])}"
@@ -215,15 +217,16 @@ def _launch(
     from . import triton_op
 
     _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, activation, embed_scale)
-    text = source if input_ids is None else source[:1, :].unsqueeze(0).expand(*input_ids.shape, -1)
-    _check_text(text, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
-    _check_mask(attention_mask, text)
-    _check_start(prompt_start, text.shape[1])
+    shape = source.shape if input_ids is None else (*input_ids.shape, source.shape[1])
+    _check_text(shape, source, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
+    _check_mask(attention_mask, shape, source)
+    _check_start(prompt_start, shape[1])
+    lowrank_update = lowrank_update and lowrank_a is not None
     out, _ = triton_op.prompt_embed(
-        input_ids, source, attention_mask,
+        input_ids, source, attention_mask if lowrank_update or token_down is not None else None,
         prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
         scale=scale, embed_scale=embed_scale, activation=activation, prompt_start=prompt_start,
-        lowrank_update=lowrank_update and lowrank_a is not None, fusion=fusion and lowrank_a is not None,
+        lowrank_update=lowrank_update, fusion=fusion and lowrank_a is not None,
     )  # fmt: skip
     return out
 
@@ -248,9 +251,10 @@ def _join(
     impl: str,
 ) -> Tensor:
     _check_prompt(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, activation, embed_scale)
-    _check_text(inputs_embeds, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
-    _check_mask(attention_mask, inputs_embeds)
-    length = inputs_embeds.shape[1]
+    shape = inputs_embeds.shape
+    _check_text(shape, inputs_embeds, prompt.shape[1], lowrank_a, lowrank_b, token_down, token_up, activation)
+    _check_mask(attention_mask, shape, inputs_embeds)
+    length = shape[1]
     _check_start(prompt_start, length)
     functions = _functions(impl)
     dtype = _compute_dtype(functions, inputs_embeds, prompt, lowrank_a, space_down, token_down)
@@ -261,15 +265,17 @@ def _join(
         prompt_star, _ = functions.reconstruct_prompt(
             p, a, b, u, v, g, scale=scale, embed_scale=embed_scale, activation=activation, fusion=fusion
         )
-        if attention_mask is not None:
+        if not lowrank_update:
+            a = b = None
+        if a is None and down is None:
+            positions = None  # nothing asks for them
+        elif attention_mask is not None:
             positions = reference.text_positions(attention_mask)
         elif functions is reference:
             positions = torch.arange(length, device=inputs_embeds.device).expand(len(inputs_embeds), -1)
         else:
             positions = None
-        if not lowrank_update:
-            a = b = None
-        elif a is not None and functions is torch_impl:
+        if a is not None and functions is torch_impl:
             a = a[:length]  # no position lies beyond the text
         x = functions.text_update(
             x, positions, a, b,
@@ -294,7 +300,7 @@ def _compute_dtype(functions: ModuleType, *tensors: Tensor | None) -> torch.dtyp
     present = [t.dtype for t in tensors if t is not None]
     dtype = present[0]
     for other in present[1:]:
-        dtype = torch.promote_types(dtype, other)
+        dtype = dtype if other == dtype else torch.promote_types(dtype, other)
     return dtype if functions is reference else torch.promote_types(dtype, torch.float32)
 
 
@@ -362,7 +368,8 @@ def _check_prompt(
 
 
 def _check_text(
-    inputs_embeds: Tensor,
+    shape: tuple[int, ...],
+    source: Tensor,
     d: int,
     lowrank_a: Tensor | None,
     lowrank_b: Tensor | None,
@@ -370,10 +377,11 @@ def _check_text(
     token_up: Tensor | None,
     activation: str,
 ) -> None:
-    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != d:
+    """`shape` is that of the text's embeddings, `source` what they come from: themselves, or E."""
+    if len(shape) != 3 or shape[2] != d:
         raise ValueError(
             f"the text's embeddings must be [batch, length, {d}] for a prompt of width {d}, "
-            f"not {tuple(inputs_embeds.shape)}: the EPT tensors belong to another backbone"
+            f"not {tuple(shape)}: the EPT tensors belong to another backbone"
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown: choose one of {', '.join(map(repr, ACTIVATIONS))}")
@@ -382,11 +390,11 @@ def _check_text(
     if token_down is not None and token_up is not None:
         _check_shape("token_down", token_down, ("q", d))
         _check_shape("token_up", token_up, tuple(token_down.shape))
-    named = dict(inputs_embeds=inputs_embeds, lowrank_a=lowrank_a, token_down=token_down, token_up=token_up)
-    _check_trained(inputs_embeds.device, named)
+    named = dict(inputs_embeds=source, lowrank_a=lowrank_a, token_down=token_down, token_up=token_up)
+    _check_trained(source.device, named)
 
 
-def _check_mask(attention_mask: Tensor | None, inputs_embeds: Tensor) -> None:
+def _check_mask(attention_mask: Tensor | None, shape: tuple[int, ...], source: Tensor) -> None:
     if attention_mask is None:
         return
     if attention_mask.is_floating_point() or attention_mask.is_complex():
@@ -394,12 +402,12 @@ def _check_mask(attention_mask: Tensor | None, inputs_embeds: Tensor) -> None:
             f"attention_mask must be bool or integer, nonzero on text, not {attention_mask.dtype}: "
             "additive masks are not supported"
         )
-    if attention_mask.shape != inputs_embeds.shape[:2]:
+    if attention_mask.shape != shape[:2]:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the text is "
-            f"{tuple(inputs_embeds.shape[:2])}: pass one entry per text token, without columns for the prompt"
+            f"{tuple(shape[:2])}: pass one entry per text token, without columns for the prompt"
         )
-    _same_device("attention_mask", attention_mask, inputs_embeds=inputs_embeds)
+    _same_device("attention_mask", attention_mask, inputs_embeds=source)
 
 
 def _check_start(prompt_start: int, length: int) -> None:
@@ -409,6 +417,8 @@ def _check_start(prompt_start: int, length: int) -> None:
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple) -> None:
     """Letters stand for any positive size."""
+    if tensor.shape == shape:
+        return
     fits = tensor.dim() == len(shape) and all(
         n >= 1 if isinstance(want, str) else n == want for n, want in zip(tensor.shape, shape, strict=True)
     )

@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def text_positions(attention_mask: Tensor) -> Tensor:
     """[batch, L] mask -> [batch, L] int64: text tokens before each token in its row, -1 on padding."""
     text = attention_mask != 0
-    return torch.where(text, text.cumsum(1) - 1, -1)
+    return text.cumsum(1) * text - 1
 
 
 def lowrank_update(text_positions: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, scale: float) -> Tensor:

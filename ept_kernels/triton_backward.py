@@ -46,10 +46,12 @@ from .triton_common import (
     backend_flags,
     column_tile,
     counters,
+    divided_up,
     load_rows,
     load_written,
     multiply,
     on_device,
+    power_of_two,
     softmax_spaces,
     space_of_column,
     store_block,
@@ -605,16 +607,16 @@ def backward(
     update, fusion = lowrank_update and r > 0, fusion and r > 0
     dtype = down.dtype
     block_d = column_tile(d, grad_out.element_size())
-    slices, blocks = triton.cdiv(d, block_d), triton.cdiv(s, PROMPT_TILE)
+    slices, blocks = divided_up(d, block_d), divided_up(s, PROMPT_TILE)
     tiles = dict(R_TILE=tile_of(r), K_TILE=tile_of(k), KH_TILE=tile_of(k * h), Q_TILE=tile_of(q))
     accumulated = tiles["R_TILE"] + 2 * tiles["KH_TILE"] + tiles["K_TILE"]
-    weights_d = min(block_d, max(SMALLEST_DOT, WEIGHTS_TILE // triton.next_power_of_2(accumulated)))
-    weights_slices = triton.cdiv(d, weights_d)
+    weights_d = min(block_d, max(SMALLEST_DOT, WEIGHTS_TILE // power_of_two(accumulated)))
+    weights_slices = divided_up(d, weights_d)
     covered = min(n, length) if update else 0
     text_slots = length if q else covered
-    text_tiles = triton.cdiv(length if q or input_grad else covered, TEXT_TILE)
-    da_parts = triton.cdiv(batch, TOKEN_BATCH) if q else slices
-    shares = min(TOKEN_SHARES if q else SLOT_SHARES, max(1, triton.cdiv(text_slots, TEXT_TILE))) if update or q else 0
+    text_tiles = divided_up(length if q or input_grad else covered, TEXT_TILE)
+    da_parts = divided_up(batch, TOKEN_BATCH) if q else slices
+    shares = min(TOKEN_SHARES if q else SLOT_SHARES, max(1, divided_up(text_slots, TEXT_TILE))) if update or q else 0
     b_rank = r if update or fusion else 0
     common = dict(
         D=d, R=r, K=k, H=h, Q=q, **tiles, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE, POSITIONS=POSITION_TILE,
@@ -638,7 +640,7 @@ def backward(
             num_warps=NUM_WARPS, **common, **flags,
         )  # fmt: skip
         partial = down.new_empty(shares + fusion, b_rank + 2 * q, d)
-        position_items = triton.cdiv(n, POSITION_TILE) if b_rank else 0
+        position_items = divided_up(n, POSITION_TILE) if b_rank else 0
         weights_kernel[(weights_slices * (1 + shares) + position_items,)](
             ids, source, grad_out, slots, lengths, prompt, lowrank_a, lowrank_b, space_down, gate_weight,
             inner, inner_grad, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, partial, counter, *weight_grads,

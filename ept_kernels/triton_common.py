@@ -6,8 +6,10 @@ the order of every sum is fixed by the shapes alone, never by the number of mult
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -139,9 +141,19 @@ def wait(counter, count):
         pass
 
 
+def divided_up(size: int, by: int) -> int:
+    """Tiles of `by` that hold `size`. (triton.cdiv is for kernels: on the host its wrapper takes 20 times as long.)"""
+    return -(-size // by)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest that is not below `size`; triton.next_power_of_2 is no host function either."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 def tile_of(size: int) -> int:
     """The power of two that holds `size` columns of a dot."""
-    return max(SMALLEST_DOT, triton.next_power_of_2(size))
+    return max(SMALLEST_DOT, power_of_two(size))
 
 
 def column_tile(d: int, itemsize: int) -> int:
@@ -165,9 +177,14 @@ def interpreting() -> bool:
 
 def backend_flags(dtype: torch.dtype) -> dict:
     """AMD and PRECISION for the device that the next launch goes to."""
-    amd = not interpreting() and triton.runtime.driver.active.get_current_target().backend == "hip"
+    amd = not interpreting() and _is_amd(triton.runtime.driver.active)
     tensor_cores = not interpreting() and not amd and dtype == torch.float32
     return dict(AMD=amd, PRECISION="tf32x3" if tensor_cores else "ieee")
+
+
+@functools.cache
+def _is_amd(driver: Any) -> bool:
+    return driver.get_current_target().backend == "hip"
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -40,11 +40,13 @@ from .triton_common import (
     column_tile,
     compute_dtype,
     counters,
+    divided_up,
     launch_mode,
     load_rows,
     load_written,
     multiply,
     on_device,
+    power_of_two,
     release,
     softmax_spaces,
     space_of_column,
@@ -422,20 +424,20 @@ def forward(
     q = 0 if token_down is None else len(token_down)
     dtype = down.dtype
     block_d = column_tile(d, source.element_size())
-    slices, blocks = triton.cdiv(d, block_d), triton.cdiv(s, PROMPT_TILE)
+    slices, blocks = divided_up(d, block_d), divided_up(s, PROMPT_TILE)
     part = min(PROJECT_PART, tile_of(d))
     mixes = down.numel() > 0
     span = BATCH_TILE if q else BATCH_SPAN
-    text_tiles = triton.cdiv(length, TEXT_TILE)
+    text_tiles = divided_up(length, TEXT_TILE)
     items = {
         ORDER: 0 if mask is None or length == 0 else batch,
-        PROJECT: blocks * triton.cdiv(d, part) if mixes else 0,
-        TEXT: text_tiles * (1 if q else slices) * triton.cdiv(batch, span),
-        PROMPT: blocks * slices * triton.cdiv(batch, BATCH_SPAN),
+        PROJECT: blocks * divided_up(d, part) if mixes else 0,
+        TEXT: text_tiles * (1 if q else slices) * divided_up(batch, span),
+        PROMPT: blocks * slices * divided_up(batch, BATCH_SPAN),
     }
     tiles = dict(R_TILE=tile_of(r), K_TILE=tile_of(k), KH_TILE=tile_of(k * h), Q_TILE=tile_of(q), BLOCK_D=block_d)
     partial_width = tiles["R_TILE"] + tiles["KH_TILE"] + tiles["K_TILE"]
-    step = min(part, max(SMALLEST_DOT, PROJECT_STEP // triton.next_power_of_2(partial_width)))
+    step = min(part, max(SMALLEST_DOT, PROJECT_STEP // power_of_two(partial_width)))
     partial = down.new_empty(items[PROJECT] * PROMPT_TILE * partial_width)
     with on_device(prompt), counters.take(3 + 2 * blocks, prompt.device) as counter:
 

@@ -3,10 +3,14 @@
     ept_kernels::prompt_embed             triton_forward.forward
     ept_kernels::prompt_embed_backward    triton_backward.backward
 
+An ordinary eager call goes past the operators, whose way through the dispatcher takes longer than the kernels do, to
+the same functions and the same formula of autograd.
+
 Saved for the backward beside the inputs, in bytes (4 per number, 8 in float64): (batch·L + batch) for the slots where
 there is a mask, batch·L·q for the token-conditioned update, s·(2·(r + K·h) + K + 2) for the prompt.
 """
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -156,7 +160,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_gate: Tensor | None, *_: A
     if grad_gate is not None:
         grad_gate = grad_gate.contiguous()
     input_grad = ctx.needs_input_grad[1]
-    *weight_grads, source_grad = prompt_embed_backward_op(
+    # Where somebody means to go backward through this, the operator is what refuses it.
+    direct = not torch.is_grad_enabled() and _is_eager(grad_out, grad_gate)
+    run: Callable[..., Any] = triton_backward.backward if direct else prompt_embed_backward_op
+    *weight_grads, source_grad = run(
         grad_out.contiguous(), grad_gate, ids, source, ctx.masked, *weights, *kept, *ctx.settings, input_grad
     )
     needed = ctx.needs_input_grad[3:11]
@@ -170,6 +177,29 @@ def _refuse_double_backward(ctx: Any, *grads: Any) -> NoReturn:
 
 prompt_embed_op.register_autograd(_backward, setup_context=_setup_context)
 prompt_embed_backward_op.register_autograd(_refuse_double_backward)
+
+
+class PromptEmbed(torch.autograd.Function):
+    """prompt_embed_op for eager calls."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = triton_forward.forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[:2]
+
+    backward = staticmethod(_backward)
+
+
+def _is_eager(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors, and nothing traces, transforms or intercepts what is done to them."""
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+    return not watched and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def prompt_embed(
@@ -199,9 +229,12 @@ def prompt_embed(
         None if weight is None else weight.contiguous()
         for weight in (prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up)
     ]
+    ids, mask = (None if t is None else t.contiguous() for t in (ids, mask))
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, *weights))
-    out, gate, *_ = prompt_embed_op(
-        None if ids is None else ids.contiguous(), source, None if mask is None else mask.contiguous(), *weights,
-        scale, embed_scale, activation, prompt_start, lowrank_update, fusion, save,
-    )  # fmt: skip
+    run: Callable[..., Any] = prompt_embed_op
+    if _is_eager(ids, source, mask, *weights):
+        run = PromptEmbed.apply if save else triton_forward.forward
+    out, gate, *_ = run(
+        ids, source, mask, *weights, scale, embed_scale, activation, prompt_start, lowrank_update, fusion, save
+    )
     return out, gate

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 from kernel_cases import AXES, covering_cases, errors, fenced_buffers, kernel_case, run, source_dtype
 from test_prompt_embed import PARTS, make_case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_kernels import prompt_embed, reconstruct_prompt
 from ept_kernels.triton_common import counters
@@ -148,6 +149,45 @@ def test_what_is_refused_says_so():
         grad.sum().backward()
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda p: prompt_embed(**case | dict(prompt=p), impl="triton").sum())(prompt.detach())
+
+
+def test_eager_calls_and_the_operator_are_one(monkeypatch):
+    from ept_kernels import triton_op
+
+    def results(case):
+        prompt = case["prompt"].clone().requires_grad_()
+        out = prompt_embed(**case | dict(prompt=prompt), impl="triton")
+        first = torch.autograd.grad(out.sin().sum(), prompt, retain_graph=True)
+        (again,) = torch.autograd.grad(out.sin().sum(), prompt, create_graph=True)
+        with pytest.raises(RuntimeError, match='use impl="torch"'):
+            again.sum().backward()
+        with torch.no_grad():
+            return out.grad_fn.name(), [out, *first, again, prompt_embed(**case, impl="triton")]
+
+    case = make_case(10)
+    name, eager = results(case)
+    assert name == "PromptEmbedBackward"
+    monkeypatch.setattr(triton_op, "_is_eager", lambda *tensors: False)
+    name, operator = results(case)
+    assert name == "GeneratedBackwardFor_ept_kernels_prompt_embed_defaultBackward"
+    for one, other in zip(eager, operator, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_who_intercepts_operators_sees_them():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **kwargs or {})
+
+    names, case = [], make_case(11)
+    case["prompt"].requires_grad_()
+    with Seen():
+        prompt_embed(**case, impl="triton").sum().backward()
+    assert [name for name in names if name.startswith("ept_kernels")] == [
+        "ept_kernels.prompt_embed.default",
+        "ept_kernels.prompt_embed_backward.default",
+    ]
 
 
 def test_autocast_does_not_reach_inside():
