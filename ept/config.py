@@ -206,7 +206,7 @@ class EPTConfig:
                 20 % spaces: [reading]); "default" keeps the prompt at 4 rows, gives the spaces up to 20 % and the
                 token-conditioned update the rest [ours]; "deep" keeps it at 2 rows and gives the token-conditioned
                 updates the rest [ours]; it needs `deep_layers`. What is left over, less than a rank of what fills the
-                rest, goes into more prompt rows; there is always one.
+                rest, goes into more prompt rows, but not beside deep updates: rows cost time. There is always one row.
             settings: any field of EPTConfig; a size given here is kept and the others fill the rest.
 
         Raises:
@@ -306,14 +306,15 @@ def _fit_spaces(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
 
 def _fill_default(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
     """Few prompt rows and up to a fifth for the spaces; the token-conditioned updates take the rest."""
-    base = _fit_spaces(base, parameters, d, fixed)
+    base, layers = _fit_spaces(base, parameters, d, fixed), 1 + base.known_deep_layers
     if "prompt_length" not in fixed:
-        base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, parameters // (5 * d))))
+        # Deep updates take at least a rank each; what they leave is the prompt's.
+        most = (parameters - layers * 2 * d) // d if base.deep_layers else parameters // (5 * d)
+        base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, most)))
     if "token_rank" not in fixed and base.token_update:
-        layers = 1 + base.known_deep_layers
         rest = parameters - (base.num_parameters(d) - layers * 2 * base.token_rank * d)
         base = dataclasses.replace(base, token_rank=max(1 if base.deep_layers else 0, rest // (layers * 2 * d)))
     left = parameters - base.num_parameters(d)
-    if "prompt_length" not in fixed and left >= d:
+    if "prompt_length" not in fixed and not base.deep_layers and left >= d:
         base = dataclasses.replace(base, prompt_length=base.prompt_length + left // d)
     return base

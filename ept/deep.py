@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ept_kernels.reference import ACTIVATIONS
 
@@ -87,8 +88,8 @@ def measure(model: Any) -> Tensor:
     if len(seen) != len(layers) or any(hidden.shape != embeds.shape for hidden in seen):
         shapes = ", ".join(str(tuple(hidden.shape)) for hidden in seen[:3]) or "none"
         raise TypeError(
-            f"{name} has no deep updates: its {len(layers)} layers should each read hidden states {tuple(embeds.shape)} once, "
-            f"but {len(seen)} were read ({shapes}, …): set deep_layers=0"
+            f"{name} has no deep updates: each of its {len(layers)} layers should read hidden states of the embeddings' shape "
+            f"{tuple(embeds.shape)} once; {len(seen)} were read, of shapes {shapes}: set deep_layers=0"
         )
     return torch.stack([hidden.float().square().mean(-1).sqrt().median().cpu() for hidden in seen[1:]])
 
@@ -134,10 +135,12 @@ class DeepUpdates:
         layer, dropout = self.groups[group].layer, self.dropout[group]
         if number >= layer.config.deep_layers:
             return hidden
-        down, up = (t.to(hidden.device) for t in layer.deep_tensors(number))
+        down, up = layer.deep_tensors(number)
         if dropout is not None:
-            up = up * dropout[number].to(hidden.device)
-        units = ACTIVATIONS[layer.config.activation](F.linear(hidden.to(down.dtype), down))
+            up = up * dropout[number]
+        dtype = torch.promote_types(hidden.dtype, down.dtype)
+        down, up = down.to(hidden.device, dtype), up.to(hidden.device, dtype)
+        units = ACTIVATIONS[layer.config.activation](F.linear(hidden.to(dtype), down))
         return hidden + (units @ up).to(hidden.dtype)
 
 
@@ -191,7 +194,12 @@ def _update(number: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[
     # A layer that was put into another module since (a checkpoint wrapper) leaves the work to that one.
     if not entered or number >= len(entered[-1].layers) or entered[-1].layers[number] is not module:
         return None
-    hidden = entered[-1].update(number, _hidden(args, kwargs))
+    hidden = _hidden(args, kwargs)
+    if module.training and getattr(module, "gradient_checkpointing", False) and torch.is_grad_enabled():
+        # transformers checkpoints a layer's forward alone: without this the update would keep its steps for the backward.
+        hidden = checkpoint(entered[-1].update, number, hidden, use_reentrant=False, preserve_rng_state=False)
+    else:
+        hidden = entered[-1].update(number, hidden)
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 

@@ -92,11 +92,10 @@ def adapt(
     heads = head_names(base)
     if method in _EPT:
         preset, without = _EPT[method]
-        if preset == "deep":
-            without = {"deep_layers": layers_after_first(base)}
-        config = EPTConfig.for_budget(
-            budget, embedding_width(base.get_input_embeddings()), preset=preset, **without | (settings or {})
-        )
+        given = without | (settings or {})
+        if given.get("deep_layers", -1 if preset == "deep" else 0) < 0:
+            given["deep_layers"] = layers_after_first(base)
+        config = EPTConfig.for_budget(budget, embedding_width(base.get_input_embeddings()), preset=preset, **given)
         wrapped = get_ept_model(base, config, tokenizer=tokenizer, token_counts=token_counts)
         groups = parameter_groups(wrapped, **{"head_learning_rate": head_rate} | (rates or {}))
         in_heads = {id(p) for name in heads for p in base.get_submodule(name).parameters()}

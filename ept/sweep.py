@@ -86,8 +86,22 @@ def run(argv: list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if options.engine == "ray":
             return _with_ray(missing, options, path)
+    unfit: dict[str, str] = {}
     for job in missing:
-        _keep(path, run_job(job))
+        if job["method"] in unfit:
+            continue
+        try:
+            _keep(path, run_job(job))
+        except Unfit as error:
+            unfit[job["method"]] = str(error)
+    if unfit:
+        with bad_input_is_one_line("sweep"):
+            reasons = "; ".join(f"{method}: {reason}" for method, reason in unfit.items())
+            raise ValueError(f"not run, since the model cannot have it: {reasons}")
+
+
+class Unfit(ValueError):
+    """A method that the model cannot have; the message says why."""
 
 
 def _grid(options: SweepArguments) -> list[dict[str, Any]]:
@@ -232,10 +246,18 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
     rows = splits["train"].data.to_list()
-    model, groups = adapt(
-        job["method"], base, budget=job["budget"], rate=job["learning_rate"], tokenizer=tokenizer,
-        token_counts=token_counts([row["input_ids"] for row in rows], len(weight_of(base.get_input_embeddings()))),
-    )  # fmt: skip
+    counts = token_counts([row["input_ids"] for row in rows], len(weight_of(base.get_input_embeddings())))
+    try:
+        model, groups = adapt(
+            job["method"],
+            base,
+            budget=job["budget"],
+            rate=job["learning_rate"],
+            tokenizer=tokenizer,
+            token_counts=counts,
+        )
+    except (ValueError, TypeError) as error:
+        raise Unfit(str(error)) from error
     headed = problem.kind in ("classification", "regression")
     trace = fit(
         model, groups, rows, tokenizer, steps=job["steps"], batch_size=job["batch_size"], seed=job["seed"],

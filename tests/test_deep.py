@@ -142,13 +142,17 @@ def test_rows_of_several_adapters_get_their_own():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_layers_give_the_same_gradients(reentrant):
+def test_checkpointed_layers_give_the_same_gradients_and_keep_no_steps_of_the_update(reentrant):
     text, model = ids(3, 7), causal().train()
     model(input_ids=text, labels=text).loss.backward()
     want = {name: p.grad.clone() for name, p in model.ept.named_parameters()}
     assert want["deep_down"].abs().amin(dim=2).min() > 0 and want["deep_up"].abs().amin(dim=2).min() > 0  # all layers'
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        model(input_ids=text, labels=text)
+    assert (3, 12, 6) not in kept  # the hidden units of 3 rows of 5 + 7 columns
     first, second = (model(input_ids=t, labels=t).loss for t in (text, text.flip(0)))
     second.backward()  # another pass has run since the first: each keeps its own rows
     first.backward()
@@ -209,7 +213,11 @@ def test_a_training_pass_leaves_units_out_for_the_whole_batch(monkeypatch):
 def test_a_budget_counts_them(preset, given):
     for budget in (7_000, 38_400, 76_800):
         config = EPTConfig.for_budget(budget, 384, preset=preset, deep_layers=5, **given)
-        assert 0.8 * budget < config.num_parameters(384) <= budget
+        assert 0 <= budget - config.num_parameters(384) < 6 * 2 * 384  # not a rank of all six layers more
+    assert EPTConfig.for_budget(4_992, 384, preset="deep", deep_layers=5).num_parameters(384) == 4_992  # s = 1, q = 1
+    assert EPTConfig.for_budget(57_600, 576, preset="deep", deep_layers=29).prompt_length == 2  # the rest is not spent
+    with pytest.raises(ValueError, match="raise the budget"):
+        EPTConfig.for_budget(4_991, 384, preset="deep", deep_layers=5)
     with pytest.raises(ValueError, match="deep_layers=-1 is known once a model is wrapped"):
         EPTConfig.for_budget(38_400, 384, preset="deep")
 
@@ -326,7 +334,7 @@ def test_a_classifier_without_a_padding_token_and_an_offloaded_backbone_are_meas
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: wrapped(backbone("electra"), all_parts(**DEEP)), "electra|Electra.*deep_layers=0"),
+        (lambda: wrapped(backbone("electra"), all_parts(**DEEP)), "Electra.*deep_layers=0"),
         (
             lambda: wrapped(backbone("llama", hf.AutoModelForCausalLM), all_parts(deep_layers=2)),
             "has 1 layers after the first",

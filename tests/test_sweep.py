@@ -78,6 +78,15 @@ def test_a_grid_that_cannot_run_is_one_line(options, said, place, tmp_path, caps
     assert len(errors) == 1 and said in errors[0]
 
 
+def test_a_method_that_the_model_cannot_have_leaves_the_others_to_run(place, tmp_path, capsys):
+    save_model(place / "flat", pooling=True, num_hidden_layers=1)
+    grid = ["--methods", "EPT deep", "head only", "--seeds", 0, 1, "--middle_rate"]
+    with pytest.raises(SystemExit):
+        sweep(place, tmp_path / "runs", *grid, model="flat")
+    assert "EPT deep: " in (said := capsys.readouterr().err) and "no layers after the first" in said
+    assert [record["method"] for record in finished(tmp_path / "runs")] == ["head only"] * 2
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
 def test_without_ray_the_error_says_what_to_install(place, tmp_path, capsys):
     with pytest.raises(SystemExit):
