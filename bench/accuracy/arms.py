@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["ARMS", "BUDGET", "COMPARISONS", "SMOLLM2_WHOLE_ARMS", "STAGES", "STEPS", "TASKS", "job"]
+__all__ = ["ARMS", "BUDGET", "COMPARISONS", "SMOLLM2_ARMS", "STAGES", "STEPS", "TASKS", "job"]
 
 TASKS = ("movies", "rating", "tweets", "news", "authors")
 BUDGET = 38_400  # a soft prompt of 100 tokens at d = 384
@@ -237,44 +237,8 @@ def smollm2_final() -> list[Job]:
     ]
 
 
-# The same backbone at MiniLM's protocol (150 steps of 32 rows of at most 48 tokens), which takes a GPU.
-SMOLLM2_WHOLE: dict[str, Any] = {"backbone": "smollm2", "budget": 57_600, "rows": 2000}
-SMOLLM2_RATES = {
-    "EPT, deep": (1.0, 0.5, 2.0), "LoRA": (0.004, 0.002, 0.008), "prompt tuning 20": (0.024, 0.012, 0.048),
-    "EPT, half": (0.5, 0.25, 1.0), "EPT": (0.5, 0.25, 1.0), "head only": (0.005, 0.002, 0.02),
-}  # fmt: skip
-SMOLLM2_WHOLE_ARMS: dict[str, dict[str, Any]] = SMOLLM2_ARMS | {
-    "LoRA": {"method": "LoRA", "rate": 0.004},
-    "EPT": {"method": "EPT", "rate": 0.5, "settings": DROPOUT},
-    "head only": {"method": "head only", "rate": 0.005},
-}
-
-
-def smollm2_search() -> list[Job]:
-    """Three learning rates for each method, on the dev parts of two tasks."""
-    return [
-        job(
-            f"{arm} {rate:g}",
-            **dict[str, Any](task=task, seed=0) | SMOLLM2_WHOLE | SMOLLM2_WHOLE_ARMS[arm] | {"rate": rate},
-        )
-        for arm, tried in SMOLLM2_RATES.items()
-        for rate in tried
-        for task in ("movies", "tweets")
-    ]
-
-
-def smollm2_tasks() -> list[Job]:
-    """All tasks' test parts, at the rates that `smollm2_search` chose."""
-    return [
-        job(arm, **dict[str, Any](task=task, seed=seed, reads_test=True) | SMOLLM2_WHOLE | SMOLLM2_WHOLE_ARMS[arm])
-        for seed in range(3)
-        for arm in SMOLLM2_RATES
-        for task in TASKS
-    ]
-
-
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
-    "smollm2_final": smollm2_final, "smollm2_search": smollm2_search, "smollm2_tasks": smollm2_tasks,
+    "smollm2_final": smollm2_final,
 }  # fmt: skip

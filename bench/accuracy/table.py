@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 
 from ..real_text import load_task
-from .arms import ARMS, COMPARISONS, SMOLLM2_WHOLE_ARMS, TASKS
+from .arms import ARMS, COMPARISONS, SMOLLM2_ARMS, TASKS
 from .study import RESULTS, decode_predictions, read
 
 matplotlib.use("Agg")
@@ -25,7 +25,6 @@ OTHERS = {
     "equal_time": "Equal time: as many steps as fit into the default preset's for 150, 2,000 training rows",
     "whole_sets": "Whole training sets, 300 steps",
     "smollm2_final": "SmolLM2-135M, 2,000 training rows, 100 steps of 16 rows of at most 24 tokens",
-    "smollm2_tasks": "SmolLM2-135M, 2,000 training rows",
 }
 
 Runs = dict[str, dict[int, np.ndarray]]  # task -> seed -> predictions [test rows]
@@ -74,7 +73,7 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
     most = max(len(runs) for tasks in by_arm.values() for runs in tasks.values())
     lines = [f"{most} seed{'s' * (most > 1)} where not said.", ""]
     lines += [f"| arm | trained, with the head | {' | '.join(found)} | mean |", "|---" * (len(found) + 3) + "|"]
-    for arm in sorted(by_arm, key=list(ARMS | SMOLLM2_WHOLE_ARMS).index):
+    for arm in sorted(by_arm, key=list(ARMS | SMOLLM2_ARMS).index):
         tasks = by_arm[arm]
         cells, task_means = [], []
         for task in found:
