@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from ept_kernels.reference import ACTIVATIONS
 
-from .backbones import evaluating, positions_of, weight_of
-from .inputs import Group, in_row_order
+from .backbones import embedding_width, evaluating, positions_of, weight_of
+from .config import EPTConfig
+from .inputs import Group, by_group, in_row_order
 
-__all__ = ["DeepUpdates", "hooked", "layers_after_first", "layers_of", "measure", "path_of_layers"]
+__all__ = ["DeepUpdates", "config_for_budget", "hooked", "layers_after_first", "layers_of", "measure", "path_of_layers"]
 
 
 def path_of_layers(model: nn.Module) -> str | None:
@@ -53,6 +55,14 @@ def layers_after_first(model: nn.Module) -> int:
             "their weights, or they do not stand in one list); set deep_layers=0"
         )
     return layers - 1
+
+
+def config_for_budget(model: PreTrainedModel, parameters: int, *, preset: str, **settings: Any) -> EPTConfig:
+    """`EPTConfig.for_budget` for a backbone, which says how wide it is and how many layers deep_layers=-1 means."""
+    if settings.get("deep_layers", -1 if preset == "deep" else 0) < 0:
+        settings["deep_layers"] = layers_after_first(model)
+    width = embedding_width(model.get_input_embeddings())
+    return EPTConfig.for_budget(parameters, width, preset=preset, **settings)
 
 
 @torch.no_grad()
@@ -128,7 +138,7 @@ class DeepUpdates:
         # Beams and returned sequences repeat a batch's rows.
         times = len(hidden) // sum(len(group.rows) for group in self.groups if group.rows is not None)
         groups = [group.repeated(times) for group in self.groups]
-        return in_row_order([self._of(i, number, group.of(hidden)) for i, group in enumerate(groups)], groups)
+        return in_row_order([self._of(i, number, part) for i, part in enumerate(by_group(hidden, groups))], groups)
 
     def _of(self, group: int, number: int, hidden: Tensor) -> Tensor:
         """What the group's adapter makes of its rows' hidden states."""

@@ -13,10 +13,9 @@ from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser
 
-from .backbones import embedding_width
 from .benchmark_tasks import BENCHMARK_TASKS
 from .config import INITS, PRESETS, EPTConfig
-from .deep import layers_after_first
+from .deep import config_for_budget
 from .tasks import HEADS, TASKS
 from .training import EPTSeq2SeqTrainingArguments
 
@@ -160,10 +159,7 @@ def ept_config(sizes: Any, backbone: Any) -> EPTConfig:
     if (given.get("init") == "decompose") != (sizes.soft_prompt is not None):
         raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
     if sizes.budget is not None:
-        if given.get("deep_layers", -1 if sizes.preset == "deep" else 0) < 0:
-            given["deep_layers"] = layers_after_first(backbone)
-        width = embedding_width(backbone.get_input_embeddings())
-        return EPTConfig.for_budget(sizes.budget, width, preset=sizes.preset, **given)
+        return config_for_budget(backbone, sizes.budget, preset=sizes.preset, **given)
     presets: dict[str, Callable[..., EPTConfig]] = {"paper": EPTConfig.paper, "deep": EPTConfig.deep}
     return presets.get(sizes.preset, EPTConfig)(**given)
 

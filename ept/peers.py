@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .backbones import embedding_width
-from .config import EPTConfig
-from .deep import layers_after_first
+from .deep import config_for_budget
 from .heads import MeanPoolingForSequenceClassification, in_float32
 from .model import get_ept_model, head_names
 from .training import HEAD_LEARNING_RATE, parameter_groups
@@ -92,10 +90,7 @@ def adapt(
     heads = head_names(base)
     if method in _EPT:
         preset, without = _EPT[method]
-        given = without | (settings or {})
-        if given.get("deep_layers", -1 if preset == "deep" else 0) < 0:
-            given["deep_layers"] = layers_after_first(base)
-        config = EPTConfig.for_budget(budget, embedding_width(base.get_input_embeddings()), preset=preset, **given)
+        config = config_for_budget(base, budget, preset=preset, **without | (settings or {}))
         wrapped = get_ept_model(base, config, tokenizer=tokenizer, token_counts=token_counts)
         groups = parameter_groups(wrapped, **{"head_learning_rate": head_rate} | (rates or {}))
         in_heads = {id(p) for name in heads for p in base.get_submodule(name).parameters()}
