@@ -9,8 +9,8 @@ import torch
 import transformers as hf
 
 from ept import EPTConfig, EPTModel, get_ept_model
-from ept.deep import layers_of
-from ept.training import parameter_groups
+from ept.backbone.layers import layers_of
+from ept.training.rates import parameter_groups
 from tiny_models import all_parts, backbone, ids, mean_pooling, padded, shake, wrapped
 
 DEEP = dict(deep_layers=-1)
