@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 EXTRAS = {
     "train": ["accelerate>=1.7", "datasets>=3.0", "scikit-learn>=1.3", "scipy>=1.10", "matplotlib>=3.7", "pandas>=2.0"],
@@ -17,7 +17,7 @@ setup(
     description="Efficient Prompt Tuning for frozen transformers, with fused Triton kernels",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=["ept", "ept_kernels"],
+    packages=find_packages(include=["ept*", "ept_kernels*"]),
     package_data={"ept": ["py.typed"], "ept_kernels": ["README.md", "py.typed"]},
     python_requires=">=3.10,<3.14",
     install_requires=[

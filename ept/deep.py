@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ept_kernels.reference import ACTIVATIONS
+from ept_kernels.common.reference import ACTIVATIONS
 
 from .backbones import embedding_width, evaluating, positions_of, weight_of
 from .config import EPTConfig

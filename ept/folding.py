@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ept_kernels
-from ept_kernels.reference import insert_prompt, text_positions
+from ept_kernels import insert_prompt, text_positions
 
 from .backbones import weight_of
 from .config import EPTConfig

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ept_kernels.reference import text_positions
+from ept_kernels import text_positions
 
 from .adapters import AdaptersMixin
 from .inputs import Group, leading_padding, of_one_shape, prompt_width

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ept_kernels.reference import text_positions
+from ept_kernels import text_positions
 
 from .backbones import is_plain, weight_of
 from .folding import FoldedLayer
