@@ -21,12 +21,11 @@ class PromptShape(NamedTuple):
 class LayerUpdates(NamedTuple):
     """The updates in the layers after the first: one entry a layer, in order (step 8 of docs/method.md).
 
-    down, up: D_l and W_l, [q, d] each. scale: h_l, a number or a 0-d tensor.
+    down, up: D_l/h_l and W_l·h_l, [q, d] each: in the hidden states' own size, so that the kernel need not know h_l.
     """
 
     down: tuple[Tensor, ...]
     up: tuple[Tensor, ...]
-    scale: tuple[Tensor | float, ...]
     activation: str
     impl: str
 
@@ -34,13 +33,8 @@ class LayerUpdates(NamedTuple):
         """Hidden states [batch, columns, d] at the input of the layer `number` after the first, updated."""
         if number >= len(self.down):
             return hidden
-        down, up, scale = (
-            value.to(hidden.device) if isinstance(value, Tensor) else value
-            for value in (self.down[number], self.up[number], self.scale[number])
-        )
-        return ept_kernels.layer_update(
-            hidden, down, up, hidden_scale=scale, activation=self.activation, impl=self.impl
-        )
+        down, up = self.down[number].to(hidden.device), self.up[number].to(hidden.device)
+        return ept_kernels.layer_update(hidden, down, up, activation=self.activation, impl=self.impl)
 
 
 class AdapterLayer(nn.Module):
@@ -61,6 +55,11 @@ class AdapterLayer(nn.Module):
     @property
     def prompt_shape(self) -> PromptShape:
         return PromptShape(self.config.prompt_length, self.prompt_start)
+
+    @property
+    def layer_impl(self) -> str:
+        """The implementation of the updates in the layers; they have no kernel of their own yet."""
+        return "auto" if self.config.impl == "triton" else self.config.impl
 
     @abstractmethod
     def forward(

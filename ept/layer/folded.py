@@ -83,10 +83,7 @@ class FoldedLayer(AdapterLayer):
     def layer_updates(self) -> LayerUpdates | None:
         if self.deep_down is None or self.deep_up is None:
             return None
-        scale = (1.0,) * len(self.deep_down)  # folded into D and W
-        return LayerUpdates(
-            self.deep_down.unbind(), self.deep_up.unbind(), scale, self.config.activation, self.config.impl
-        )
+        return LayerUpdates(self.deep_down.unbind(), self.deep_up.unbind(), self.config.activation, self.layer_impl)
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] and no gate weights [s, 0]: the gate is folded into P*."""

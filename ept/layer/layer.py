@@ -133,9 +133,10 @@ class EPTLayer(AdapterLayer):
         down, up, scale = self.deep_down, self.deep_up, self.deep_scale
         if down is None or up is None or scale is None:
             return None
-        return LayerUpdates(
-            down.unbind(), self._with_dropout(up).unbind(), scale.unbind(), self.config.activation, self.config.impl
-        )
+        # For all layers at once, and unbound: the gradient of an indexed tensor would be as large as all of them.
+        size = scale[:, None, None]
+        down, up = down / size, self._with_dropout(up) * size
+        return LayerUpdates(down.unbind(), up.unbind(), self.config.activation, self.layer_impl)
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] in the backbone's own size, and the gate's weights [s, K]; also where they are sharded."""
