@@ -17,6 +17,8 @@ setup(
     description="Efficient Prompt Tuning for frozen transformers, with fused Triton kernels",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=find_packages(include=["ept*", "ept_kernels*"]),
     package_data={"ept": ["py.typed"], "ept_kernels": ["README.md", "py.typed"]},
     python_requires=">=3.10,<3.14",
