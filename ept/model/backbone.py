@@ -10,7 +10,7 @@ from ept.backbone.embeddings import is_plain, weight_of
 from ept.backbone.traits import Traits
 from ept.model.calls import Call, Decoding
 from ept.model.generation import DecodingSteps, GenerationSettings
-from ept.model.hooks import hook_layers
+from ept.model.hooks import entries_of, hook_layers
 from ept.model.inputs import Inputs
 from ept.model.layout import InputPlan, continued, encoder, padded
 from ept.model.packing import Packing, take_starts
@@ -116,7 +116,7 @@ class Backbone:
         if any(layer is not active.layer for layer in routing.layers):
             by_head = zip(*(member.heads for member in routing.members), strict=True)
             heads = {head: list(own) for head, own in zip(active.heads, by_head, strict=True)}
-        return Call(routing, self.model, layers, updates, heads, decoding)
+        return Call(routing, entries_of(self.model), layers, updates, heads, decoding)
 
     def hooked_layers(self) -> tuple[nn.Module, ...]:
         """The layers after the first, each with its hook; empty while no adapter has updates in them."""

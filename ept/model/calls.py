@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ept.layer.base import LayerUpdates
 from ept.model.routing import Routing
 
-__all__ = ["BARE", "Call", "Decoding", "Disabled", "bare", "current", "entered"]
+__all__ = ["BARE", "Call", "Decoding", "Disabled", "bare", "begin", "current", "end", "entered"]
 
 
 class Decoding(Protocol):
@@ -30,7 +30,8 @@ class Call:
 
     Attributes:
         routing: the rows by adapter; None within the bare backbone.
-        backbone: the wrapped model, whose forward `decoding` changes.
+        entries: the modules by which the wrapped model is entered, the outermost first: itself, whose forward
+            `decoding` changes, and the encoder of an encoder-decoder.
         layers: the layers after the first that updates act on, in order.
         updates: each adapter's updates in these layers, in the order of `routing`; None for one without.
         heads: for each head of the backbone that is not the rows' own, those of `routing`'s adapters.
@@ -38,7 +39,7 @@ class Call:
     """
 
     routing: Routing | None = None
-    backbone: nn.Module | None = None
+    entries: tuple[nn.Module, ...] = ()
     layers: tuple[nn.Module, ...] = ()
     updates: tuple[LayerUpdates | None, ...] = ()
     heads: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
@@ -64,36 +65,87 @@ class Call:
 
 
 BARE = Call()
+
+
+@dataclass
+class _Frame:
+    """A call that a thread has entered.
+
+    running: which of the call's entries are being run.
+    foreign: the module for whose sake a bare frame was opened, and `depth` how often it has been entered within.
+    """
+
+    call: Call
+    running: list[nn.Module] = field(default_factory=list)
+    foreign: nn.Module | None = None
+    depth: int = 0
+
+
 _thread = threading.local()
 
 
-def _stack() -> list[Call]:
-    """The calls that this thread has entered, the innermost last."""
-    if not hasattr(_thread, "calls"):
-        _thread.calls = []
-    return _thread.calls
+def _frames() -> list[_Frame]:
+    """What this thread has entered, the innermost last."""
+    if not hasattr(_thread, "frames"):
+        _thread.frames = []
+    return _thread.frames
 
 
 def current() -> Call:
     """The call that this thread entered last; `BARE` outside of any."""
-    calls = _stack()
-    return calls[-1] if calls else BARE
+    frames = _frames()
+    return frames[-1].call if frames else BARE
 
 
 @contextlib.contextmanager
 def entered(call: Call) -> Iterator[None]:
     """Within, the hooks act for this call."""
-    calls = _stack()
-    calls.append(call)
+    frames = _frames()
+    depth = len(frames)
+    frames.append(_Frame(call))
     try:
         yield
     finally:
-        calls.pop()
+        del frames[depth:]
 
 
 def bare() -> contextlib.AbstractContextManager[None]:
     """Within, the hooks do nothing: what runs is the bare backbone."""
     return entered(BARE)
+
+
+def begin(module: nn.Module) -> None:
+    """Notes that an entry of the current call starts to run.
+
+    One that starts while it runs already was called by somebody else, from a hook within the pass, say: until it ends,
+    the call is a bare one.
+    """
+    frames = _frames()
+    if not frames:
+        return
+    frame = frames[-1]
+    if frame.foreign is module:
+        frame.depth += 1
+    elif module in frame.call.entries:
+        order = frame.call.entries.index
+        if any(order(other) >= order(module) for other in frame.running):
+            frames.append(_Frame(BARE, foreign=module, depth=1))
+        else:
+            frame.running.append(module)
+
+
+def end(module: nn.Module) -> None:
+    """Notes that what `begin` noted has ended, by an error or not."""
+    frames = _frames()
+    if not frames:
+        return
+    frame = frames[-1]
+    if frame.foreign is module:
+        frame.depth -= 1
+        if not frame.depth:
+            frames.pop()
+    elif module in frame.running:
+        frame.running.remove(module)
 
 
 class Disabled:

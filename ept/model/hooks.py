@@ -1,7 +1,8 @@
 """The hooks that a wrapped model keeps for good. They read the thread's `Call` and know nothing of an adapter's tensors.
 
 A layer's forward pre-hook updates what the layer reads; a head's forward hook gives each row its own adapter's head; the
-wrapped model's forward pre-hook embeds the tokens that it generates. Outside of a call they do nothing.
+wrapped model's forward pre-hook embeds the tokens that it generates, and notes who entered it. Outside of a call they do
+nothing.
 """
 
 import functools
@@ -15,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ept.backbone.layers import hidden_states_of
-from ept.model.calls import Call, bare, current, entered
+from ept.model.calls import Call, bare, begin, current, end, entered
 
-__all__ = ["hook_backbone", "hook_head", "hook_layers"]
+__all__ = ["entries_of", "hook_entries", "hook_head", "hook_layers"]
 
 CHECKPOINT = "_gradient_checkpointing_func"  # transformers', of every layer that can be checkpointed
 _installing = threading.Lock()
@@ -106,14 +107,26 @@ def _route_head(head: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> T
     return call.routing.join([F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts])
 
 
-def hook_backbone(backbone: nn.Module) -> None:
-    """Installs the decoding hook on a wrapped model, once."""
-    if _decode not in backbone._forward_pre_hooks.values():
-        backbone.register_forward_pre_hook(_decode, with_kwargs=True)
+def hook_entries(backbone: nn.Module) -> None:
+    """Installs the hooks that note when a wrapped model, and the encoder in it, are entered and left, once."""
+    for entry in entries_of(backbone):
+        if _begin not in entry._forward_pre_hooks.values():
+            entry.register_forward_pre_hook(_begin, with_kwargs=True)
+            entry.register_forward_hook(_end, always_call=True)
 
 
-def _decode(backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def entries_of(backbone: Any) -> tuple[nn.Module, ...]:
+    """The modules by which a wrapped model is entered, the outermost first."""
+    return (backbone, backbone.get_encoder()) if backbone.config.is_encoder_decoder else (backbone,)
+
+
+def _begin(entry: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    begin(entry)
     call = current()
-    if call.decoding is None or call.backbone is not backbone:
+    if call.decoding is None or call.entries[0] is not entry:
         return None
     return args, call.decoding.arguments(kwargs)
+
+
+def _end(entry: nn.Module, args: tuple, output: Any) -> None:
+    end(entry)

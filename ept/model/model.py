@@ -34,7 +34,7 @@ from ept.model.adapters import (
 from ept.model.backbone import Backbone
 from ept.model.calls import BARE, Call, Decoding, Disabled, entered
 from ept.model.generation import GenerationSettings, outside_the_call
-from ept.model.hooks import hook_backbone, hook_head
+from ept.model.hooks import hook_entries, hook_head
 from ept.model.inputs import Inputs, check_inputs
 from ept.model.lock import lock_of
 from ept.model.packing import Packing
@@ -101,8 +101,7 @@ class EPTModel(nn.Module):
                 head.requires_grad_(True)
                 in_float32(head)
                 hook_head(head)
-            if self.traits.generates:
-                hook_backbone(model)
+            hook_entries(model)
         self.train(model.training)
 
     # ------------------------------------------------------------------ running
@@ -281,7 +280,7 @@ class EPTModel(nn.Module):
                     raise ValueError(f"num_labels={num_labels}: {self.traits.name} has no head to train")
                 labels = labels.with_count(num_labels)
             init_prompt(self.base_model.get_input_embeddings(), layer, tokenizer, token_counts, soft_prompt)
-            self._keep(adapter_name, layer, labels, fresh=True)
+            self._put(self._new_adapter(adapter_name, layer, labels, fresh=True))
 
     def load_adapter(
         self, path: str | os.PathLike, adapter_name: str, *, ignore_backbone_mismatch: bool = False
@@ -351,9 +350,6 @@ class EPTModel(nn.Module):
     def _new_adapter(self, name: str, layer: AdapterLayer, labels: Labels, *, fresh: bool) -> Adapter:
         heads = new_heads(self._heads(), self.config, len(labels.id2label), fresh=fresh) if self.head_names else []
         return Adapter(name, layer, heads, labels)
-
-    def _keep(self, name: str, layer: AdapterLayer, labels: Labels, *, fresh: bool) -> None:
-        self._put(self._new_adapter(name, layer, labels, fresh=fresh))
 
     def _put(self, adapter: Adapter) -> None:
         self.inactive_adapters.append(adapter.train(self.training))
