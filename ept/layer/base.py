@@ -90,6 +90,8 @@ class AdapterLayer(nn.Module):
         """What adapter_config.json says beside the settings."""
         return {}
 
-    def _check_source(self, input_ids: Tensor | None, embedding_weight: Tensor | None) -> None:
+    def _ids_and_table(self, input_ids: Tensor | None, embedding_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both, which belong together; ValueError where one is missing."""
         if input_ids is None or embedding_weight is None:
             raise ValueError("give input_ids with embedding_weight, or inputs_embeds")
+        return input_ids, embedding_weight

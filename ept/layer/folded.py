@@ -58,8 +58,7 @@ class FoldedLayer(AdapterLayer):
     ) -> Tensor:
         """The backbone's input [batch, s + L, d], as EPTLayer.forward."""
         if inputs_embeds is None:
-            self._check_source(input_ids, embedding_weight)
-            inputs_embeds = F.embedding(input_ids, embedding_weight)
+            inputs_embeds = F.embedding(*self._ids_and_table(input_ids, embedding_weight))
         positions = None if attention_mask is None else text_positions(attention_mask)
         text = self.continue_text(inputs_embeds, positions)
         return insert_prompt(self.prompt.to(text.dtype), text, self.prompt_start)
@@ -97,7 +96,7 @@ class FoldedLayer(AdapterLayer):
 
 
 @torch.no_grad()
-def fold_layer(layer: EPTLayer | FoldedLayer) -> FoldedLayer:
+def fold_layer(layer: AdapterLayer) -> FoldedLayer:
     """The folded form of a layer; the layer itself stays as it is.
 
     P* and C are computed by the specification in float64 on the CPU and rounded once to fp32, so that the bits, and
@@ -105,6 +104,7 @@ def fold_layer(layer: EPTLayer | FoldedLayer) -> FoldedLayer:
     """
     if isinstance(layer, FoldedLayer):
         return layer
+    assert isinstance(layer, EPTLayer)
     config, device = layer.config, layer.prompt.device
     exact = copy.deepcopy(layer).to("cpu", torch.float64)
     exact.config = EPTConfig.from_dict(config.to_dict() | {"impl": "reference"})

@@ -117,10 +117,8 @@ class EPTLayer(AdapterLayer):
         settings |= self._prompt_settings() | self._token_settings()
         if inputs_embeds is not None:
             return ept_kernels.prompt_embed_inputs(inputs_embeds, attention_mask, *self._prompt_tensors(), **settings)
-        self._check_source(input_ids, embedding_weight)
-        return ept_kernels.prompt_embed(
-            input_ids, attention_mask, embedding_weight, *self._prompt_tensors(), **settings
-        )
+        ids, table = self._ids_and_table(input_ids, embedding_weight)
+        return ept_kernels.prompt_embed(ids, attention_mask, table, *self._prompt_tensors(), **settings)
 
     def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor | None) -> Tensor:
         a, b = (self.lowrank_a, self.lowrank_b) if self.config.lowrank_update else (None, None)
@@ -130,12 +128,11 @@ class EPTLayer(AdapterLayer):
         )  # fmt: skip
 
     def layer_updates(self) -> LayerUpdates | None:
-        down, up, scale = self.deep_down, self.deep_up, self.deep_scale
-        if down is None or up is None or scale is None:
+        if self.deep_down is None or self.deep_up is None or self.deep_scale is None:
             return None
         # For all layers at once, and unbound: the gradient of an indexed tensor would be as large as all of them.
-        size = scale[:, None, None]
-        down, up = down / size, self._with_dropout(up) * size
+        size = self.deep_scale[:, None, None]
+        down, up = self.deep_down / size, self._with_dropout(self.deep_up) * size
         return LayerUpdates(down.unbind(), up.unbind(), self.config.activation, self.layer_impl)
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:

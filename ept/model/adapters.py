@@ -44,8 +44,8 @@ class Labels:
     @classmethod
     def of(cls, config: Any) -> "Labels":
         """The labels that a config says."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: copy.copy(getattr(config, name, None)) for name in names})
+        values: Any = {field.name: copy.copy(getattr(config, field.name, None)) for field in dataclasses.fields(cls)}
+        return cls(**values)
 
     @classmethod
     def numbered(cls, count: int, problem_type: str | None, names: list[str] | None = None) -> "Labels":

@@ -111,10 +111,10 @@ def padded(
     """
     if inputs.attention_mask is None and traits.kind.text_moves_to == "end" and inputs.input_ids is not None:
         inputs = inputs.with_(attention_mask=mask_by_last_token(inputs.input_ids, pad_token_id))
-    shapes = routing.prompt_shapes
-    if len(shapes) == 1:
-        return _padded_around(*shapes, traits, inputs, routing, embed)
-    if inputs.attention_mask is None and len({shape.length for shape in shapes}) > 1:
+    shape = routing.shared_shape
+    if shape is not None:
+        return _padded_around(shape, traits, inputs, routing, embed)
+    if inputs.attention_mask is None and len({shape.length for shape in routing.prompt_shapes}) > 1:
         ones = torch.ones(inputs.batch, inputs.length, dtype=torch.int64, device=inputs.device)
         inputs = inputs.with_(attention_mask=ones)
     parts = {name: routing.split(tensor) for name, tensor in inputs.expanded().present().items()}
@@ -152,7 +152,8 @@ def _padded_around(shape: PromptShape, traits: Traits, inputs: Inputs, routing: 
         arguments["position_ids"] = insert_positions(shape, inputs.position_ids, mask)
     if mask is not None and traits.kind.causal:
         arguments = _behind_the_padding(traits, shape, arguments, mask)
-    arguments["labels"] = _with_prompt(traits, shape, inputs.labels) if per_token else inputs.labels
+    labels = inputs.labels
+    arguments["labels"] = labels if labels is None or not per_token else _with_prompt(traits, shape, labels)
     if traits.pools_mean:
         text = torch.ones(batch, length, dtype=torch.int64, device=device) if mask is None else mask
         arguments["pooling_mask"] = insert(shape, text, 0)

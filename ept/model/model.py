@@ -271,16 +271,14 @@ class EPTModel(nn.Module):
         """
         with self._lock.changing("adding an adapter"):
             self._check_new_name(adapter_name)
-            layer = self._knowing_layers(
-                new_layer(self.base_model, self.traits, EPTConfig() if config is None else config)
-            )
+            layer = new_layer(self.base_model, self.traits, EPTConfig() if config is None else config)
             labels = Labels.of(self.config)
             if num_labels is not None:
                 if not self.head_names:
                     raise ValueError(f"num_labels={num_labels}: {self.traits.name} has no head to train")
                 labels = labels.with_count(num_labels)
             init_prompt(self.base_model.get_input_embeddings(), layer, tokenizer, token_counts, soft_prompt)
-            self._put(self._new_adapter(adapter_name, layer, labels, fresh=True))
+            self._put(self._new_adapter(adapter_name, self._knowing_layers(layer), labels, fresh=True))
 
     def load_adapter(
         self, path: str | os.PathLike, adapter_name: str, *, ignore_backbone_mismatch: bool = False

@@ -56,15 +56,21 @@ class Routing(ABC):
         return {layer.prompt_shape for layer in self.layers}
 
     @property
+    def shared_shape(self) -> PromptShape | None:
+        """The shape that all prompts have; None where they differ."""
+        first, *others = self.prompt_shapes
+        return None if others else first
+
+    @property
     def prompt_width(self) -> int:
         """Columns of the widest prompt."""
         return max(shape.length for shape in self.prompt_shapes)
 
     def by_shape_parts(self, tensor: Tensor) -> list[tuple[Tensor, PromptShape]]:
         """Each adapter's rows and its prompt's shape; all rows at once where all prompts have one shape."""
-        shapes = self.prompt_shapes
-        if len(shapes) == 1:
-            return [(tensor, *shapes)]
+        shape = self.shared_shape
+        if shape is not None:
+            return [(tensor, shape)]
         return [(rows, layer.prompt_shape) for rows, layer in zip(self.split(tensor), self.layers, strict=True)]
 
     def by_shape(self, tensor: Tensor, make: Callable[[Tensor, PromptShape], Tensor]) -> Tensor:
