@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Cell", "table"]
+__all__ = ["Cell", "draw", "markdown", "table"]
 
 
 @dataclass
@@ -61,7 +61,7 @@ def _average(row: dict[str, Cell], tasks: list[str]) -> float:
     return statistics.mean(row[task].mean for task in tasks) if all(task in row for task in tasks) else math.nan
 
 
-def _markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], baseline: str) -> str:
+def markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], baseline: str) -> str:
     tasks = sorted({task for row in cells.values() for task in row})
     parameters: dict[str, int] = {}  # the most, with the largest head
     for record in records:
@@ -98,7 +98,7 @@ def _markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], 
     )
     first = records[0]
     kinds = sorted({str(record.get("dtype", "auto")) for record in records})
-    machines = sorted({_said_of(record["machine"]) for record in records})
+    machines = sorted({_listed(record["machine"]) for record in records})
     lines += [
         "",
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))} on the {split} rows; `{first['model']}`, "
@@ -115,11 +115,11 @@ def _markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], 
     return "\n".join(lines)
 
 
-def _said_of(machine: dict[str, Any]) -> str:
+def _listed(machine: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
 
 
-def _draw(cells: dict[str, dict[str, Cell]], path: str) -> None:
+def draw(cells: dict[str, dict[str, Cell]], path: str) -> None:
     from ept.plots import plot_scores
 
     tasks = sorted({task for row in cells.values() for task in row})

@@ -30,6 +30,7 @@ from ept.files.adapter_dir import read_adapter
 from ept.model.model import EPTModel
 from ept.sharding import load_optimizer_state, whole_optimizer_state
 from ept.tasks.continuation import ContinuationCollator, label_scores
+from ept.tasks.kinds import Classification, Continuation, Regression, Text2Text
 from ept.training.checkpoints import last_checkpoint
 from ept.training.rates import EPTArguments, EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
 
@@ -264,6 +265,15 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
         contexts, classes = collate.separate(inputs)
         scores = label_scores(model.eval(), contexts, collate)
         return None, scores.to(self.args.device), torch.tensor(classes, device=self.args.device)
+
+
+# Name of a kind of task -> the trainer for it.
+TRAINERS: dict[str, type[_EPTTrainerMixin]] = {
+    Classification.name: EPTTrainer,
+    Regression.name: EPTTrainer,
+    Text2Text.name: EPTSeq2SeqTrainer,
+    Continuation.name: EPTContinuationTrainer,
+}
 
 
 def gate_health(gate: Tensor) -> dict[str, float]:
