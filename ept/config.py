@@ -235,10 +235,10 @@ class EPTConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "EPTConfig":
         """The config of a plain dictionary. Raises ValueError on an unknown key."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(settings) - known)
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(settings) - names)
         if unknown:
-            raise ValueError(f"unknown setting(s) {', '.join(unknown)}: EPTConfig has {', '.join(sorted(known))}")
+            raise ValueError(f"unknown setting(s) {', '.join(unknown)}: EPTConfig has {', '.join(sorted(names))}")
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:

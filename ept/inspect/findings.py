@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ept.backbone.embeddings import weight_of
 from ept.config import EPTConfig
@@ -67,11 +68,13 @@ def examine(directory: str, name_or_path: str | None = None, nearest: int = 3) -
     )  # fmt: skip
     if nearest > 0:
         try:
-            findings.words = _nearest_words(saved, prompt, name_or_path, nearest)
+            embeddings, tokenizer = saved.load_embeddings(name_or_path)
         except (OSError, ValueError) as error:
             if name_or_path is not None:
                 raise
-            findings.why_no_words = f"no nearest words: {' '.join(str(error).split())[:300]} (`name_or_path`)"
+            findings.why_no_words = f"no nearest words: {' '.join(str(error).split())[:200]} (`name_or_path`)"
+        else:
+            findings.words = _nearest_words(prompt, embeddings, tokenizer, nearest)
     return findings
 
 
@@ -111,9 +114,8 @@ def _attention(layer: EPTLayer | FoldedLayer) -> Tensor | None:
     return torch.softmax(layer.prompt.double() @ c.T / layer.embed_dim**0.5, dim=1)
 
 
-def _nearest_words(saved: SavedAdapter, prompt: Tensor, name_or_path: str | None, nearest: int) -> Words:
+def _nearest_words(prompt: Tensor, embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, nearest: int) -> Words:
     """The vocabulary's words whose embeddings have the largest cosine with each row of P*."""
-    embeddings, tokenizer = saved.load_embeddings(name_or_path)
     vocab = len(weight_of(embeddings))
     table = torch.cat([embeddings(ids) for ids in torch.arange(vocab).split(8192)]).float()
     if table.shape[1] != prompt.shape[1]:

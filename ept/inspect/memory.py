@@ -92,19 +92,26 @@ def plan_step(
             f"length {length} does not fit: the model has positions for {room} tokens beside the prompt's "
             f"{ept_config.prompt_length}"
         )
+    return _run_on_fakes(model, batch, length, target_length or length)
+
+
+def _run_on_fakes(model: EPTModel, batch: int, length: int, target_length: int) -> dict[str, Any]:
+    """What `plan_step` returns, from one step of a model on the meta device."""
+    config = model.base_model.config
     per_token = "ForSequenceClassification" not in type(model.base_model).__name__
-    shape: tuple[int, ...] = (batch,)
+    labels_shape: tuple[int, ...] = (batch,)
     if per_token:
-        shape = (batch, (target_length or length) if config.is_encoder_decoder else length)
+        labels_shape = (batch, target_length if config.is_encoder_decoder else length)
     with FakeTensorMode():
         tensors = _make_fake(model)
         weights = sum(t.nbytes for t in tensors if not t.requires_grad)
         trained = [p for p in model.parameters() if p.requires_grad]
-        text = config.get_text_config(decoder=True)
-        with _FakeStepCounter(text.vocab_size if per_token else None) as counter:
-            ids, mask, labels = (torch.zeros(s, dtype=torch.int64) for s in ((batch, length), (batch, length), shape))
+        vocabulary = config.get_text_config(decoder=True).vocab_size if per_token else None
+        with _FakeStepCounter(vocabulary) as counter:
+            ids, mask = (torch.zeros(batch, length, dtype=torch.int64) for _ in range(2))
+            labels = torch.zeros(labels_shape, dtype=torch.int64)
             model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-        adapter = sum(3 * p.nbytes for p in trained)
+    adapter = sum(3 * p.nbytes for p in trained)
     return {
         "weights": weights,
         "adapter": adapter,

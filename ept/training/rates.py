@@ -3,10 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import (
-    Seq2SeqTrainingArguments,
-    TrainingArguments,
-)
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from ept.layer.folded import FoldedLayer
 from ept.model.model import EPTModel
@@ -28,17 +25,9 @@ __all__ = [
 
 # In units of the embeddings' RMS (docs/method.md), found on MiniLM with the three tasks of bench/compare.py.
 PROMPT_LEARNING_RATE = 0.09
-
-
 LEARNING_RATE = 0.018
-
-
 DOWN_LEARNING_RATE = 0.001
-
-
 DEEP_LEARNING_RATE = 0.005
-
-
 HEAD_LEARNING_RATE = 0.005
 
 
@@ -87,12 +76,9 @@ class EPTSeq2SeqTrainingArguments(EPTArguments, Seq2SeqTrainingArguments):  # ty
     """transformers' Seq2SeqTrainingArguments with EPT's learning rates and their defaults."""
 
 
+# The tensors of an adapter that start at zero, those that feed them, and those that every layer has of its own.
 UP = ("lowrank_b", "space_up", "token_up")
-
-
 DOWN = ("lowrank_a", "space_down", "gate_weight", "token_down")
-
-
 DEEP = ("token_down", "token_up", "deep_down", "deep_up")
 
 
