@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ept import EPTConfig
 from ept.inspect.storages import StorageCounter
-from ept_kernels import traffic
+from ept_kernels.prompt_embed import traffic
 
 __all__ = ["own_bytes", "peak_bytes", "predicted_own_bytes"]
 

@@ -9,7 +9,7 @@ from ept.backbone.embeddings import weight_of
 from ept.backbone.probes import evaluating
 from ept.backbone.traits import positions_of
 
-__all__ = ["layers_after_first", "layers_of", "measure", "path_of_layers"]
+__all__ = ["hidden_states_of", "layers_after_first", "layers_of", "measure", "path_of_layers"]
 
 
 def path_of_layers(model: nn.Module) -> str | None:
@@ -64,7 +64,7 @@ def measure(model: Any) -> Tensor:
     seen: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append(_hidden(args, kwargs))
+        seen.append(hidden_states_of(args, kwargs))
 
     handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     reader = model.get_encoder() if model.config.is_encoder_decoder else model
@@ -83,5 +83,6 @@ def measure(model: Any) -> Tensor:
     return torch.stack([hidden.float().square().mean(-1).sqrt().median().cpu() for hidden in seen[1:]])
 
 
-def _hidden(args: tuple, kwargs: dict) -> Tensor:
+def hidden_states_of(args: tuple, kwargs: dict) -> Tensor:
+    """What a layer reads, [batch, columns, d], from its forward's arguments."""
     return args[0] if args else kwargs["hidden_states"]

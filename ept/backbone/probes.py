@@ -59,13 +59,14 @@ def keep_4_bits_differentiable(model: nn.Module) -> None:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within, the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

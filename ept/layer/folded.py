@@ -1,4 +1,4 @@
-"""Folding: the trained tensors become the constants that inference needs, and `ept fold`.
+"""Folding: the trained tensors become the constants that inference needs.
 
 P* and C = e·c·A·B do not depend on the batch (docs/method.md, Inference). A folded adapter holds them, and D and W of
 the token-conditioned update, which can also become a new table of embeddings. It is for inference only.
@@ -6,24 +6,23 @@ the token-conditioned update, which can also become a new table of embeddings. I
 
 import copy
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import ept_kernels
 from ept.config import EPTConfig
+from ept.layer.base import AdapterLayer, LayerUpdates
 from ept.layer.layer import EPTLayer
-from ept_kernels.reference import insert_prompt, text_positions
-
-if TYPE_CHECKING:
-    pass
+from ept.parts import PARTS, folded_tensors_of
+from ept_kernels import insert_prompt, text_positions
 
 __all__ = ["FoldedLayer", "fold_layer", "prompt_hash"]
 
 
-class FoldedLayer(nn.Module):
+class FoldedLayer(AdapterLayer):
     """What inference needs of an EPTLayer, as buffers; it stands in an EPTModel where the EPTLayer stood.
 
     Buffers, None for parts that are off: `prompt` P* [s, d] and `text_update` C = e·c·A·B [N, d] in the backbone's own
@@ -40,24 +39,14 @@ class FoldedLayer(nn.Module):
     token_up: Tensor | None
     deep_down: Tensor | None
     deep_up: Tensor | None
+    trainable = False
 
     def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
-        super().__init__()
-        self.embed_scale = config.known_embed_scale
-        self.config, self.embed_dim, self.prompt_start = config, embed_dim, prompt_start
-        has_update = config.has_lowrank and config.lowrank_update
-        deep_shape = (config.known_deep_layers, config.token_rank, embed_dim) if config.known_deep_layers else None
-        token_shape = (config.token_rank, embed_dim) if config.has_token_update else None
-        shapes = {
-            "prompt": (config.prompt_length, embed_dim),
-            "text_update": (config.max_text_length, embed_dim) if has_update else None,
-            "token_down": token_shape,
-            "token_up": token_shape,
-            "deep_down": deep_shape,
-            "deep_up": deep_shape,
-        }
-        for name, shape in shapes.items():
-            self.register_buffer(name, None if shape is None else torch.zeros(shape))
+        super().__init__(config, embed_dim, prompt_start)
+        for tensor in (tensor for part in PARTS for tensor in part.folded):
+            self.register_buffer(tensor.name, None)
+        for tensor in folded_tensors_of(config):
+            self.register_buffer(tensor.name, torch.zeros(tensor.shape(config, embed_dim)))
         self.sha256: str | None = None
 
     def forward(
@@ -69,18 +58,12 @@ class FoldedLayer(nn.Module):
     ) -> Tensor:
         """The backbone's input [batch, s + L, d], as EPTLayer.forward."""
         if inputs_embeds is None:
-            if input_ids is None or embedding_weight is None:
-                raise ValueError("give input_ids with embedding_weight, or inputs_embeds")
-            inputs_embeds = F.embedding(input_ids, embedding_weight)
+            inputs_embeds = F.embedding(*self._ids_and_table(input_ids, embedding_weight))
         positions = None if attention_mask is None else text_positions(attention_mask)
         text = self.continue_text(inputs_embeds, positions)
         return insert_prompt(self.prompt.to(text.dtype), text, self.prompt_start)
 
     def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor | None) -> Tensor:
-        """[batch, n, d] embeddings of text with the updates for their positions [batch, n]; -1 is padding.
-
-        None is text without padding from its first token on.
-        """
         total = inputs_embeds.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
         if self.token_down is not None:
             total = ept_kernels.text_update(
@@ -96,20 +79,16 @@ class FoldedLayer(nn.Module):
                 total = total + rows[text_positions.clamp(-1, beyond)]
         return total.to(inputs_embeds.dtype)
 
-    def deep_tensors(self, number: int) -> tuple[Tensor, Tensor]:
-        """D and W, [q, d] each, of the layer `number` after the first, in its hidden states' own size."""
-        assert self.deep_down is not None and self.deep_up is not None
-        return self.deep_down[number], self.deep_up[number]
-
-    def draw_deep_dropout(self) -> None:
-        """Nothing is left out of a folded adapter."""
+    def layer_updates(self) -> LayerUpdates | None:
+        if self.deep_down is None or self.deep_up is None:
+            return None
+        return LayerUpdates(self.deep_down.unbind(), self.deep_up.unbind(), self.config.activation, self.layer_impl)
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] and no gate weights [s, 0]: the gate is folded into P*."""
         return self.prompt, self.prompt.new_zeros(len(self.prompt), 0)
 
     def facts(self) -> dict[str, Any]:
-        """What adapter_config.json says of a folded adapter."""
         return {"folded": True, "prompt_sha256": self.sha256}
 
     def extra_repr(self) -> str:
@@ -117,7 +96,7 @@ class FoldedLayer(nn.Module):
 
 
 @torch.no_grad()
-def fold_layer(layer: EPTLayer | FoldedLayer) -> FoldedLayer:
+def fold_layer(layer: AdapterLayer) -> FoldedLayer:
     """The folded form of a layer; the layer itself stays as it is.
 
     P* and C are computed by the specification in float64 on the CPU and rounded once to fp32, so that the bits, and
@@ -125,6 +104,7 @@ def fold_layer(layer: EPTLayer | FoldedLayer) -> FoldedLayer:
     """
     if isinstance(layer, FoldedLayer):
         return layer
+    assert isinstance(layer, EPTLayer)
     config, device = layer.config, layer.prompt.device
     exact = copy.deepcopy(layer).to("cpu", torch.float64)
     exact.config = EPTConfig.from_dict(config.to_dict() | {"impl": "reference"})
@@ -132,10 +112,11 @@ def fold_layer(layer: EPTLayer | FoldedLayer) -> FoldedLayer:
     folded.prompt.copy_(exact.reconstruct()[0])
     deep: list[Tensor] = []
     if folded.deep_down is not None and folded.deep_up is not None:
-        pairs = [exact.deep_tensors(number) for number in range(config.deep_layers)]
+        assert exact.deep_down is not None and exact.deep_up is not None and exact.deep_scale is not None
+        scale = exact.deep_scale[:, None, None]
+        folded.deep_down.copy_(exact.deep_down / scale)
+        folded.deep_up.copy_(exact.deep_up * scale)
         deep = [folded.deep_down, folded.deep_up]
-        for folded_deep, of_layers in zip(deep, zip(*pairs, strict=True), strict=True):
-            folded_deep.copy_(torch.stack(of_layers))
     folded.sha256 = prompt_hash(folded.prompt, *deep)
     if folded.text_update is not None and exact.lowrank_a is not None and exact.lowrank_b is not None:
         folded.text_update.copy_(layer.embed_scale * config.scale * exact.lowrank_a @ exact.lowrank_b)

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 import ept_kernels
 from ept.config import EPTConfig
+from ept.layer.base import AdapterLayer, LayerUpdates
+from ept.parts import PARTS, tensors_of
 from ept.sharding import whole
 
 __all__ = ["EPTLayer", "decompose"]
@@ -17,19 +19,18 @@ __all__ = ["EPTLayer", "decompose"]
 PromptTensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class EPTLayer(nn.Module):
+class EPTLayer(AdapterLayer):
     """The EPT parameters for embeddings of width d, in fp32 and in units of `embed_scale`.
+
+    Its tensors are those of `ept.parts` that the config has on; the others are None. What starts at zero (B, V, W) makes
+    the layer start as a plain short soft prompt. P ~ N(0, 1) until `init_prompt` puts something better there. The D_l and
+    W_l of the layers are in units of `deep_scale` [layers], the size of the hidden states that they update, which
+    `get_ept_model` measures. In training mode the token-conditioned updates have dropout (`config.token_dropout`).
 
     Args:
         config: sizes and switches. `config.embed_scale` must be known here (None is measured by `get_ept_model`).
         embed_dim: d.
         prompt_start: text column of the prompt.
-
-    Tensors that belong to parts that are off are None. B, V and W start at zero, so that the layer starts as a plain
-    short soft prompt; A ~ N(0, 1/√r), U, D, G ~ N(0, 1/√d) (second argument: standard deviation); P ~ N(0, 1) until
-    `init_prompt` puts something better there. The D and W of deep updates, [layers, q, d] each, start alike; they are in
-    units of `deep_scale` [layers], the size of the hidden states that they update, which `get_ept_model` measures. In
-    training mode the token-conditioned updates have dropout (`config.token_dropout`).
     """
 
     prompt: nn.Parameter
@@ -43,52 +44,33 @@ class EPTLayer(nn.Module):
     deep_down: nn.Parameter | None
     deep_up: nn.Parameter | None
     deep_scale: Tensor | None
+    trainable = True
 
     def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
-        super().__init__()
-        self.embed_scale = config.known_embed_scale
         if config.rank > embed_dim:
             raise ValueError(f"rank={config.rank} is larger than the embeddings' width {embed_dim}: lower rank")
         if config.has_spaces and config.space_dim > embed_dim:
             raise ValueError(f"space_dim={config.space_dim} is larger than the embeddings' width {embed_dim}: lower it")
-        self.config, self.embed_dim, self.prompt_start = config, embed_dim, prompt_start
-        deep = config.known_deep_layers
-        shapes: dict[str, tuple[int, ...] | None] = {
-            "prompt": (config.prompt_length, embed_dim),
-            "lowrank_a": (config.max_text_length, config.rank) if config.has_lowrank else None,
-            "lowrank_b": (config.rank, embed_dim) if config.has_lowrank else None,
-            "space_down": (config.num_spaces, config.space_dim, embed_dim) if config.has_spaces else None,
-            "space_up": (config.num_spaces, config.space_dim, embed_dim) if config.has_spaces else None,
-            "gate_weight": (config.num_spaces, embed_dim) if config.has_spaces else None,
-            "token_down": (config.token_rank, embed_dim) if config.has_token_update else None,
-            "token_up": (config.token_rank, embed_dim) if config.has_token_update else None,
-            "deep_down": (deep, config.token_rank, embed_dim) if deep else None,
-            "deep_up": (deep, config.token_rank, embed_dim) if deep else None,
-        }
-        for name, shape in shapes.items():
-            parameter = None if shape is None else nn.Parameter(torch.zeros(shape, dtype=torch.float32))
-            self.register_parameter(name, parameter)
-        self.register_buffer("deep_scale", torch.ones(deep) if deep else None)
+        super().__init__(config, embed_dim, prompt_start)
+        for tensor in (tensor for part in PARTS for tensor in part.tensors):
+            self.register_parameter(tensor.name, None)
+        for tensor in tensors_of(config):
+            zeros = torch.zeros(tensor.shape(config, embed_dim), dtype=torch.float32)
+            self.register_parameter(tensor.name, nn.Parameter(zeros))
+        layers = config.known_deep_layers
+        self.register_buffer("deep_scale", torch.ones(layers) if layers else None)
         self.decomposition_error: float | None = None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The start values of docs/method.md, from torch's global random numbers."""
-        self.prompt.normal_()
-        if self.lowrank_a is not None and self.lowrank_b is not None:
-            self.lowrank_a.normal_(std=1 / math.sqrt(self.config.rank))
-            self.lowrank_b.zero_()
-        if self.space_down is not None and self.space_up is not None and self.gate_weight is not None:
-            self.space_down.normal_(std=1 / math.sqrt(self.embed_dim))
-            self.space_up.zero_()
-            self.gate_weight.normal_(std=1 / math.sqrt(self.embed_dim))
-        if self.token_down is not None and self.token_up is not None:
-            self.token_down.normal_(std=1 / math.sqrt(self.embed_dim))
-            self.token_up.zero_()
-        if self.deep_down is not None and self.deep_up is not None:
-            self.deep_down.normal_(std=1 / math.sqrt(self.embed_dim))
-            self.deep_up.zero_()
+        for tensor in tensors_of(self.config):
+            parameter = self.get_parameter(tensor.name)
+            if tensor.std is None:
+                parameter.zero_()
+            else:
+                parameter.normal_(std=tensor.std(self.config, self.embed_dim))
 
     @torch.no_grad()
     def init_prompt(self, rows: Tensor) -> None:
@@ -135,30 +117,23 @@ class EPTLayer(nn.Module):
         settings |= self._prompt_settings() | self._token_settings()
         if inputs_embeds is not None:
             return ept_kernels.prompt_embed_inputs(inputs_embeds, attention_mask, *self._prompt_tensors(), **settings)
-        if input_ids is None or embedding_weight is None:
-            raise ValueError("give input_ids with embedding_weight, or inputs_embeds")
-        return ept_kernels.prompt_embed(
-            input_ids, attention_mask, embedding_weight, *self._prompt_tensors(), **settings
-        )
+        ids, table = self._ids_and_table(input_ids, embedding_weight)
+        return ept_kernels.prompt_embed(ids, attention_mask, table, *self._prompt_tensors(), **settings)
 
-    def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor) -> Tensor:
-        """[batch, n, d] embeddings of text that follows a cached prefix, updated for their positions [batch, n]."""
+    def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor | None) -> Tensor:
         a, b = (self.lowrank_a, self.lowrank_b) if self.config.lowrank_update else (None, None)
         return ept_kernels.text_update(
             inputs_embeds, text_positions, a, b,
             scale=self.config.scale, embed_scale=self.embed_scale, **self._token_settings(),
         )  # fmt: skip
 
-    def deep_tensors(self, number: int) -> tuple[Tensor, Tensor]:
-        """D and W, [q, d] each, of the layer `number` after the first, in its hidden states' own size."""
-        assert self.deep_down is not None and self.deep_up is not None and self.deep_scale is not None
-        return self.deep_down[number] / self.deep_scale[number], self.deep_up[number] * self.deep_scale[number]
-
-    def draw_deep_dropout(self) -> Tensor | None:
-        """[layers, q, 1] factors on the rows of every W for one pass; None where nothing is left out."""
-        if self.deep_up is None or not self.training or not self.config.token_dropout:
+    def layer_updates(self) -> LayerUpdates | None:
+        if self.deep_down is None or self.deep_up is None or self.deep_scale is None:
             return None
-        return F.dropout(self.deep_up.new_ones(*self.deep_up.shape[:2], 1), self.config.token_dropout)
+        # For all layers at once, and unbound: the gradient of an indexed tensor would be as large as all of them.
+        size = self.deep_scale[:, None, None]
+        down, up = self.deep_down / size, self._with_dropout(self.deep_up) * size
+        return LayerUpdates(down.unbind(), up.unbind(), self.config.activation, self.layer_impl)
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] in the backbone's own size, and the gate's weights [s, K]; also where they are sharded."""
@@ -176,11 +151,17 @@ class EPTLayer(nn.Module):
         )  # fmt: skip
 
     def _token_settings(self) -> dict[str, Any]:
-        up: Tensor | None = self.token_up
-        if up is not None and self.training and self.config.token_dropout:
-            # One mask for the batch: as W's rows it costs q numbers, and the kernels need not know of it.
-            up = up * F.dropout(up.new_ones(len(up), 1), self.config.token_dropout)
+        up = None if self.token_up is None else self._with_dropout(self.token_up)
         return dict(token_down=self.token_down, token_up=up, activation=self.config.activation)
+
+    def _with_dropout(self, up: Tensor) -> Tensor:
+        """W [..., q, d] with hidden units left out in training mode.
+
+        One mask serves the batch: as a factor on W's rows it costs q numbers, and the kernels need not know of it.
+        """
+        if not (self.training and self.config.token_dropout):
+            return up
+        return up * F.dropout(up.new_ones(*up.shape[:-1], 1), self.config.token_dropout)
 
     def extra_repr(self) -> str:
         parts = self.config.parameters_by_part(self.embed_dim)

@@ -1,17 +1,30 @@
-"""Generation: the wrapped model's `generate` on rows that begin with a prompt; see docs/generation.md."""
+"""Generation: the wrapped model's `generate` on rows that begin with a prompt; see docs/generation.md.
+
+While a model generates, its thread is in a `Call` whose decoding embeds the new tokens. What the caller hands in to be
+called between steps (logits processors, stopping criteria, streamers) runs outside of it, so that a pass of the bare
+backbone in there is one.
+"""
 
 import functools
-import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation.streamers import BaseStreamer
 
-from ept.model.adapters import AdaptersMixin
-from ept.model.inputs import Group, leading_padding, of_one_shape, prompt_width
-from ept_kernels.reference import text_positions
+from ept.backbone.traits import Traits
+from ept.model.calls import bare
+from ept.model.columns import leading_padding
+from ept.model.inputs import Inputs
+from ept.model.layout import Embed, continued_text, padded
+from ept.model.routing import Routing
+from ept_kernels import text_positions
 
-__all__ = ["GenerationMixin"]
+__all__ = ["DecodingSteps", "GenerationSettings", "outside_the_call"]
 
 # Ways to generate that would read the text by other paths than the forward that EPT stands before.
 UNSUPPORTED = {
@@ -27,168 +40,216 @@ UNSUPPORTED = {
 DEFAULT_NEW_TOKENS = 20  # transformers', where nothing says how many
 
 
-class GenerationMixin(AdaptersMixin):
-    """What an EPTModel does to generate text."""
+class GenerationSettings:
+    """The keyword arguments of one `generate`, read as the wrapped model will read them.
 
-    _adapter_enabled: bool
+    Args:
+        backbone: the wrapped model, whose generation config holds what the arguments do not say.
+        traits: of it.
+        arguments: the caller's; the methods change them.
+    """
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        adapter_ids: list[str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The wrapped model's `generate`; the prompt's rows are not tokens: they do not count and are not returned.
+    def __init__(self, backbone: Any, traits: Traits, arguments: dict[str, Any]):
+        self.backbone, self.traits, self.arguments = backbone, traits, arguments
 
-        Args:
-            input_ids: [batch, L] (also as `inputs`), or `inputs_embeds` [batch, L, d], which gives the same tokens and
-                returns the new ones alone. Causal models want their padding on the left.
-            attention_mask: [batch, L], 1 on text; None: transformers' rule, padding by its id.
-            adapter_ids: each row's adapter by name; None: the active one for all.
-            kwargs: everything that `generate` of the wrapped model takes. With `past_key_values` of an earlier turn the
-                whole text goes in again, as in transformers; only what the cache lacks is computed.
-
-        Raises:
-            ValueError, TypeError: what cannot be right is refused with the reason.
-        """
-        backbone: Any = self.base_model  # its class has `generate`; PreTrainedModel alone has not
-        if not self._adapter_enabled:
-            with self._deep_updates_of([]):
-                return backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        if input_ids is None:
-            input_ids = kwargs.pop("inputs", None)
-        inputs_embeds = kwargs.pop("inputs_embeds", None)
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("generate needs input_ids or inputs_embeds")
-        for name, reason in UNSUPPORTED.items():
-            if self._generation_setting(kwargs, name):
-                raise ValueError(reason)
-        if self._generation_setting(kwargs, "guidance_scale") not in (None, 1):
-            raise ValueError("classifier-free guidance is not supported with EPT: leave guidance_scale out")
-        if self._generation_setting(kwargs, "cache_implementation") == "paged":
-            raise ValueError('cache_implementation="paged" batches by paths of its own: take another, or leave it out')
-        read_ids = input_ids if inputs_embeds is None else None
-        self._check_inputs(read_ids, inputs_embeds, attention_mask, None, None, None, kwargs)
-        text = input_ids if inputs_embeds is None else inputs_embeds
-        groups = self._groups(adapter_ids, len(text), text.device)
-        if self._kind == "seq2seq":
-            prepared = self._prepare_encoder_of_seq2seq(groups, read_ids, inputs_embeds, attention_mask, {})
-            with self._deep_updates_of(groups):
-                return backbone.generate(**{k: v for k, v in prepared.arguments.items() if v is not None}, **kwargs)
-        if not self._shifts_labels or "past_key_values" not in inspect.signature(self.base_model.forward).parameters:
-            raise TypeError(f"{type(self.base_model).__name__} does not generate text with a key-value cache")
-        if kwargs.get("position_ids") is not None:
-            raise ValueError("generate counts positions from attention_mask: leave position_ids out")
-        if attention_mask is None:
-            attention_mask = self._mask_of(text, kwargs)
-        if attention_mask.shape[1] == 0 or (attention_mask.diff(dim=1) < 0).any() or not attention_mask[:, -1].all():
-            raise ValueError("text to go on with must end each row: pad on the left (tokenizer.padding_side = 'left')")
-        self._check_cache(kwargs.get("past_key_values"), groups, text.shape[1])
-        self._lengths_without_prompt(kwargs, text.shape[1])
-        self._check_room(kwargs, groups, attention_mask)
-        arguments = self._prepare_groups(groups, read_ids, inputs_embeds, attention_mask, None, None, None).arguments
-        start = prompt_width(groups) + leading_padding(attention_mask)
-        with self._deep_updates_of(groups):
-            hook = functools.partial(self._update_decoding_step, groups=groups, start=start)
-            handle = self.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-            try:
-                ids = {} if input_ids is None else {"input_ids": input_ids}
-                mask = arguments["attention_mask"]
-                return backbone.generate(**ids, inputs_embeds=arguments["inputs_embeds"], attention_mask=mask, **kwargs)
-            finally:
-                handle.remove()
-
-    def _update_decoding_step(
-        self,
-        module: nn.Module,
-        args: tuple,
-        kwargs: dict,
-        groups: list[Group],
-        start: Tensor,
-    ) -> tuple[tuple, dict] | None:
-        """A hook on the wrapped model while it generates: embeds new tokens with their update.
-
-        `start` [batch] is the backbone's column of each row's first text token; beams and returned sequences repeat
-        the rows.
-        """
-        if not self._adapter_enabled:  # a pass of the bare model in between, say in a logits processor
-            return None
-        input_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-        kwargs = dict(kwargs)
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"] + self._first_position
-        if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            return args, kwargs
-        kwargs["input_ids"] = None
-        times = len(input_ids) // len(start)
-        start = start.repeat_interleave(times).unsqueeze(1)
-        groups = [group.repeated(times) for group in groups]
-        column = torch.arange(input_ids.shape[1], device=input_ids.device)
-        if cache is not None and cache.get_seq_length() > 0:
-            embeddings = self.base_model.get_input_embeddings()(input_ids)
-            kwargs["inputs_embeds"] = self._continue_text(groups, embeddings, cache.get_seq_length() + column - start)
-        else:  # generation without a cache repeats the whole text
-            text = (column + prompt_width(groups) >= start).to(torch.int64)
-            prepared = self._prepare_groups(groups, input_ids, None, text, None, None, None).arguments
-            kwargs["inputs_embeds"] = prepared["inputs_embeds"]
-            if kwargs.get("position_ids") is not None:
-                positions = text_positions(prepared["attention_mask"]).clamp(min=0)
-                kwargs["position_ids"] = positions + self._first_position
-        return args, kwargs
-
-    def _generation_setting(self, kwargs: dict, name: str) -> Any:
-        """A setting as `generate` of the wrapped model will see it: an argument, the given config's, or the model's."""
-        for value in (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None)):
+    def get(self, name: str) -> Any:
+        """A setting: an argument, the given config's, or the model's."""
+        for value in (self.arguments.get(name), getattr(self.arguments.get("generation_config"), name, None)):
             if value is not None:
                 return value
-        return getattr(self.base_model.generation_config, name, None)
+        return getattr(self.backbone.generation_config, name, None)
 
-    def _mask_of(self, text: Tensor, kwargs: dict) -> Tensor:
-        """The mask that transformers' generate infers: padding by its id, unless that also ends texts."""
-        pad, end = (self._generation_setting(kwargs, name) for name in ("pad_token_id", "eos_token_id"))
-        ends = end if isinstance(end, (list, tuple)) else [end]
-        if text.dim() == 3 or pad is None or pad in ends:
-            return torch.ones(text.shape[:2], dtype=torch.int64, device=text.device)
-        return (text != pad).to(torch.int64)
+    def refuse_unsupported(self) -> None:
+        """ValueError where a setting asks for a way to generate that EPT does not stand before."""
+        for name, reason in UNSUPPORTED.items():
+            if self.get(name):
+                raise ValueError(reason)
+        if self.get("guidance_scale") not in (None, 1):
+            raise ValueError("classifier-free guidance is not supported with EPT: leave guidance_scale out")
+        if self.get("cache_implementation") == "paged":
+            raise ValueError('cache_implementation="paged" batches by paths of its own: take another, or leave it out')
 
-    def _lengths_without_prompt(self, kwargs: dict, length: int) -> None:
-        """`max_length` and `min_length` count the text: as numbers of new tokens they are free of the prompt."""
-        for word in ("max", "min"):
-            given = self._generation_setting(kwargs, f"{word}_length")
-            kwargs.pop(f"{word}_length", None)
-            if given and self._generation_setting(kwargs, f"{word}_new_tokens") is None:
-                if word == "max" and given <= length:
-                    raise ValueError(f"max_length={given} leaves nothing to generate after {length} tokens of text")
-                kwargs[f"{word}_new_tokens"] = max(0, given - length)
+    def prepare_causal(self, inputs: Inputs, routing: Routing) -> Tensor:
+        """[batch, L] the mask of a text that a causal model goes on with; lengths come to count new tokens alone.
 
-    def _check_room(self, kwargs: dict, groups: list[Group], attention_mask: Tensor) -> None:
-        """ValueError if the longest row could run past the backbone's positions."""
-        if self._max_length is None:
-            return
-        rooms = []
-        for group in of_one_shape(groups):
-            s, longest = group.layer.config.prompt_length, int(group.of(attention_mask).sum(1).max())
-            rooms.append((self._max_length - s - longest, s, longest))
-        room, s, longest = min(rooms)
-        new = self._generation_setting(kwargs, "max_new_tokens")
-        if new is None:
-            kwargs["max_new_tokens"] = min(DEFAULT_NEW_TOKENS, room)
-        if room < (1 if new is None else new):
-            raise ValueError(
-                f"{longest} tokens of text with {s} prompt rows leave {max(0, room)} of the backbone's {self._max_length} "
-                f"positions, but max_new_tokens is {new or DEFAULT_NEW_TOKENS}: lower it, or shorten the text"
-            )
+        Raises TypeError or ValueError where it cannot go on.
+        """
+        if not self.traits.generates:
+            raise TypeError(f"{self.traits.name} does not generate text with a key-value cache")
+        if self.arguments.get("position_ids") is not None:
+            raise ValueError("generate counts positions from attention_mask: leave position_ids out")
+        mask = self._mask_of(inputs)
+        self._check_cache(routing, inputs.length)
+        self._count_without_prompt(inputs.length)
+        self._check_room(routing, mask)
+        return mask
 
-    def _check_cache(self, cache: Any, groups: list[Group], length: int) -> None:
+    def _mask_of(self, inputs: Inputs) -> Tensor:
+        """[batch, L] the given mask, or the one that transformers infers: padding by its id, unless that also ends texts.
+
+        ValueError where a row does not end with text.
+        """
+        mask = inputs.attention_mask
+        if mask is None:
+            pad, end = self.get("pad_token_id"), self.get("eos_token_id")
+            ends = end if isinstance(end, (list, tuple)) else [end]
+            if inputs.text.dim() == 3 or pad is None or pad in ends:
+                mask = torch.ones(inputs.batch, inputs.length, dtype=torch.int64, device=inputs.device)
+            else:
+                mask = (inputs.text != pad).to(torch.int64)
+        if mask.shape[1] == 0 or (mask.diff(dim=1) < 0).any() or not mask[:, -1].all():
+            raise ValueError("text to go on with must end each row: pad on the left (tokenizer.padding_side = 'left')")
+        return mask
+
+    def _check_cache(self, routing: Routing, length: int) -> None:
         """ValueError if a given cache cannot be of the beginning of this text with these prompts."""
+        cache = self.arguments.get("past_key_values")
         if cache is None or not cache.get_seq_length():
             return
-        width = prompt_width(groups)
+        width = routing.prompt_width
         if not width < int(cache.get_seq_length()) < width + length:
             raise ValueError(
                 f"past_key_values holds {int(cache.get_seq_length())} columns, the prompt's {width} among them, but the text "
                 f"has {length} tokens: give the whole text, from the first turn on, with at least one token that is new"
             )
+
+    def _count_without_prompt(self, length: int) -> None:
+        """`max_length` and `min_length` count the text: as numbers of new tokens they are free of the prompt."""
+        for word in ("max", "min"):
+            whole = self.get(f"{word}_length")
+            self.arguments.pop(f"{word}_length", None)
+            if whole and self.get(f"{word}_new_tokens") is None:
+                if word == "max" and whole <= length:
+                    raise ValueError(f"max_length={whole} leaves nothing to generate after {length} tokens of text")
+                self.arguments[f"{word}_new_tokens"] = max(0, whole - length)
+
+    def _check_room(self, routing: Routing, attention_mask: Tensor) -> None:
+        """ValueError if the longest row could run past the backbone's positions."""
+        limit = self.traits.max_positions
+        if limit is None:
+            return
+        rooms = []
+        for rows, shape in routing.by_shape_parts(attention_mask):
+            longest = int(rows.sum(1).max())
+            rooms.append((limit - shape.length - longest, shape.length, longest))
+        room, s, longest = min(rooms)
+        new = self.get("max_new_tokens")
+        if new is None:
+            self.arguments["max_new_tokens"] = min(DEFAULT_NEW_TOKENS, room)
+        if room < (1 if new is None else new):
+            raise ValueError(
+                f"{longest} tokens of text with {s} prompt rows leave {max(0, room)} of the backbone's {limit} "
+                f"positions, but max_new_tokens is {new or DEFAULT_NEW_TOKENS}: lower it, or shorten the text"
+            )
+
+
+@dataclass(frozen=True)
+class DecodingSteps:
+    """Changes the arguments of the wrapped model's forward while it generates: new tokens come embedded and updated.
+
+    Attributes:
+        embedding: the wrapped model's input embeddings.
+        traits: of the wrapped model.
+        routing: the batch's; beams and returned sequences repeat its rows.
+        start: [batch] the backbone's column of each row's first text token.
+        embed: makes the backbone's input of a whole text.
+    """
+
+    embedding: nn.Module
+    traits: Traits
+    routing: Routing
+    start: Tensor
+    embed: Embed
+
+    @classmethod
+    def of(
+        cls, embedding: nn.Module, traits: Traits, routing: Routing, attention_mask: Tensor, embed: Embed
+    ) -> "DecodingSteps":
+        """The steps after a text whose mask is [batch, L]."""
+        return cls(embedding, traits, routing, routing.prompt_width + leading_padding(attention_mask), embed)
+
+    def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The forward's keyword arguments with embeddings in place of ids, and positions that the backbone knows."""
+        input_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        kwargs = dict(kwargs)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + self.traits.first_position
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            return kwargs
+        kwargs["input_ids"] = None
+        routing = self.routing.for_rows(len(input_ids))
+        start = self.start.repeat_interleave(len(input_ids) // len(self.start)).unsqueeze(1)
+        column = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if cache is not None and cache.get_seq_length() > 0:
+            positions = cache.get_seq_length() + column - start
+            kwargs["inputs_embeds"] = continued_text(routing, self.embedding(input_ids), positions)
+            return kwargs
+        # Generation without a cache repeats the whole text.
+        text = (column + routing.prompt_width >= start).to(torch.int64)
+        inputs = Inputs(input_ids=input_ids, attention_mask=text)
+        arguments = padded(self.traits, inputs, routing, self.embed).arguments
+        kwargs["inputs_embeds"] = arguments["inputs_embeds"]
+        if kwargs.get("position_ids") is not None:
+            positions = text_positions(arguments["attention_mask"]).clamp(min=0)
+            kwargs["position_ids"] = positions + self.traits.first_position
+        return kwargs
+
+
+# ---------------------------------------------------------------------- what the caller hands in
+
+
+def outside_the_call(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`generate`'s keyword arguments with the caller's functions made to run outside of the call."""
+    changed = dict(arguments)
+    for name, collected in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
+        if arguments.get(name):
+            own = (called if _is_transformers_own(called) else _Outside(called) for called in arguments[name])
+            changed[name] = collected(own)
+    if arguments.get("streamer") is not None:
+        changed["streamer"] = _StreamerOutside(arguments["streamer"])
+    if arguments.get("prefix_allowed_tokens_fn") is not None:
+        changed["prefix_allowed_tokens_fn"] = _Outside(arguments["prefix_allowed_tokens_fn"])
+    return changed
+
+
+def _is_transformers_own(called: Any) -> bool:
+    """Whether transformers made it: `generate` knows these by their class, and they run no model, guidance excepted."""
+    guides = isinstance(called, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+    return type(called).__module__.startswith("transformers.") and not guides
+
+
+class _Outside:
+    """A function of the caller's that runs outside of the call; everything else about it is the function's own."""
+
+    def __init__(self, called: Callable):
+        self.called = called
+        # transformers reads there which arguments a logits processor takes.
+        vars(self)["__call__"] = functools.wraps(called.__call__)(functools.partial(_Outside.__call__, self))  # type: ignore[operator]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with bare():
+            return self.called(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "called":  # while a copy is made
+            raise AttributeError(name)
+        return getattr(self.called, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # transformers asks for it with isinstance
+        return type(self.called)
+
+
+class _StreamerOutside(BaseStreamer):
+    """A streamer of the caller's that runs outside of the call."""
+
+    def __init__(self, streamer: Any):
+        self.streamer = streamer
+
+    def put(self, value: Tensor) -> None:
+        with bare():
+            self.streamer.put(value)
+
+    def end(self) -> None:
+        with bare():
+            self.streamer.end()

@@ -1,22 +1,27 @@
 """Packed rows: several examples in one row, each with a prompt of its own.
 
-The examples are taken apart into rows, prepared as a batch of such, and put together again. That an example then
-sees itself alone is the backbone's work: by positions that restart, or by a block-diagonal mask; a probe of five tokens
-says which of the two the backbone understands.
+The examples are taken apart into rows, laid out as a batch of such, and put together again. That an example then sees
+itself alone is the backbone's work: by positions that restart, or by a block-diagonal mask. A probe of five tokens says
+which of the two the backbone understands.
 """
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from ept.backbone.embeddings import weight_of
 from ept.backbone.probes import evaluating
-from ept.model.inputs import Group, InputsMixin, Prepared
+from ept.backbone.traits import Traits
+from ept.model.calls import bare
+from ept.model.columns import taken
+from ept.model.inputs import Inputs
+from ept.model.layout import Embed, InputPlan, padded
+from ept.model.routing import Routing
 
-__all__ = ["PackingMixin", "example_starts"]
+__all__ = ["Packing", "example_starts", "take_starts"]
 
 
 def example_starts(
@@ -54,68 +59,74 @@ def example_starts(
     return restarts | (text & (before < 0))
 
 
-class PackingMixin(InputsMixin):
-    """What an EPTModel does with packed rows."""
+def take_starts(inputs: Inputs, arguments: dict[str, Any]) -> Tensor | None:
+    """`example_starts` of a call; takes the keywords of transformers' DataCollatorWithFlattening out of `arguments`."""
+    edges = [arguments.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
+    for name in ("max_length_q", "max_length_k"):
+        arguments.pop(name, None)  # follows from the edges
+    if edges[0] is not None and edges[1] is not None and not torch.equal(*edges):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: packed examples read themselves alone")
+    lengths = edges[0] if edges[1] is None else edges[1]
+    shape = inputs.text.shape[:2]
+    starts = example_starts(inputs.position_ids, inputs.attention_mask, lengths, shape)
+    # For state-space layers; the probe finds a backbone that needs it.
+    numbers = arguments.pop("seq_idx", None)
+    if starts is None and numbers is not None and (numbers != numbers[:, :1]).any():
+        raise ValueError("seq_idx numbers several examples: give position_ids that restart with them")
+    return starts
 
-    _packs_by: str | None = None
 
-    def _starts_of(
-        self, position_ids: Tensor | None, attention_mask: Tensor | None, shape: torch.Size, kwargs: dict[str, Any]
-    ) -> Tensor | None:
-        """`example_starts` of a call; takes the keywords of transformers' DataCollatorWithFlattening out of `kwargs`."""
-        given = [kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
-        for name in ("max_length_q", "max_length_k"):
-            kwargs.pop(name, None)  # follows from the lengths
-        if given[0] is not None and given[1] is not None and not torch.equal(*given):
-            raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: packed examples read themselves alone")
-        starts = example_starts(position_ids, attention_mask, given[0] if given[1] is None else given[1], shape)
-        # For state-space layers; the probe finds a backbone that needs it.
-        numbers = kwargs.pop("seq_idx", None)
-        if starts is None and numbers is not None and (numbers != numbers[:, :1]).any():
-            raise ValueError("seq_idx numbers several examples: give position_ids that restart with them")
-        return starts
+class _Examples(NamedTuple):
+    """Where the text tokens of packed rows belong; each tensor [tokens], in the order of rows and columns.
 
-    def _prepare_packed(
-        self,
-        groups: list[Group],
-        starts: Tensor,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        labels: Tensor | None,
-    ) -> Prepared:
-        """As `_prepare_groups`, for rows that hold several examples; `starts` [batch, L] is `example_starts`'."""
-        way = self._way_of_packing()
-        batch = len(starts)
+    row, column: where a token stands. example: the number of its example. position: its place in that example.
+    first: [examples] the number of each example's first token.
+    """
+
+    row: Tensor
+    column: Tensor
+    example: Tensor
+    position: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, starts: Tensor, attention_mask: Tensor | None) -> "_Examples":
         text = torch.ones_like(starts) if attention_mask is None else attention_mask != 0
-        row, column = text.nonzero(as_tuple=True)  # of every text token, in order
-        first = starts[row, column].nonzero().flatten()  # of every example, the number of its first token
+        row, column = text.nonzero(as_tuple=True)
+        first = starts[row, column].nonzero().flatten()
         example = starts[row, column].cumsum(0) - 1
-        p = torch.arange(len(row), device=row.device) - first[example]
-        shape = (len(first), int(p.max()) + 1)
+        position = torch.arange(len(row), device=row.device) - first[example]
+        return cls(row, column, example, position, first)
 
-        def apart(tensor: Tensor | None) -> Tensor | None:
-            """[batch, L, …] of the packed rows -> [examples, longest, …]."""
-            if tensor is None:
-                return None
-            tensor = tensor.expand(batch, *tensor.shape[1:])
-            return tensor.new_zeros(*shape, *tensor.shape[2:]).index_put((example, p), tensor[row, column])
+    def apart(self, tensor: Tensor) -> Tensor:
+        """[batch, L, …] of the packed rows -> [examples, longest, …], padded on the right."""
+        shape = (len(self.first), int(self.position.max()) + 1)
+        padded = tensor.new_zeros(*shape, *tensor.shape[2:])
+        return padded.index_put((self.example, self.position), tensor[self.row, self.column])
 
-        if position_ids is None:
-            position_ids = torch.zeros_like(starts, dtype=torch.int64).index_put(
-                (row, column), p + self._first_position
-            )
-        owners = [
-            group if group.rows is None
-            else dataclasses.replace(group, rows=torch.isin(row[first], group.rows).nonzero().flatten(), order=None)
-            for group in groups
-        ]  # fmt: skip
-        given = (input_ids, inputs_embeds, text.long(), token_type_ids, position_ids, labels)
-        examples = self._prepare_groups([g for g in owners if g.rows is None or len(g.rows)], *map(apart, given))
 
-        keep = examples.arguments["attention_mask"] != 0  # [examples, width]
+class Packing:
+    """Lays out packed rows for one backbone; what the backbone understands is asked at the first such call."""
+
+    def __init__(self, backbone: PreTrainedModel, traits: Traits):
+        self.backbone, self.traits = backbone, traits
+        self._way: str | None = None
+
+    def plan(self, inputs: Inputs, routing: Routing, starts: Tensor, embed: Embed) -> InputPlan:
+        """As `layout.padded`, for rows that hold several examples; `starts` [batch, L] is `example_starts`'."""
+        way, batch = self.way(), len(starts)
+        inputs = inputs.expanded()
+        examples = _Examples.of(starts, inputs.attention_mask)
+        row, first = examples.row, examples.first
+        if inputs.position_ids is None:
+            positions = torch.zeros_like(starts, dtype=torch.int64)
+            positions = positions.index_put((row, examples.column), examples.position + self.traits.first_position)
+            inputs = inputs.with_(position_ids=positions)
+        text = torch.ones_like(starts) if inputs.attention_mask is None else inputs.attention_mask != 0
+        alone = inputs.with_(attention_mask=text.long()).map(examples.apart)
+        plan = padded(self.traits, alone, routing.of_rows(row[first]), embed)
+
+        keep = plan.arguments["attention_mask"] != 0  # [examples, width]
         owner = row[first][keep.nonzero()[:, 0]]  # the packed row of every kept column
         sizes = torch.bincount(owner, minlength=batch)
         to = torch.arange(len(owner), device=owner.device) - (sizes.cumsum(0) - sizes)[owner]
@@ -127,82 +138,81 @@ class PackingMixin(InputsMixin):
             return packed.index_put((owner, to), tensor[keep])
 
         arguments = {
-            key: together(tensor, -100 if key == "labels" else 0)
-            for key, tensor in examples.arguments.items()
-            if tensor is not None and key != "attention_mask"
+            name: together(tensor, -100 if name == "labels" else 0)
+            for name, tensor in plan.arguments.items()
+            if tensor is not None and name != "attention_mask"
         }
         numbers = torch.arange(1, len(first) + 1, device=row.device).unsqueeze(1).expand_as(keep)
         arguments |= self._apart_from_each_other(together(numbers), way, arguments["inputs_embeds"].dtype)
         place = torch.zeros_like(keep, dtype=torch.int64).masked_scatter(keep, to)
-        columns = examples.columns
-        if isinstance(columns, slice):
-            columns = torch.arange(shape[1], device=row.device).expand(shape) + columns.start
-        in_example = place.gather(1, columns)[example, p]
-        columns = torch.zeros_like(starts, dtype=torch.int64).index_put((row, column), in_example)
-        return Prepared(arguments, lambda: columns)
+        in_example = taken(place, plan.indices())[examples.example, examples.position]
+        columns = torch.zeros_like(starts, dtype=torch.int64).index_put((row, examples.column), in_example)
+        return InputPlan(arguments, lambda: columns, starts.shape[1])
 
-    def _apart_from_each_other(self, numbers: Tensor, way: str, dtype: torch.dtype) -> dict[str, Any]:
-        """What keeps examples from seeing each other; `numbers` [batch, width] says each column's example, 0 is padding."""
-        if way == "positions":
-            # A cache would keep transformers from looking at the positions.
-            apart: dict[str, Any] = {"use_cache": False}
-            if "flash" in (self.config._attn_implementation or ""):
-                if len(numbers) > 1:
-                    raise ValueError("flash attention takes packed examples in a batch of one row only")
-                sizes = torch.bincount(numbers[0])[1:]
-                edges = F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
-                apart |= dict(cu_seq_lens_q=edges, cu_seq_lens_k=edges)
-                apart |= dict.fromkeys(("max_length_q", "max_length_k"), int(sizes.max()))
-            return apart
-        seen = numbers.unsqueeze(1) == numbers.unsqueeze(2)
-        if self._kind == "causal":
-            seen = seen.tril()
-        hidden = torch.finfo(dtype).min
-        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, hidden).unsqueeze(1)
-        return {"attention_mask": mask} | ({"use_cache": False} if self._kind == "causal" else {})
-
-    def _way_of_packing(self) -> str:
-        """ "positions" or "mask": how this backbone can be told of packed examples; ValueError where it cannot."""
-        name = type(self.base_model).__name__
-        if self._kind in ("seq2seq", "causal-pooled") or "SequenceClassification" in name:
+    def way(self) -> str:
+        """ "positions" or "mask": how the backbone is told of packed examples; ValueError where it cannot be."""
+        name = self.traits.name
+        if self.traits.kind.encoder_decoder or self.traits.classifies_rows:
             raise ValueError(
                 f"position_ids go backwards inside a row, but {name} gives one result per row: "
                 "packed examples would share it; give one example per row"
             )
-        if "position_ids" not in self._accepts:
+        if "position_ids" not in self.traits.accepts:
             raise ValueError(f"{name} takes no position_ids, by which packed examples are told apart: one per row")
-        if self._packs_by is None:
-            self._packs_by = self._probe_packing()
-        if not self._packs_by:
+        if self._way is None:
+            self._way = self._probe()
+        if not self._way:
             raise ValueError(
                 f"{name} lets packed examples see each other, by positions and by a block-diagonal mask: give one example per row"
             )
-        return self._packs_by
+        return self._way
+
+    def _apart_from_each_other(self, numbers: Tensor, way: str, dtype: torch.dtype) -> dict[str, Any]:
+        """What keeps examples from seeing each other; `numbers` [batch, width] says each column's example, 0 is padding."""
+        causal = self.traits.kind.causal
+        if way == "positions":
+            # A cache would keep transformers from looking at the positions.
+            arguments: dict[str, Any] = {"use_cache": False}
+            if self._uses_flash_attention():
+                if len(numbers) > 1:
+                    raise ValueError("flash attention takes packed examples in a batch of one row only")
+                sizes = torch.bincount(numbers[0])[1:]
+                edges = F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
+                arguments |= dict(cu_seq_lens_q=edges, cu_seq_lens_k=edges)
+                arguments |= dict.fromkeys(("max_length_q", "max_length_k"), int(sizes.max()))
+            return arguments
+        seen = numbers.unsqueeze(1) == numbers.unsqueeze(2)
+        if causal:
+            seen = seen.tril()
+        hidden = torch.finfo(dtype).min
+        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, hidden).unsqueeze(1)
+        return {"attention_mask": mask} | ({"use_cache": False} if causal else {})
+
+    def _uses_flash_attention(self) -> bool:
+        return "flash" in (self.backbone.config._attn_implementation or "")
 
     @torch.no_grad()
-    def _probe_packing(self) -> str:
+    def _probe(self) -> str:
         """Runs three and two tokens in one row and apart: the first way in which they agree, "" if none does."""
-        model, embedding = self.base_model, self.base_model.get_input_embeddings()
+        embedding = self.backbone.get_input_embeddings()
         weight = weight_of(embedding)
-        with evaluating(model):
-            embeds = embedding(torch.arange(len(weight), device=weight.device)[-5:].unsqueeze(0))
-        numbers = torch.tensor([[1, 1, 1, 2, 2]], device=embeds.device)
-        positions = torch.tensor([[0, 1, 2, 0, 1]], device=embeds.device) + self._first_position
-        config = self.config.get_text_config()
-        windowed = getattr(config, "sliding_window", None) is not None
-        ways = ["positions"] if self._kind == "causal" else []
-        if not windowed and "flash" not in (self.config._attn_implementation or ""):
+        windowed = getattr(self.backbone.config.get_text_config(), "sliding_window", None) is not None
+        ways = ["positions"] if self.traits.kind.causal else []
+        if not windowed and not self._uses_flash_attention():
             ways.append("mask")  # one mask for all layers has no window
-        with evaluating(model):
-            alone = torch.cat([self._probed(embeds[:, :3]), self._probed(embeds[:, 3:])], dim=1)
+        with bare(), evaluating(self.backbone):
+            embeds = embedding(torch.arange(len(weight), device=weight.device)[-5:].unsqueeze(0))
+            numbers = torch.tensor([[1, 1, 1, 2, 2]], device=embeds.device)
+            positions = torch.tensor([[0, 1, 2, 0, 1]], device=embeds.device) + self.traits.first_position
+            alone = torch.cat([self._run(embeds[:, :3]), self._run(embeds[:, 3:])], dim=1)
             for way in ways:
-                apart = self._apart_from_each_other(numbers, way, embeds.dtype)
-                if _agree(alone, self._probed(embeds, position_ids=positions, **apart)):
+                arguments = self._apart_from_each_other(numbers, way, embeds.dtype)
+                if _agree(alone, self._run(embeds, position_ids=positions, **arguments)):
                     return way
         return ""
 
-    def _probed(self, embeds: Tensor, **arguments: Any) -> Tensor:
-        outputs = self.base_model(inputs_embeds=embeds, return_dict=True, **arguments)
+    def _run(self, embeds: Tensor, **arguments: Any) -> Tensor:
+        outputs = self.backbone(inputs_embeds=embeds, return_dict=True, **arguments)
         return outputs["logits" if "logits" in outputs else "last_hidden_state"]
 
 

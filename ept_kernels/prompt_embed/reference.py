@@ -1,22 +1,16 @@
-"""The specification in plain torch: docs/method.md, line by line, in any dtype up to float64.
+"""The specification of steps 1 to 7 in plain torch: docs/method.md, line by line, in any dtype up to float64.
 
 Nothing here is there for speed. Every other implementation is held against these functions in float64.
 Symbols as in docs/method.md: s prompt rows, N positions, rank r, K spaces of width h, token rank q, width d.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "identity": lambda x: x,
-}
+from ..common.reference import bottleneck
+from .arguments import Settings, TextWeights, Weights
 
 
 def text_positions(attention_mask: Tensor) -> Tensor:
@@ -36,7 +30,7 @@ def token_update(
     inputs_embeds: Tensor, text_positions: Tensor, token_down: Tensor, token_up: Tensor, activation: str
 ) -> Tensor:
     """Step 2, the addend in units of e: σ(x·Dᵀ)·W for x in units of e, zero on padding. Returns [batch, L, d]."""
-    update = ACTIVATIONS[activation](inputs_embeds @ token_down.T) @ token_up
+    update = bottleneck(inputs_embeds, token_down, token_up, activation)
     return update * (text_positions >= 0).unsqueeze(-1).to(update.dtype)
 
 
@@ -55,52 +49,32 @@ def spaces(prompt: Tensor, space_down: Tensor, space_up: Tensor, gate: Tensor, a
     """Steps 4 and 6: Σ_k w[:, k]·σ(P·U_kᵀ)·V_k. Returns [s, d]."""
     total = torch.zeros_like(prompt)
     for k in range(len(space_down)):
-        total = total + gate[:, k, None] * (ACTIVATIONS[activation](prompt @ space_down[k].T) @ space_up[k])
+        total = total + gate[:, k, None] * bottleneck(prompt, space_down[k], space_up[k], activation)
     return total
 
 
-def reconstruct_prompt(
-    prompt: Tensor,
-    lowrank_a: Tensor | None,
-    lowrank_b: Tensor | None,
-    space_down: Tensor | None,
-    space_up: Tensor | None,
-    gate_weight: Tensor | None,
-    *,
-    scale: float,
-    embed_scale: float,
-    activation: str,
-    fusion: bool,
-) -> tuple[Tensor, Tensor]:
+def reconstruct_prompt(weights: Weights, settings: Settings) -> tuple[Tensor, Tensor]:
     """Steps 3 to 6: P* = e·(P + F + Σ_k w[:, k]·Z_k). Returns P* [s, d] and the gate [s, K]."""
+    prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, *_ = weights
     total = prompt
-    if lowrank_a is not None and lowrank_b is not None and fusion:
-        total = total + prompt_fusion(prompt, lowrank_a, lowrank_b, scale)
+    if lowrank_a is not None and lowrank_b is not None and settings.fusion:
+        total = total + prompt_fusion(prompt, lowrank_a, lowrank_b, settings.scale)
     gate = prompt.new_zeros(len(prompt), 0)
     if space_down is not None and space_up is not None and gate_weight is not None:
         gate = gate_weights(prompt, gate_weight)
-        total = total + spaces(prompt, space_down, space_up, gate, activation)
-    return embed_scale * total, gate
+        total = total + spaces(prompt, space_down, space_up, gate, settings.activation)
+    return settings.embed_scale * total, gate
 
 
-def text_update(
-    inputs_embeds: Tensor,
-    text_positions: Tensor,
-    lowrank_a: Tensor | None,
-    lowrank_b: Tensor | None,
-    *,
-    scale: float,
-    embed_scale: float,
-    token_down: Tensor | None,
-    token_up: Tensor | None,
-    activation: str,
-) -> Tensor:
+def text_update(inputs_embeds: Tensor, text_positions: Tensor, weights: TextWeights, settings: Settings) -> Tensor:
     """Steps 1 and 2: inputs_embeds [batch, L, d] plus both updates."""
+    lowrank_a, lowrank_b, token_down, token_up = weights
+    embed_scale = settings.embed_scale
     total = inputs_embeds
     if lowrank_a is not None and lowrank_b is not None:
-        total = total + embed_scale * lowrank_update(text_positions, lowrank_a, lowrank_b, scale)
+        total = total + embed_scale * lowrank_update(text_positions, lowrank_a, lowrank_b, settings.scale)
     if token_down is not None and token_up is not None:
-        update = token_update(inputs_embeds / embed_scale, text_positions, token_down, token_up, activation)
+        update = token_update(inputs_embeds / embed_scale, text_positions, token_down, token_up, settings.activation)
         total = total + embed_scale * update
     return total
 
