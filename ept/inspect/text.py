@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ept.config import EPTConfig
 from ept.inspect.findings import Findings
+from ept.parts import PARTS
 
 __all__ = ["method_of", "sections"]
 
@@ -60,32 +61,20 @@ def _about(findings: Findings) -> str:
 
 def method_of(config: EPTConfig) -> str:
     """The method's name by the parts that are on."""
-    update, fusion = config.has_lowrank and config.lowrank_update, config.has_lowrank and config.fusion
-    parts = [
-        name
-        for name, on in (
-            ("low-rank update", update), ("fusion", fusion), ("spaces", config.has_spaces),
-            ("token-conditioned update", config.has_token_update), ("deep updates", bool(config.deep_layers)),
-        )
-        if on
-    ]  # fmt: skip
-    if not parts:
+    labels: list[str] = []
+    for part in PARTS:
+        if part.name == "lowrank" and part.is_on(config):
+            labels += ["low-rank update"] * config.lowrank_update + ["fusion"] * config.fusion
+        elif part.name != "prompt" and part.is_on(config):
+            labels.append(part.label)
+    if not labels:
         return "prompt tuning (a soft prompt alone)"
-    name = "DePT" if parts == ["low-rank update"] else "EPT"
-    return f"{name}: short prompt, {', '.join(parts)}"
+    name = "DePT" if labels == ["low-rank update"] else "EPT"
+    return f"{name}: short prompt, {', '.join(labels)}"
 
 
 def _sizes(config: EPTConfig) -> str:
-    sizes = [f"s = {config.prompt_length}"]
-    if config.has_lowrank:
-        sizes += [f"N = {config.max_text_length}", f"r = {config.rank}", f"alpha = {config.alpha:g}"]
-    if config.has_spaces:
-        sizes += [f"K = {config.num_spaces}", f"h = {config.space_dim}"]
-    if config.has_token_update:
-        sizes.append(f"q = {config.token_rank}")
-    if config.deep_layers:
-        sizes.append(f"deep layers = {config.deep_layers}")
-    return ", ".join(sizes)
+    return ", ".join(size for part in PARTS if part.is_on(config) for size in part.sizes(config))
 
 
 def _budget(findings: Findings) -> str:
