@@ -32,7 +32,6 @@ from ept.model.fresh import get_ept_model
 from ept.model.model import EPTModel
 from ept.model.start_values import token_counts
 from ept.peft_format import read_soft_prompt
-from ept.tasks.kinds import Continuation, Text2Text
 from ept.tasks.task import Split, Task
 from ept.training.checkpoints import check_same_adapter, is_whole, last_checkpoint
 from ept.training.trainer import TRAINERS
@@ -186,7 +185,7 @@ def _complete_arguments(options: TrainOptions, task: Task, *, resumes: bool) -> 
     args.restore_callback_states_from_checkpoint = resumes  # early stopping counts on
     args.dataloader_pin_memory &= torch.cuda.is_available()
     if "predict_with_generate" not in options.explicit:
-        args.predict_with_generate = isinstance(task.kind, Text2Text)
+        args.predict_with_generate = task.kind.writes_text
     if args.generation_max_length is None:
         args.generation_max_length = options.columns.max_target_length
     if args.use_liger_kernel and not is_liger_kernel_available():
@@ -216,7 +215,7 @@ def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int 
         "command": shlex.join(["ept", "train", *options.argv]),
         "task": task.kind.name,
         "task_name": None if task.benchmark is None else task.benchmark.name,
-        "label_words": task.kind.words if isinstance(task.kind, Continuation) else None,
+        "label_words": task.kind.recorded_words,
         "columns": dataclasses.asdict(task.columns),
         "no_header": options.columns.no_header,
         "max_seq_length": max_length,

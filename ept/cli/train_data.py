@@ -12,7 +12,7 @@ from ept.data.streaming import RowStream, TokenStream
 from ept.data.tables import read_file, read_hub
 from ept.tasks.glue import Rows, benchmark_task
 from ept.tasks.glue_files import read_benchmark
-from ept.tasks.kinds import Continuation, default_kind
+from ept.tasks.kinds import KINDS, default_kind
 from ept.tasks.task import Task
 
 __all__ = ["TrainingData", "read_training_data", "token_stream"]
@@ -46,8 +46,8 @@ def read_training_data(options: TrainOptions) -> TrainingData:
     if data.data_dir is not None:
         raise ValueError("--data_dir holds a benchmark's task: say which with --task_name")
     stream = _row_stream(options) if data.streaming else None
-    if stream is not None and kind == Continuation.name:
-        raise ValueError("--streaming does not know --task continuation: leave one of them out")
+    if stream is not None and kind is not None and not KINDS[kind].can_stream:
+        raise ValueError(f"--streaming does not know --task {kind}: leave one of them out")
     tables = _read_tables(data, header=not options.columns.no_header, stream=stream)
     wanted = Columns(options.columns.text_column, options.columns.text_pair_column, options.columns.label_column)
     task = Task.of_table(*tables["train"], wanted, kind, stream)

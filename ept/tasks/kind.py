@@ -32,12 +32,16 @@ class TaskKind(ABC):
         evaluated: what an evaluation gives, "loss" or a metric; the first tells the best checkpoint.
         label_form: "classification" or "regression", what `Labels.of` makes of the label column; None: text to write.
         has_head: whether the backbone has a head that is trained.
+        writes_text: whether predictions are texts that the model generates.
+        can_stream: whether a TokenStream can make its rows.
     """
 
     name: ClassVar[str]
     evaluated: ClassVar[tuple[str, ...]]
     label_form: ClassVar[str | None]
     has_head: ClassVar[bool] = False
+    writes_text: ClassVar[bool] = False
+    can_stream: ClassVar[bool] = True
 
     def __init__(self, label_names: Sequence[str] | None = None):
         self.label_names = None if label_names is None else tuple(label_names)
@@ -48,6 +52,11 @@ class TaskKind(ABC):
         if self.label_names is None:
             raise ValueError(f"{self.name} has no label names: give them")
         return list(self.label_names)
+
+    @property
+    def recorded_words(self) -> list[str] | None:
+        """The label words that a run's record keeps, where the adapter's config has no place for them."""
+        return None
 
     # ------------------------------------------------------------------ the model
 

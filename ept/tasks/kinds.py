@@ -127,6 +127,7 @@ class Text2Text(TaskKind):
     name = "text2text"
     evaluated = ("loss", "exact_match")
     label_form = None
+    writes_text = True
 
     def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
         if architecture_of(read_config(name_or_path)) != "seq2seq":
@@ -181,6 +182,11 @@ class Continuation(TaskKind):
     name = "continuation"
     evaluated = ("accuracy", "f1")  # scores of labels have no loss
     label_form = "classification"
+    can_stream = False
+
+    @property
+    def recorded_words(self) -> list[str] | None:
+        return self.words
 
     def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
         _refuse_seq2seq(name_or_path)
