@@ -80,6 +80,19 @@ def test_the_first_block_waits_for_no_more_rows_than_the_buffer(tmp_path):
         next(stream)
 
 
+@pytest.mark.parametrize("name, content, message", [
+    ("x.csv", b"sentence,label\ncaf\xe9,1\n", "line 2: byte 0xe9 is not UTF-8"),
+    ("x.tsv", b"text\ttext\na\tb\n", "names a column twice: text, text"),
+    ("x.jsonl", b'{"text": "a"}\n{"label": 1}\n', "line 2: its keys label are not those of the first row, text"),
+    ("x.jsonl", b'{"text": "a"}\n{\n', "line 2: not valid JSON"),
+    ("x.parquet", b"PAR1 but not really", "not a parquet file or is damaged"),
+])  # fmt: skip
+def test_a_broken_file_is_a_stream_error_that_names_the_line(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StreamError, match=message):
+        list(RowStream(str(tmp_path / name)))
+
+
 @pytest.mark.parametrize(
     "line, said",
     [("the plot,so-so", "row 41: label 'so-so' is not among the known labels"), ("the plot,", "row 41: the label")],

@@ -1,7 +1,7 @@
-"""Training through transformers' Trainer: the optimiser's learning rates, adapter checkpoints, the gate's health.
+"""The trainers: transformers' own with three differences, and the table of them by kind of task.
 
-`EPTTrainer` and `EPTSeq2SeqTrainer` are transformers' trainers with three differences: every part of EPT has its own
-learning rate, checkpoints hold the adapter instead of the backbone, and each evaluation logs the gate.
+Every part of EPT has its own learning rate, checkpoints hold the adapter instead of the backbone, and each evaluation
+logs the gate.
 """
 
 import os
@@ -30,7 +30,7 @@ __all__ = ["TRAINERS", "EPTContinuationTrainer", "EPTSeq2SeqTrainer", "EPTTraine
 
 
 class _EPTTrainerMixin(Trainer):
-    """What both trainers add to transformers' own."""
+    """What every trainer here adds to transformers' own."""
 
     model: EPTModel
     args: EPTTrainingArguments | EPTSeq2SeqTrainingArguments
