@@ -153,7 +153,7 @@ def test_the_pickled_training_arguments_are_found_under_their_name(place):
     for path, kind in (("run", EPTSeq2SeqTrainingArguments), ("run/checkpoint-24", EPTSeq2SeqTrainingArguments),
                        (".", EPTTrainingArguments)):  # fmt: skip
         arguments = torch.load(Path(path, "training_args.bin"), weights_only=False)
-        assert type(arguments) is kind and kind.__module__ == "ept.training"
+        assert type(arguments) is kind
         assert arguments.deep_learning_rate == 0.005
         assert (arguments.output_dir, arguments.max_steps) == (("from-python", 3) if path == "." else ("run", 48))
 

@@ -172,7 +172,9 @@ def _behind_the_padding(
 ) -> dict[str, Any]:
     """A causal model's arguments with each row's prompt directly before its text, and positions counted from there."""
     leading = leading_padding(attention_mask)
-    moved = bool(leading.any())  # asked once: it waits for the device
+    has_positions = "position_ids" in arguments or "position_ids" in traits.accepts
+    # Asked once, since it waits for the device; a compiled graph cannot ask, and moves the columns of every batch.
+    moved = (torch.compiler.is_compiling() and has_positions) or bool(leading.any())
     if moved:
         columns = behind_padding(shape, arguments["inputs_embeds"].shape[1], leading)
         arguments = {name: taken(value, columns) for name, value in arguments.items()}

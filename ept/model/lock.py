@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 __all__ = ["AdapterLock", "lock_of"]
@@ -26,9 +27,12 @@ class AdapterLock:
     def __reduce__(self) -> tuple[type["AdapterLock"], tuple[()]]:
         return AdapterLock, ()
 
+    def calling(self) -> contextlib.AbstractContextManager[None]:
+        """Within, no other thread changes the adapters. A compiled pass holds no lock, which a graph cannot."""
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._calling()
+
     @contextlib.contextmanager
-    def calling(self) -> Iterator[None]:
-        """Within, no other thread changes the adapters."""
+    def _calling(self) -> Iterator[None]:
         thread = threading.get_ident()
         with self._condition:
             # A call within a call must not wait for a change that waits for the outer one.
