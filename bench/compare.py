@@ -133,7 +133,7 @@ def main() -> None:
         [
             common | {"stage": "search", "method": m, "rate": rate, "seed": 0, "steps": options.search_steps}
             for m in options.methods
-            for rate in METHODS[m][1]
+            for rate in METHODS[m].learning_rates
         ],
         path, options.processes, "learning rates",
     )  # fmt: skip

@@ -180,7 +180,7 @@ def _spread(names: list[str], count: int) -> list[str]:
 def build(method: str, shape: Shape, base: PreTrainedModel) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A method on the shared weights of `base`, and its optimiser groups.
 
-    LoRA is spread over the depth where `ept.peers` would take the last layers alone: its gradient then has as far to go
+    LoRA is spread over the depth where `ept.compare.methods` would take the last layers alone: its gradient then has as far to go
     as that of a LoRA with more parameters.
     """
     model, budget = _sharing(base), BUDGET_ROWS * embedding_width(base.get_input_embeddings())

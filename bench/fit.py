@@ -1,4 +1,4 @@
-"""A task of `bench.real_text` as rows for `ept.fitting`, and the score of a model's logits on it."""
+"""A task of `bench.real_text` as rows for `ept.compare.fit`, and the score of a model's logits on it."""
 
 import functools
 import warnings
@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import pearsonr
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from ept.compare.fit import Fit, fit
-from ept.tasks.predicting import collator
-from ept.tasks.predicting import predict_logits as predict
+from ept.tasks.predicting import logits_predictor, padding_collator
+from ept.tasks.predicting import predict as predict_rows
 
 from .real_text import Task, load_task, minilm, smollm2
 
-__all__ = ["Fit", "collator", "encode", "fit", "load", "predict", "quiet", "score"]
+__all__ = ["Fit", "encode", "fit", "load", "padding_collator", "predict", "quiet", "score"]
 
 
 def quiet() -> None:
@@ -37,6 +38,13 @@ def load(
 def _smollm2s() -> PreTrainedTokenizerBase:
     """Padded on the left: PEFT's prompt tuning reads a row's last column for its last token."""
     return AutoTokenizer.from_pretrained(**smollm2(), padding_side="left")
+
+
+def predict(
+    model: nn.Module, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, description: str | None = None
+) -> np.ndarray:
+    """Logits [rows, labels] of a classification model, in the order of the rows; a bar if described."""
+    return np.asarray(predict_rows(logits_predictor(model, tokenizer), rows, 64, description))
 
 
 def encode(task: Task, part: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .fit import collator
+from .fit import padding_collator
 
 __all__ = ["floor_step", "interleaved", "interleaved_seconds", "quartiles", "ratio", "training_step"]
 
@@ -69,7 +69,7 @@ def interleaved_seconds(
     """Seconds of whole training steps of models with their optimiser groups, on batches of 32 of the rows."""
     parts = [rows[i : i + 32] for i in range(0, 32 * (rounds + 1), 32)]
     steps = {
-        name: training_step(model, groups, [collator(model, tokenizer)(part) for part in parts])
+        name: training_step(model, groups, [padding_collator(model, tokenizer)(part) for part in parts])
         for name, (model, groups) in models.items()
     }
     return interleaved(steps, rounds, warmup=1, description=description)

@@ -1,4 +1,10 @@
-"""Efficient Prompt Tuning for frozen transformers models."""
+"""Efficient Prompt Tuning for frozen transformers models.
+
+The trainers come with transformers' Trainer, which is slow to import: they are loaded when they are first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
 from ept.config import EPTConfig
@@ -8,10 +14,24 @@ from ept.model.model import EPTModel
 from ept.peft_format import from_peft, read_soft_prompt, save_peft
 from ept.version import __version__
 
+if TYPE_CHECKING:
+    from ept.training import (
+        EPTContinuationTrainer,
+        EPTSeq2SeqTrainer,
+        EPTSeq2SeqTrainingArguments,
+        EPTTrainer,
+        EPTTrainingArguments,
+    )
+
 __all__ = [
     "EPTConfig",
+    "EPTContinuationTrainer",
     "EPTLayer",
     "EPTModel",
+    "EPTSeq2SeqTrainer",
+    "EPTSeq2SeqTrainingArguments",
+    "EPTTrainer",
+    "EPTTrainingArguments",
     "MeanPoolingForSequenceClassification",
     "__version__",
     "decompose",
@@ -20,3 +40,21 @@ __all__ = [
     "read_soft_prompt",
     "save_peft",
 ]
+
+OF_TRAINING = (
+    "EPTContinuationTrainer",
+    "EPTSeq2SeqTrainer",
+    "EPTSeq2SeqTrainingArguments",
+    "EPTTrainer",
+    "EPTTrainingArguments",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OF_TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("ept.training"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *OF_TRAINING})

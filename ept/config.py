@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ from ept_kernels import ACTIVATIONS, IMPLEMENTATIONS
 
 __all__ = ["PRESETS", "EPTConfig"]
 
-PRESETS = ("default", "paper", "deep")
 INITS = ("vocab", "text", "normal", "decompose")
 
 # Sizes beyond these are typing errors, not models: no backbone has as many positions or columns.
@@ -217,8 +216,7 @@ class EPTConfig:
             # The rank is chosen below; the preset's own may not fit a short max_text_length.
             config = _fill_paper(cls.paper(**{"rank": 0} | settings), parameters, embed_dim, settings)
         else:
-            base = cls.deep(**settings) if preset == "deep" else cls(**settings)
-            config = _fill_default(base, parameters, embed_dim, settings)
+            config = _fill_default(PRESETS[preset](**settings), parameters, embed_dim, settings)
         if config.num_parameters(embed_dim) > parameters:
             raise ValueError(
                 f"the given sizes take {config.num_parameters(embed_dim)} parameters, more than the budget of "
@@ -229,21 +227,29 @@ class EPTConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "EPTConfig":
         """The config of a plain dictionary. Raises ValueError on an unknown key."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(settings) - known)
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(settings) - names)
         if unknown:
-            raise ValueError(f"unknown setting(s) {', '.join(unknown)}: EPTConfig has {', '.join(sorted(known))}")
+            raise ValueError(f"unknown setting(s) {', '.join(unknown)}: EPTConfig has {', '.join(sorted(names))}")
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
+# Name of a preset -> what makes its config, with any settings over the preset's.
+PRESETS: dict[str, Callable[..., EPTConfig]] = {
+    "default": EPTConfig,
+    "paper": EPTConfig.paper,
+    "deep": EPTConfig.deep,
+}
+
+
 def _is_positive(value: float) -> bool:
     return value > 0 and math.isfinite(value)
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 

@@ -14,7 +14,7 @@ from ept.tasks.continuation import ContinuationCollator, candidates, contexts, l
 from ept.tasks.fitting_text import fit_texts
 from ept.tasks.glue import BENCHMARK_TASKS, Rows, benchmark_task
 from ept.tasks.glue_files import read_task
-from ept.tasks.task import Problem
+from ept.tasks.task import Task
 from tiny_models import backbone
 from tiny_text import GOOD, reviews, save_model, tokenizer
 
@@ -202,10 +202,10 @@ def test_metrics_are_the_benchmarks_and_a_text_that_is_no_label_is_wrong():
 
 def test_the_best_checkpoint_is_judged_by_what_an_evaluation_gives():
     task = BENCHMARK_TASKS["mrpc"]
-    assert Problem.of_benchmark(task, None).best_metric() == ("accuracy", True)
-    assert Problem.of_benchmark(task, "text2text").best_metric("eval_loss") == ("loss", False)
+    assert Task.of_benchmark(task, None).best_metric() == ("accuracy", True)
+    assert Task.of_benchmark(task, "text2text").best_metric("eval_loss") == ("loss", False)
     with pytest.raises(ValueError, match="loss is unknown: mrpc has accuracy, f1"):
-        Problem.of_benchmark(task, "continuation").best_metric("loss")  # scores of labels have no loss
+        Task.of_benchmark(task, "continuation").best_metric("loss")  # scores of labels have no loss
 
 
 def test_what_is_too_long_loses_the_passage_and_never_the_question():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import ept
 from ept import EPTConfig, EPTModel
 from ept.cli import main
+from ept.cli.errors import as_options
 from ept.cli.options import AdapterArguments
 from tiny_text import reviews, save_model, tokenizer, write_csv
 
@@ -308,6 +309,18 @@ def test_every_setting_of_the_config_is_an_option():
 # ---------------------------------------------------------------------- help and bad input
 
 
+@pytest.mark.parametrize("message, line", [
+    ("`max_length=62` does not fit", "--max_seq_length 62 does not fit"),
+    ('classify with `kind="classification"`', "classify with --task classification"),
+    ("x.jsonl: `header=False` is for csv", "x.jsonl: --no_header is for csv"),
+    ("give `Columns.text_pair`", "give --text_pair_column"),
+    ("`is_gradient_checkpointing` is deprecated", "`is_gradient_checkpointing` is deprecated"),
+    ("prompt_length=0 must be in 1 … 10000", "prompt_length=0 must be in 1 … 10000"),
+])  # fmt: skip
+def test_parameters_in_an_error_become_the_options_that_set_them(message, line):
+    assert as_options(message) == line
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "predict"])
 def test_help_explains_our_options_first_and_fits_a_terminal(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
@@ -391,6 +404,11 @@ def test_the_program_says_its_version_and_commands(capsys):
         ({"--weight_decay": "nan"}, "--weight_decay nan must be a number"),
         ({"--metric_for_best_model": "foo"}, "classification has accuracy, f1, loss"),
         ({"--label_column": "sentence", "--text_column": "sentence"}, "both the label and the text"),
+        ({"--text_column": "label"}, "give another --label_column or --text_column; it has: sentence, label"),
+        ({"--text_pair_column": "body"}, "has no column 'body' (--text_pair_column); it has: sentence, label"),
+        ({"--train_file": "two.csv"}, "say which column is the text with --text_column (and the second with"),
+        ({"--train_file": "score.csv"}, "--task classification"),
+        ({"--train_file": "rows.jsonl", "--no_header": "true"}, "rows.jsonl: --no_header is for csv and tsv"),
         ({"--learning_rat": "1"}, "unknown option --learning_rat"),
     ],
     ids=lambda value: " ".join(map(str, itertools.chain(*value.items()))) if isinstance(value, dict) else "",
@@ -399,6 +417,9 @@ def test_bad_input_to_train_is_one_line_and_exit_code_2(options, said, place, tm
     monkeypatch.chdir(tmp_path)
     write_csv(tmp_path / "unknown.csv", [("the film", "positive"), ("the plot", "meh")])
     write_csv(tmp_path / "single.csv", [("the film", "positive"), ("the plot", "positive")])
+    write_csv(tmp_path / "two.csv", [("the film", "the plot", "positive")], ("text", "title", "label"))
+    write_csv(tmp_path / "score.csv", [("the film", 0.5), ("the plot", "nan")])
+    (tmp_path / "rows.jsonl").write_text('{"sentence": "the film", "label": "positive"}\n')
     (tmp_path / "empty.csv").touch()
     (tmp_path / "latin.csv").write_bytes(b"sentence,label\ncaf\xe9,1\n")
     (tmp_path / "ragged.csv").write_bytes(b"sentence,label\na,1\nb, c,0\n")

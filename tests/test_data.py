@@ -6,8 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ept.data.columns import Columns, choose_columns
 from ept.data.labels import Labels
-from ept.data.tables import Columns, choose_columns, read_file
+from ept.data.tables import read_file
 from ept.data.tokens import tokenize
 from tiny_text import reviews, tokenizer, write_csv
 
@@ -98,7 +99,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_no_header_is_refused_where_columns_have_names(tmp_path):
-    with pytest.raises(ValueError, match="--no_header is for csv and tsv"):
+    with pytest.raises(ValueError, match="`header=False` is for csv and tsv"):
         read_file(jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": 1}]), header=False)
 
 
@@ -126,16 +127,16 @@ def test_columns_are_found_where_there_is_one_choice(names, chosen, tmp_path):
 @pytest.mark.parametrize(
     "names, wanted, said",
     [
-        (["text", "title", "label"], Columns(), "--text_column"),
-        (["text", "score"], Columns(), "--label_column"),
-        (["text", "label", "labels"], Columns(), "--label_column"),
+        (["text", "title", "label"], Columns(), "`Columns.text`"),
+        (["text", "score"], Columns(), "`Columns.label`"),
+        (["text", "label", "labels"], Columns(), "`Columns.label`"),
         (["text", "label"], Columns(text="body"), "no column 'body'"),
-        (["text", "label"], Columns(text_pair="body"), "--text_pair_column"),
+        (["text", "label"], Columns(text_pair="body"), "`Columns.text_pair`"),
         (["text", "label"], Columns(label="class"), "no column 'class'"),
         (["text", "label"], Columns(text="text", label="text"), "both the label and the text"),
         (["text", "label"], Columns(text="label"), "both the label and the text"),
-        (["text", "title", "label"], Columns(text="text", text_pair="title", label="title"), "--text_pair_column"),
-        (["text", "label"], Columns(label="text"), "--text_column"),
+        (["text", "title", "label"], Columns(text="text", text_pair="title", label="title"), "`Columns.text_pair`"),
+        (["text", "label"], Columns(label="text"), "`Columns.text`"),
     ],
 )
 def test_a_missing_or_ambiguous_column_lists_those_there_are(names, wanted, said, tmp_path):
@@ -201,7 +202,7 @@ def test_a_label_that_is_no_number_is_named_in_regression(bad, tmp_path):
 @pytest.mark.parametrize("others", [[0.5, 1.25], [0, 1]])
 def test_nan_and_infinity_among_numbers_do_not_make_classes_of_them(bad, others, kind, tmp_path):
     table = labelled(tmp_path, [*others, bad], kind)
-    with pytest.raises(ValueError, match=f"x, row 3: label '{bad}' is not a finite number.*--task classification"):
+    with pytest.raises(ValueError, match=f"x, row 3: label '{bad}' is not a finite number.*`kind=\"classification\"`"):
         Labels.of(table, "x", "label")
     assert str(bad) in Labels.of(table, "x", "label", "classification").names
 

@@ -11,7 +11,8 @@ import tiny_text
 from ept import EPTConfig
 from ept.cli import main
 from ept.inspect import self_test
-from ept.inspect.findings import examine, method_of
+from ept.inspect.findings import examine
+from ept.inspect.text import method_of
 from tiny_models import all_parts, wrapped
 
 AUTO = hf.AutoModelForSequenceClassification
@@ -120,7 +121,7 @@ def test_a_wrong_implementation_is_found_and_the_exit_code_is_1(capsys, monkeypa
 
 
 def test_an_installed_version_below_the_declared_one_is_a_problem(capsys, monkeypatch):
-    monkeypatch.setattr(self_test, "_self_tests", lambda problems: [])
+    monkeypatch.setattr(self_test, "self_tests", lambda problems: [])
     monkeypatch.setattr(self_test.importlib.metadata, "requires", lambda name: ["torch>=99", "numpy>=1"])
     with pytest.raises(SystemExit):
         main(["doctor"])

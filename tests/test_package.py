@@ -30,6 +30,47 @@ assert out.shape == (1, 3, 4)
     assert result.returncode == 0, result.stderr
 
 
+def test_the_trainers_are_offered_and_loaded_when_they_are_asked_for():
+    code = """
+import sys, ept
+assert not {"ept.training", "transformers.trainer"} & set(sys.modules)
+names = [name for name in dir(ept) if name.startswith("EPT") and "Train" in name]
+from ept import training
+assert len(names) == 5 and all(getattr(ept, name) is getattr(training, name) for name in names)
+assert set(names) < set(ept.__all__)
+try:
+    ept.EPTTrainr
+except AttributeError as error:
+    assert "EPTTrainr" in str(error)
+else:
+    raise AssertionError
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+def test_commands_that_read_no_tables_run_without_datasets():
+    code = """
+import sys
+sys.modules["datasets"] = None  # what an import of a missing package looks like
+from ept.cli import main
+for command in ("doctor", "inspect", "fold", "import", "report", "plan"):
+    try:
+        main([command, "--help"])
+    except SystemExit as stopped:
+        assert stopped.code == 0, command
+try:
+    main(["train", "--help"])
+except SystemExit as stopped:
+    assert stopped.code == 2
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines() == ["ept train: error: datasets is not installed: pip install 'ept[train]'"]
+
+
 def test_the_five_lines_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
     monkeypatch.chdir(tmp_path)

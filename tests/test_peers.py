@@ -7,7 +7,7 @@ import transformers as hf
 from ept import MeanPoolingForSequenceClassification
 from ept.compare.fit import fit
 from ept.compare.methods import ABLATIONS, METHODS, TRAIN_THE_BACKBONE, adapt
-from ept.tasks.predicting import predict_logits
+from ept.tasks.predicting import logits_predictor, predict
 from tiny_models import WIDTH, backbone, ids
 from tiny_text import tokenizer
 
@@ -90,4 +90,4 @@ def test_training_changes_what_is_trained_and_nothing_else_and_has_no_dropout(me
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert changed and changed <= trained
-    assert predict_logits(model, rows, tokenizer()).shape == (8, 2)
+    assert predict(logits_predictor(model, tokenizer()), rows, batch_size=64).shape == (8, 2)

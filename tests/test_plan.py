@@ -8,7 +8,8 @@ import transformers as hf
 
 from ept import EPTConfig, get_ept_model
 from ept.cli import main
-from ept.inspect.memory import StorageCounter, gpu_memory, plan_step
+from ept.inspect.memory import gpu_memory, plan_step
+from ept.inspect.storages import StorageCounter
 from tiny_models import CONFIGS, VOCAB, all_parts, ids
 
 AUTO = {
@@ -30,21 +31,12 @@ def measured(name: str, dtype: torch.dtype, checkpointing: bool) -> dict[str, in
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     held = list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-    with RealCounter(held) as counter:
+    with StorageCounter() as counter:
         batch, mask = ids(BATCH, LENGTH), torch.ones(BATCH, LENGTH, dtype=torch.int64)
         mask[-1, 20:] = 0
         labels = batch.clone() if name != "bert" else torch.zeros(BATCH, dtype=torch.int64)
         model(input_ids=batch, attention_mask=mask, labels=labels).loss.backward()
     return {"peak": counter.peak, "weights": sum(t.nbytes for t in held if not t.requires_grad)}
-
-
-class RealCounter(StorageCounter):
-    """With real values: questions about them are answered by them."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return function(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

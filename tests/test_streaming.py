@@ -12,9 +12,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from ept.cli import main
+from ept.data.columns import Columns
 from ept.data.labels import Labels
 from ept.data.streaming import RowStream, StreamError, TokenStream
-from ept.data.tables import Columns
 from ept.training.trainer import EPTTrainer
 from tiny_text import reviews, save_model, tokenizer, write_csv
 
@@ -78,6 +78,19 @@ def test_the_first_block_waits_for_no_more_rows_than_the_buffer(tmp_path):
     assert len([next(stream) for _ in range(40)]) == 40
     with pytest.raises(StreamError, match="line 42: 3 fields where the first line has 2"):
         next(stream)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.csv", b"sentence,label\ncaf\xe9,1\n", "line 2: byte 0xe9 is not UTF-8"),
+    ("x.tsv", b"text\ttext\na\tb\n", "names a column twice: text, text"),
+    ("x.jsonl", b'{"text": "a"}\n{"label": 1}\n', "line 2: its keys label are not those of the first row, text"),
+    ("x.jsonl", b'{"text": "a"}\n{\n', "line 2: not valid JSON"),
+    ("x.parquet", b"PAR1 but not really", "not a parquet file or is damaged"),
+])  # fmt: skip
+def test_a_broken_file_is_a_stream_error_that_names_the_line(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StreamError, match=message):
+        list(RowStream(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(

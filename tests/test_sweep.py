@@ -8,7 +8,7 @@ import transformers as hf
 
 from ept.cli import main
 from ept.compare.report import table
-from ept.compare.sweep import KEY, finished
+from ept.compare.results import KEY, finished
 from tiny_text import reviews, save_model, write_csv
 
 

@@ -1,4 +1,4 @@
-"""The command line: one file a command, `options` for what they share."""
+"""The command line: one file a command, each with `run(argv)`; `parser`, `options` and `errors` for what they share."""
 
 from ept.cli.main import COMMANDS, main
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from ept.console import bad_input_is_one_line
-from ept.inspect.self_test import _devices, _self_tests, _versions
+from ept.cli.errors import bad_input_is_one_line
+from ept.cli.parser import OptionParser
+from ept.inspect import self_test
 
 __all__ = ["DoctorArguments", "run"]
 
@@ -16,15 +17,13 @@ class DoctorArguments:
 def run(argv: list[str]) -> None:
     """`ept doctor`: exit code 1 if something is wrong."""
     with bad_input_is_one_line("doctor"):
-        from ept.cli.options import OptionParser
-
-        OptionParser("doctor", "Checks this installation. Exit code 1: something is wrong.", DoctorArguments).parse(
-            argv
-        )
+        parser = OptionParser("doctor", "Checks this installation. Exit code 1: something is wrong.", DoctorArguments)
+        parser.parse(argv)
     problems: list[str] = []
-    for title, part in (("versions", _versions), ("devices", _devices), ("self-test", _self_tests)):
+    parts = {"versions": self_test.versions, "devices": self_test.devices, "self-test": self_test.self_tests}
+    for title, lines_of in parts.items():
         print(title)
-        for line in part(problems):
+        for line in lines_of(problems):
             print(f"  {line}", flush=True)
     print("\n".join(f"PROBLEM: {problem}" for problem in problems) or "nothing is wrong")
     if problems:

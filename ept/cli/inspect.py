@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from ept.console import bad_input_is_one_line, say
-from ept.inspect.findings import examine, sections, write_page
+from ept.cli.errors import as_options, bad_input_is_one_line
+from ept.cli.parser import OptionParser
+from ept.console import say
+from ept.inspect.findings import examine
+from ept.inspect.page import write_page
+from ept.inspect.text import sections
 
 __all__ = ["InspectArguments", "run"]
 
@@ -23,15 +27,15 @@ class InspectArguments:
 
 
 def run(argv: list[str]) -> None:
-    """`ept inspect DIR`."""
+    """`ept inspect DIR`: prints what is in the adapter, and draws it if asked for."""
     with bad_input_is_one_line("inspect"):
-        from ept.cli.options import OptionParser
-
         if argv and not argv[0].startswith("-"):
             argv = ["--adapter", *argv]
-        (given,) = OptionParser("inspect", "Shows what is in an adapter.", InspectArguments).parse(argv)
-        found = examine(given.adapter, given.model_name_or_path, given.nearest)
-        print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections(found)))
-        if given.output_dir is not None:
-            for path in write_page(found, given.output_dir):
+        (options,) = OptionParser("inspect", "Shows what is in an adapter.", InspectArguments).parse(argv)
+        findings = examine(options.adapter, options.model_name_or_path, options.nearest)
+        if findings.why_no_words is not None:
+            say(as_options(findings.why_no_words))
+        print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections(findings)))
+        if options.output_dir is not None:
+            for path in write_page(findings, options.output_dir):
                 say(f"wrote {path}")

@@ -2,63 +2,76 @@
 
 import itertools
 import json
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    PreTrainedConfig,
-)
+from transformers import AutoModel
 
-from ept.console import bad_input_is_one_line
-from ept.inspect.memory import BYTES, CONTEXT, UNUSABLE, gpu_memory, plan_step
+from ept.backbone.loading import read_config
+from ept.cli.errors import bad_input_is_one_line
+from ept.cli.options import AdapterArguments, ept_config
+from ept.cli.parser import OptionParser, option
+from ept.inspect.memory import BYTES, DTYPES, UNUSABLE_BYTES, UNUSABLE_SHARE, gpu_memory, plan_step
 
-__all__ = ["run"]
+__all__ = ["PlanArguments", "run"]
+
+
+@dataclass
+class PlanArguments:
+    _argument_group_name = "what is planned"
+
+    model: str = field(
+        metadata={"help": "Hub name or directory of the model, or a config.json; its weights are not read."}
+    )
+    batch: int = option("Rows at a time on one device.", 32)
+    length: int = option("Tokens of the longest row: rows are padded to it.", 128)
+    target_length: int | None = option("Tokens of the longest text to write (encoder-decoder); by default as --length.")
+    task: str | None = option(
+        "classification or text2text; by default text2text where the model writes text.",
+        choices=("classification", "text2text"),
+    )
+    dtype: str | None = option(
+        "Type of the frozen weights; by default a row for each but float16.", choices=tuple(DTYPES)
+    )
+    gpu: str | None = option("What must hold it: a name (h100, a100-40, rtx4090, …) or a size (24GB).")
 
 
 def run(argv: list[str]) -> None:
     """`ept plan`: a table of what a step takes at each dtype, with and without activation checkpointing; then JSON."""
     with bad_input_is_one_line("plan"):
-        from ept.cli.options import ept_config, plan_parser
-
-        given, sizes = plan_parser().parse(argv)
-        memory = None if given.gpu is None else gpu_memory(given.gpu)
-        config = _read_config(given.model)
+        parser = OptionParser(
+            "plan",
+            "Says what memory a training step takes, from the model's config alone; the last line printed is JSON.",
+            PlanArguments,
+            AdapterArguments,
+        )
+        options, adapter = parser.parse(argv)
+        capacity = None if options.gpu is None else gpu_memory(options.gpu)
+        config = read_config(options.model, may_be_file=True)
         with torch.device("meta"):
             backbone = AutoModel.from_config(config)
-        ours = ept_config(sizes, backbone)
+        settings = ept_config(adapter, backbone)
         modes = (False, True) if backbone.supports_gradient_checkpointing else (False,)
-        dtypes = ("float32", "bfloat16", "8bit", "4bit") if given.dtype is None else (given.dtype,)
+        dtypes = [name for name in DTYPES if name != "float16"] if options.dtype is None else [options.dtype]
         rows = []
         for dtype, checkpointing in itertools.product(dtypes, modes):
             row = {"dtype": dtype, "checkpointing": checkpointing} | plan_step(
-                config, ours, batch=given.batch, length=given.length, target_length=given.target_length,
-                task=given.task, dtype=dtype, checkpointing=checkpointing,
+                config, settings, batch=options.batch, length=options.length, target_length=options.target_length,
+                task=options.task, dtype=dtype, checkpointing=checkpointing,
             )  # fmt: skip
-            if memory is not None:
-                row["fits"] = row["peak"] <= memory * (1 - UNUSABLE) - CONTEXT
+            if capacity is not None:
+                row["fits"] = row["peak"] <= capacity * (1 - UNUSABLE_SHARE) - UNUSABLE_BYTES
             rows.append(row)
-    print(_table(rows, given.gpu))
-    print(json.dumps({"model": given.model, "batch": given.batch, "length": given.length, "rows": rows}))
-
-
-def _read_config(name_or_path: str) -> PreTrainedConfig:
-    """The config of a hub name, of a model directory, or of a config.json by itself."""
-    path = Path(name_or_path)
-    if not path.exists() and (path.is_absolute() or name_or_path.startswith(".") or len(path.parts) > 2):
-        raise ValueError(
-            f"{name_or_path}: no such directory or file; give a hub name, a model's directory or its config"
-        )
-    return AutoConfig.from_pretrained(name_or_path)
+    print(_table(rows, options.gpu))
+    print(json.dumps({"model": options.model, "batch": options.batch, "length": options.length, "rows": rows}))
 
 
 def _table(rows: list[dict[str, Any]], gpu: str | None) -> str:
     names = ("dtype", "checkpointing", *BYTES) + (() if gpu is None else (f"fits {gpu}",))
     lines: list[tuple[str, ...]] = [names]
     for row in rows:
-        line = (row["dtype"], "yes" if row["checkpointing"] else "no", *(_said(row[name]) for name in BYTES))
+        line = (row["dtype"], "yes" if row["checkpointing"] else "no", *(_in_units(row[name]) for name in BYTES))
         lines.append(line if gpu is None else (*line, "yes" if row["fits"] else "no"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -70,7 +83,7 @@ def _table(rows: list[dict[str, Any]], gpu: str | None) -> str:
     )
 
 
-def _said(size: int) -> str:
+def _in_units(size: int) -> str:
     """Bytes in units of 10^9, 10^6 or 10^3, three digits."""
     for factor, unit in ((10**9, "GB"), (10**6, "MB")):
         if size >= factor:

@@ -4,59 +4,69 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ept.cli.shared import _label_words
-from ept.console import bad_input_is_one_line
-from ept.files.run_record import _read_record
+from ept.backbone.loading import input_limit
+from ept.cli.errors import bad_input_is_one_line
+from ept.cli.options import AdapterDirArguments
+from ept.cli.parser import OptionParser, option
+from ept.pretrained import SavedAdapter
+from ept.tasks.glue import benchmark_task
+from ept.tasks.kind import TaskKind
 
-__all__ = ["predict"]
+__all__ = ["PredictArguments", "run"]
 
 
-def predict(argv: list[str]) -> None:
+@dataclass
+class PredictArguments:
+    _argument_group_name = "input and output"
+
+    input_file: str | None = option("Texts, one a line (a pair: with a tab between); by default standard input.")
+    batch_size: int | None = option(
+        "Rows at a time; by default 32 from a file, 1 from standard input, so that each line is answered at once."
+    )
+    max_seq_length: int | None = option("Cut texts to this many tokens; by default as in training.")
+    max_target_length: int = option("Write at most this many tokens (text2text).", 128)
+
+
+def run(argv: list[str]) -> None:
     """`ept predict`: one line of output for each line of input."""
     with bad_input_is_one_line("predict"):
-        from ept.backbone.loading import input_limit
-        from ept.cli.options import predict_parser
-        from ept.pretrained import load_adapter
-        from ept.tasks.continuation import ContinuationCollator, candidates, contexts, label_scores
-        from ept.tasks.glue import benchmark_task
-        from ept.tasks.predicting import lines_of
-        from ept.tasks.predicting import predict as predict_batch
-
-        where, options = predict_parser().parse(argv)
+        parser = OptionParser(
+            "predict",
+            "Reads texts, one a line, and prints for each a line: label, tab, probability; or a value; or the written "
+            "text.",
+            AdapterDirArguments,
+            PredictArguments,
+        )
+        place, options = parser.parse(argv)
         if options.input_file is not None and not Path(options.input_file).is_file():
             raise ValueError(f"{options.input_file}: no such file")
-        record = _read_record(where.adapter)
-        model, tokenizer, task = load_adapter(where.adapter, where.model_name_or_path, dtype=where.dtype)
-        limit = options.max_seq_length or record.get("max_seq_length")
-        limit = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, limit)
+        saved = SavedAdapter.open(place.adapter)
+        model, tokenizer, kind = saved.load(place.model_name_or_path, dtype=place.dtype)
+        max_length = options.max_seq_length or saved.max_length
+        max_length = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, max_length)
+        limit = kind.text_limit(tokenizer, max_length)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        task_name = record.get("task_name") if task in ("classification", "regression") else None
-        pairs = record.get("columns", {}).get("text_pair") is not None
-        pairs |= task_name is not None and len(benchmark_task(task_name).texts) == 2
-        words = _label_words(record, model) if task == "continuation" else None
-        collate = None if words is None else ContinuationCollator(tokenizer, candidates(tokenizer, list(words)))
-        by_number: Any = model.config.id2label if words is None else words
+        predictor = kind.predictor(model, tokenizer, options.max_target_length)
         batch_size = options.batch_size or (32 if options.input_file else 1)
         with contextlib.ExitStack() as stack:
             source = options.input_file or "standard input"
             lines = stack.enter_context(open(options.input_file, "rb")) if options.input_file else sys.stdin.buffer
-            for texts in _batches(_texts(lines, source, pairs), batch_size):
-                predictions: torch.Tensor | list[str]
-                if collate is not None:
-                    room = None if limit is None else limit - max(map(len, collate.label_ids))
-                    rows = contexts(tokenizer, [" ".join(row) for row in texts], room)
-                    predictions = label_scores(model, rows, collate)
-                else:
-                    truncation = {} if limit is None else {"truncation": True, "max_length": limit}
-                    batch = tokenizer(*zip(*texts, strict=True), padding=True, return_tensors="pt", **truncation)
-                    predictions = predict_batch(model, tokenizer, task, batch, options.max_target_length)
-                for line in lines_of(task, predictions, by_number.__getitem__):
+            for texts in _batches(_texts(lines, source, _reads_pairs(kind, saved.record)), batch_size):
+                for line in kind.lines(predictor(kind.encode_texts(tokenizer, texts, limit))):
                     print(line, flush=True)
+
+
+def _reads_pairs(kind: TaskKind, record: dict[str, Any]) -> bool:
+    """Whether an adapter was trained on pairs of texts."""
+    if record.get("task_name") is not None:
+        return len(kind.benchmark_templates(benchmark_task(record["task_name"]))) == 2
+    return record.get("columns", {}).get("text_pair") is not None
 
 
 def _texts(lines: Iterable[bytes], source: str, pairs: bool) -> Iterator[tuple[str, ...]]:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ept.cli.options import OptionParser, option
-from ept.compare.report import _draw, _markdown, table
-from ept.compare.sweep import finished
-from ept.console import bad_input_is_one_line
+from ept.cli.errors import bad_input_is_one_line
+from ept.cli.parser import OptionParser, option
+from ept.compare.report import draw, markdown, table
+from ept.compare.results import finished
 
 __all__ = ["ReportArguments", "run"]
 
@@ -31,9 +31,9 @@ def run(argv: list[str]) -> None:
                 raise ValueError(f"{name}: no such file")
             records += finished(Path(name))
         cells = table(records)
-        text = _markdown(cells, records, options.baseline)
+        text = markdown(cells, records, options.baseline)
         if options.picture is not None:
-            _draw(cells, options.picture)
+            draw(cells, options.picture)
         if options.output is None:
             print(text)
         else:

@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ept.cli.options import OptionParser, option
+from ept.cli.errors import bad_input_is_one_line
+from ept.cli.parser import OptionParser, option
 from ept.compare.methods import ABLATIONS, METHODS
-from ept.compare.sweep import ENGINES, Unfit, _data, _grid, _keep, _key, _name, _problem, _with_ray, finished, run_job
-from ept.console import bad_input_is_one_line, say
+from ept.compare.results import finished, key_of
+from ept.compare.sweep import Unfit, grid, keep, read_tasks, run_job, run_on_ray
+from ept.console import say
 
 __all__ = ["SweepArguments", "run"]
 
@@ -41,7 +43,7 @@ class SweepArguments:
         choices=("auto", "float32", "bfloat16"),
     )
     engine: str = option(
-        "Runs one after the other, or through Ray Tune on all of its devices.", "process", choices=ENGINES
+        "Runs one after the other, or through Ray Tune on all of its devices.", "process", choices=("process", "ray")
     )
     cpus_per_run: float = option("CPU cores that Ray gives each run.", 1.0)
     gpus_per_run: float = option("GPUs that Ray gives each run; a part lets several share one.", 0.0)
@@ -52,22 +54,22 @@ def run(argv: list[str]) -> None:
     with bad_input_is_one_line("sweep"):
         (options,) = OptionParser("sweep", "Trains every method on every task; ept report makes the table.",
                                   SweepArguments).parse(argv)  # fmt: skip
-        jobs = _grid(options)
-        for task in options.tasks:  # unreadable data is said first
-            _problem(options.model_name_or_path, _name(task), _data(task, options.data_dir))
+        jobs = grid(options)
+        read_tasks(jobs)  # unreadable data is said first
         path = Path(options.results)
-        done = {_key(record) for record in finished(path)}
-        missing = [job for job in jobs if _key(job) not in done]
+        done = {key_of(record) for record in finished(path)}
+        missing = [job for job in jobs if key_of(job) not in done]
         say(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished in {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         if options.engine == "ray":
-            return _with_ray(missing, options, path)
+            run_on_ray(missing, path, cpus_per_run=options.cpus_per_run, gpus_per_run=options.gpus_per_run)
+            return
     unfit: dict[str, str] = {}
     for job in missing:
         if job["method"] in unfit:
             continue
         try:
-            _keep(path, run_job(job))
+            keep(path, run_job(job))
         except Unfit as error:
             unfit[job["method"]] = str(error)
     if unfit:

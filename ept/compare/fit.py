@@ -21,7 +21,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from ept.tasks.predicting import collator
+from ept.tasks.predicting import padding_collator
 
 __all__ = ["Fit", "fit"]
 
@@ -89,7 +89,7 @@ def fit(
     Args:
         groups: the optimiser's, each with its learning rate.
         rows: token ids, mask and labels of each row.
-        collate: makes a padded batch of rows; by default `collator`'s.
+        collate: makes a padded batch of rows; by default `padding_collator`'s.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     scheduler = get_linear_schedule_with_warmup(optimizer, max(1, round(WARMUP * steps)), steps)
@@ -102,7 +102,7 @@ def fit(
     )  # fmt: skip
     result = Fit()
     trainer = Trainer(
-        model, args, data_collator=collate or collator(model, tokenizer), train_dataset=rows,
+        model, args, data_collator=collate or padding_collator(model, tokenizer), train_dataset=rows,
         optimizers=(optimizer, scheduler), callbacks=[_Watch(result, steps, description)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

@@ -1,4 +1,4 @@
-"""`ept report`: from the runs of `ept sweep`, the paper's table as Markdown and as a picture."""
+"""From the runs of a sweep, the paper's table as Markdown and as a picture."""
 
 import json
 import math
@@ -7,7 +7,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Cell", "table"]
+from ept.plots import plot_scores
+
+__all__ = ["Cell", "draw", "markdown", "table"]
 
 
 @dataclass
@@ -56,74 +58,91 @@ def table(records: list[dict[str, Any]]) -> dict[str, dict[str, Cell]]:
     return cells
 
 
+def markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], baseline: str) -> str:
+    """The table as Markdown, the best average first, with what the runs have in common below it.
+
+    Args:
+        cells: of `table(records)`.
+        baseline: the method that the others are compared with.
+    """
+    tasks = _tasks_of(cells)
+    metrics = {task: next(row[task].metric for row in cells.values() if task in row) for task in tasks}
+    averages = {method: _average(row, tasks) for method, row in cells.items()}
+    baseline_average = averages.get(baseline, math.nan)
+    names = ["method", "trained parameters", *(f"{task} ({metrics[task]})" for task in tasks), "average"]
+    lines = [_line([*names, f"{baseline} over it"]), "|---" * (len(names) + 1) + "|"]
+    seeds = {record["seed"] for record in records}
+    for method in sorted(cells, key=lambda name: (math.isnan(averages[name]), -averages[name])):
+        # The most parameters, those with the largest head.
+        parameters = max(record["trained_parameters"] for record in records if record["method"] == method)
+        scores = [_score(cells[method].get(task), len(seeds)) for task in tasks]
+        average = averages[method]
+        gain = "" if method == baseline else _gain(baseline_average, average)
+        lines.append(
+            _line([method, f"{parameters:,}", *scores, "–" if math.isnan(average) else f"{average:.3f}", gain])
+        )
+    return "\n".join([*lines, *_legend(cells, records)])
+
+
+def draw(cells: dict[str, dict[str, Cell]], path: str) -> None:
+    """The table as a picture, written to `path`."""
+    tasks = _tasks_of(cells)
+    scores = {
+        method: [(row[task].mean, row[task].spread) if task in row else (math.nan, 0.0) for task in tasks]
+        for method, row in cells.items()
+    }
+    plot_scores(scores, tasks, path)
+
+
+def _tasks_of(cells: dict[str, dict[str, Cell]]) -> list[str]:
+    return sorted({task for row in cells.values() for task in row})
+
+
 def _average(row: dict[str, Cell], tasks: list[str]) -> float:
     """The mean over all tasks; nan while one is missing."""
     return statistics.mean(row[task].mean for task in tasks) if all(task in row for task in tasks) else math.nan
 
 
-def _markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], baseline: str) -> str:
-    tasks = sorted({task for row in cells.values() for task in row})
-    parameters: dict[str, int] = {}  # the most, with the largest head
-    for record in records:
-        parameters[record["method"]] = max(parameters.get(record["method"], 0), record["trained_parameters"])
-    seeds = sorted({record["seed"] for record in records})
-    averages = {method: _average(row, tasks) for method, row in cells.items()}
-    metrics = {task: next(row[task].metric for row in cells.values() if task in row) for task in tasks}
-    mark = averages.get(baseline, math.nan)
-    head = [
-        "method",
-        "trained parameters",
-        *(f"{task} ({metrics[task]})" for task in tasks),
-        "average",
-        f"{baseline} over it",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for method in sorted(
-        cells, key=lambda m: (math.isnan(averages[m]), -averages[m] if averages[m] == averages[m] else 0)
-    ):
-        row, average = cells[method], averages[method]
-        shown = []
-        for task in tasks:
-            scores = row[task].scores if task in row else []
-            fewer = f" ({len(scores)})" if len(scores) < len(seeds) else ""
-            shown.append(f"{row[task].mean:.3f} ± {row[task].spread:.3f}{fewer}" if scores else "–")
-        known = not (math.isnan(average) or math.isnan(mark) or average == 0)
-        over = "" if method == baseline else f"{(mark - average) / abs(average):+.1%}" if known else "–"
-        shown += ["–" if math.isnan(average) else f"{average:.3f}", over]
-        lines.append(f"| {' | '.join([method, f'{parameters[method]:,}', *shown])} |")
-    split = (
-        "test"
-        if all("test" in record["metrics"] for record in records)
-        else "validation (or, where there is one, test)"
-    )
-    first = records[0]
-    kinds = sorted({str(record.get("dtype", "auto")) for record in records})
-    machines = sorted({_said_of(record["machine"]) for record in records})
-    lines += [
+def _line(words: list[str]) -> str:
+    return f"| {' | '.join(words)} |"
+
+
+def _score(cell: Cell | None, num_seeds: int) -> str:
+    if cell is None:
+        return "–"
+    fewer = f" ({len(cell.scores)})" if len(cell.scores) < num_seeds else ""
+    return f"{cell.mean:.3f} ± {cell.spread:.3f}{fewer}"
+
+
+def _gain(baseline: float, average: float) -> str:
+    """The baseline's average over a method's, less one."""
+    if math.isnan(average) or math.isnan(baseline) or average == 0:
+        return "–"
+    return f"{(baseline - average) / abs(average):+.1%}"
+
+
+def _legend(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]]) -> list[str]:
+    """The lines below the table: the runs' settings, the learning rates that were chosen, the machines."""
+    first, tasks = records[0], _tasks_of(cells)
+    has_test = all("test" in record["metrics"] for record in records)
+    split = "test" if has_test else "validation (or, where there is one, test)"
+    seeds = ", ".join(map(str, sorted({record["seed"] for record in records})))
+    dtypes = ", ".join(sorted({str(record.get("dtype", "auto")) for record in records}))
+    machines = sorted({_described(record["machine"]) for record in records})
+    return [
         "",
-        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))} on the {split} rows; `{first['model']}`, "
+        f"Mean ± standard deviation over seeds {seeds} on the {split} rows; `{first['model']}`, "
         f"{first['steps']} steps of {first['batch_size']} rows of at most {first['max_seq_length']} tokens, budget "
-        f"{first['budget']:,} parameters without the head, weights loaded as {', '.join(kinds)}. "
+        f"{first['budget']:,} parameters without the head, weights loaded as {dtypes}. "
         "In parentheses: of how many seeds, where that is not all. The last column is the baseline's average over the method's, "
         "less one. Learning rate: the best on the validation rows, of those that were run:",
         "",
-        *(f"- {method}: {', '.join(f'{task} {cells[method][task].rate:g}' for task in tasks if task in cells[method])}"
-          for method in cells),
+        *(f"- {method}: {', '.join(f'{task} {row[task].rate:g}' for task in tasks if task in row)}"
+          for method, row in cells.items()),
         "",
         *(f"Machine: {machine}" for machine in machines),
     ]  # fmt: skip
-    return "\n".join(lines)
 
 
-def _said_of(machine: dict[str, Any]) -> str:
+def _described(machine: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
-
-
-def _draw(cells: dict[str, dict[str, Cell]], path: str) -> None:
-    from ept.plots import plot_scores
-
-    tasks = sorted({task for row in cells.values() for task in row})
-    plot_scores(
-        {method: [(row[t].mean, row[t].spread) if t in row else (math.nan, 0.0) for t in tasks] for method, row in cells.items()},
-        tasks, path,
-    )  # fmt: skip

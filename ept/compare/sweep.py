@@ -1,4 +1,4 @@
-"""`ept sweep`: tasks × methods × learning rates × seeds, each run one JSON line in a results file.
+"""A sweep: tasks × methods × learning rates × seeds, each run one JSON line in a results file.
 
 A run whose settings stand in the file is not repeated, so a sweep that was killed goes on where it was. Runs follow
 one another in this process, or lie side by side on the devices and machines of a Ray cluster.
@@ -6,199 +6,103 @@ one another in this process, or lie side by side on the devices and machines of 
 
 import functools
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import transformers
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from ept.compare.methods import ABLATIONS, METHODS, TRAIN_THE_BACKBONE
+from ept.backbone.embeddings import weight_of
+from ept.backbone.loading import load_tokenizer, pad_like_tokenizer
+from ept.compare.fit import fit
+from ept.compare.methods import ABLATIONS, METHODS, adapt
+from ept.compare.results import append
 from ept.console import say
+from ept.data.columns import Columns
+from ept.data.rows import SUFFIXES
+from ept.data.tables import read_file
 from ept.machine import describe
 from ept.model.start_values import token_counts
-from ept.tasks.glue import BenchmarkTask, benchmark_task
+from ept.tasks.glue import BenchmarkTask, Rows, benchmark_task
+from ept.tasks.glue_files import read_benchmark
+from ept.tasks.kinds import default_kind
+from ept.tasks.predicting import predict
+from ept.tasks.task import Split, Task
 from ept.version import __version__
 
-__all__ = ["finished", "run_job"]
+__all__ = ["Unfit", "grid", "keep", "read_tasks", "run_job", "run_on_ray"]
 
-# What tells one run from another; a results file may hold any number of sweeps.
-KEY = (
-    "model", "task", "data", "method", "learning_rate", "seed", "steps", "batch_size", "max_seq_length", "budget",
-    "dtype",
-)  # fmt: skip
-ENGINES = ("process", "ray")
 TARGET_LENGTH = 32  # the longest label word of a benchmark has 6 tokens in T5
-OWN_SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val"), "test": ("test",)}
+STEMS = {"train": ("train",), "validation": ("validation", "dev", "val"), "test": ("test",)}  # of own files, by split
+
+Job = dict[str, Any]
 
 
 class Unfit(ValueError):
     """A method that the model cannot have; the message says why."""
 
 
-def _grid(options: Any) -> list[dict[str, Any]]:
-    """The runs' settings, the seeds outermost, so that a sweep that is cut short has all methods on some seeds."""
-    known = METHODS | ABLATIONS
-    for method in options.methods:
-        if method not in known:
-            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(known)}")
+def grid(options: Any) -> list[Job]:
+    """The runs' settings, the seeds outermost, so that a sweep that is cut short has all methods on some seeds.
+
+    Args:
+        options: with the attributes of `ept.cli.sweep.SweepArguments`.
+
+    Raises:
+        ValueError: there is no such method, task or directory.
+    """
+    methods = METHODS | ABLATIONS
+    for name in options.methods:
+        if name not in methods:
+            raise ValueError(f"unknown method {name!r}: choose one of {', '.join(methods)}")
     config = transformers.AutoConfig.from_pretrained(options.model_name_or_path)
     budget = options.budget or 100 * config.get_text_config().hidden_size
-    return [
-        {
-            "model": options.model_name_or_path, "task": _name(task), "data": _data(task, options.data_dir),
-            "method": method, "learning_rate": rate, "seed": seed, "steps": options.max_steps,
-            "batch_size": options.batch_size, "max_seq_length": options.max_seq_length, "budget": budget,
-            "dtype": "float32" if method in TRAIN_THE_BACKBONE else options.dtype,
-        }
-        for seed, task, method in itertools.product(options.seeds, options.tasks, options.methods)
-        for rate in options.learning_rates or (known[method][1][1:2] if options.middle_rate else known[method][1])
-    ]  # fmt: skip
+    jobs = []
+    for seed, task, name in itertools.product(options.seeds, options.tasks, options.methods):
+        method = methods[name]
+        of_method = method.learning_rates[1:2] if options.middle_rate else method.learning_rates
+        for rate in options.learning_rates or of_method:
+            jobs.append({
+                "model": options.model_name_or_path, "task": _name_of(task), "data": _files_of(task, options.data_dir),
+                "method": name, "learning_rate": rate, "seed": seed, "steps": options.max_steps,
+                "batch_size": options.batch_size, "max_seq_length": options.max_seq_length, "budget": budget,
+                "dtype": "float32" if method.trains_backbone else options.dtype,
+            })  # fmt: skip
+    return jobs
 
 
-def _benchmark(task: str) -> BenchmarkTask | None:
-    """The benchmarks' task of a name or of a directory with its name; None for a directory of own files."""
-    if not Path(task).is_dir():
-        return benchmark_task(task)
-    try:
-        return benchmark_task(Path(task).resolve().name)
-    except ValueError:
-        return None
+def read_tasks(jobs: list[Job]) -> None:
+    """Reads every task's rows once; ValueError says which cannot be read."""
+    for model, task, data in {(job["model"], job["task"], job["data"]): None for job in jobs}:
+        _read_task(model, task, data)
 
 
-def _name(task: str) -> str:
-    found = _benchmark(task)
-    return Path(task).resolve().name if found is None else found.name
-
-
-def _data(task: str, data_dir: str | None) -> str | None:
-    """The directory with a task's files, or None for the hub's."""
-    if Path(task).is_dir():
-        return task
-    if data_dir is None:
-        return None
-    found = benchmark_task(task)
-    names = [name.lower() for name in (*found.folders, found.name)]
-    below = [path for path in sorted(Path(data_dir).glob("*")) if path.is_dir() and path.name.lower() in names]
-    if not below:
-        raise ValueError(f"--data_dir {data_dir} has no directory {' or '.join(found.folders)}")
-    return str(below[0])
-
-
-def _key(record: dict[str, Any]) -> str:
-    return json.dumps([record.get(name) for name in KEY])
-
-
-def finished(path: Path) -> list[dict[str, Any]]:
-    """The runs that stand in a results file; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            if number == len(lines):
-                continue
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error}): remove the line") from error
-        if record is not None and not (isinstance(record, dict) and set(KEY) <= record.keys()):
-            raise ValueError(f"{path}, line {number}: not a run of ept sweep: give another file, or remove the line")
-        records += [] if record is None else [record]
-    return records
-
-
-def _keep(path: Path, record: dict[str, Any]) -> None:
-    """Appends a finished run to the results file, and says it."""
-    text = path.read_bytes() if path.is_file() else b""
-    if text and not text.endswith(b"\n"):  # a kill cut the last line short
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    part, metrics = list(record["metrics"].items())[-1]
-    name, value = next(iter(metrics.items()))
-    say(
-        f"{record['task']}, {record['method']}, rate {record['learning_rate']:g}, seed {record['seed']}: "
-        f"{part} {name} {value:.3f} in {record['seconds']:.0f} s"
-    )
-
-
-# ---------------------------------------------------------------------- one run
-
-
-@functools.lru_cache(maxsize=4)
-def _problem(model: str, task: str, data: str | None) -> tuple[Any, dict[str, tuple[Any, str]]]:
-    """What a task is for a kind of model, and its rows by split."""
-    from ept.backbone.loading import is_causal, is_text_to_text
-    from ept.data.tables import READERS, Columns, read_file
-    from ept.tasks.glue_files import read_benchmark
-    from ept.tasks.task import Problem
-
-    kind = "text2text" if is_text_to_text(model) else "continuation" if is_causal(model) else None
-    found = _benchmark(task if data is None else data)
-    if found is not None:
-        return Problem.of_benchmark(found, kind), read_benchmark(found, data, ("train", "validation"))
-    tables, directory = {}, Path(task if data is None else data)
-    for split, stems in OWN_SPLITS.items():
-        files = [path for stem in stems for suffix in READERS if (path := directory / (stem + suffix)).is_file()]
-        if files:
-            tables[split] = (read_file(files[0]), str(files[0]))
-    for split in ("train", "validation"):
-        if split not in tables:
-            raise ValueError(f"{data} has no {' or '.join(OWN_SPLITS[split])} file ({', '.join(READERS)})")
-    return Problem.of_table(*tables["train"], Columns(), kind), tables
-
-
-@functools.lru_cache(maxsize=1)
-def _splits(model: str, task: str, data: str | None, max_seq_length: int) -> tuple[Any, Any, dict[str, Any]]:
-    """A task's problem, the model's tokenizer, and its splits as tokens."""
-    from ept.backbone.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    problem, tables = _problem(model, task, data)
-    return problem, tokenizer, {
-        split: problem.encode(table, source, tokenizer, max_seq_length, TARGET_LENGTH)
-        for split, (table, source) in tables.items()
-    }  # fmt: skip
-
-
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
+def run_job(job: Job) -> dict[str, Any]:
     """One run of the grid: the job with its metrics by split, its parameters and seconds, and the machine."""
-    from ept.backbone.embeddings import weight_of
-    from ept.backbone.loading import load_backbone
-    from ept.compare.fit import fit
-    from ept.compare.methods import adapt
-    from ept.tasks.predicting import predict_split
-
     started = time.perf_counter()
-    problem, tokenizer, splits = _splits(job["model"], job["task"], job["data"], job["max_seq_length"])
+    task, tokenizer, splits = _splits(job["model"], job["task"], job["data"], job["max_seq_length"])
     transformers.set_seed(job["seed"])
-    base = load_backbone(
-        job["model"], problem.kind, problem.label_names and list(problem.label_names), dtype=job["dtype"]
-    )
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = tokenizer.pad_token_id
+    base = task.kind.load_backbone(job["model"], dtype=job["dtype"])
+    pad_like_tokenizer(base, tokenizer)
     rows = splits["train"].data.to_list()
     counts = token_counts([row["input_ids"] for row in rows], len(weight_of(base.get_input_embeddings())))
     try:
         model, groups = adapt(
-            job["method"],
-            base,
-            budget=job["budget"],
-            rate=job["learning_rate"],
-            tokenizer=tokenizer,
+            job["method"], base, budget=job["budget"], rate=job["learning_rate"], tokenizer=tokenizer,
             token_counts=counts,
-        )
+        )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise Unfit(str(error)) from error
-    headed = problem.kind in ("classification", "regression")
     trace = fit(
         model, groups, rows, tokenizer, steps=job["steps"], batch_size=job["batch_size"], seed=job["seed"],
-        collate=None if headed else problem.collator(tokenizer),
+        collate=task.kind.collator(tokenizer, model),
     )  # fmt: skip
+    predictor = task.kind.predictor(model, tokenizer, TARGET_LENGTH)
     metrics = {
-        name: problem.metrics(predict_split(model, problem, split, tokenizer, 64, TARGET_LENGTH, None), split)
+        name: task.metrics(predict(predictor, split.data, batch_size=64), split)
         for name, split in splits.items()
         if name != "train"
     }
@@ -212,10 +116,18 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------- side by side
+def keep(path: Path, record: dict[str, Any]) -> None:
+    """Appends a finished run to the results file, and says it."""
+    append(path, record)
+    part, metrics = list(record["metrics"].items())[-1]
+    name, value = next(iter(metrics.items()))
+    say(
+        f"{record['task']}, {record['method']}, rate {record['learning_rate']:g}, seed {record['seed']}: "
+        f"{part} {name} {value:.3f} in {record['seconds']:.0f} s"
+    )
 
 
-def _with_ray(jobs: list[dict[str, Any]], options: Any, path: Path) -> None:
+def run_on_ray(jobs: list[Job], path: Path, *, cpus_per_run: float, gpus_per_run: float) -> None:
     """Runs the jobs as trials of Ray Tune, each on its share of a device, and keeps each record as it comes.
 
     A worker loads data and model itself, so their paths must hold on every machine.
@@ -223,20 +135,82 @@ def _with_ray(jobs: list[dict[str, Any]], options: Any, path: Path) -> None:
     try:
         from ray import tune
     except ImportError as error:
-        raise ImportError("--engine ray needs Ray Tune: pip install 'ept[sweep]', or leave it out") from error
+        raise ImportError("Ray Tune is not installed: pip install 'ept[sweep]', or run in this process") from error
 
     class Keep(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            _keep(path, trial.last_result["record"])
+            keep(path, trial.last_result["record"])
 
     def trial(config: dict[str, Any]) -> dict[str, Any]:
         return {"record": run_job(config["job"])}
 
-    share = {"cpu": options.cpus_per_run, "gpu": options.gpus_per_run}
     results = tune.Tuner(
-        tune.with_resources(trial, share),
+        tune.with_resources(trial, {"cpu": cpus_per_run, "gpu": gpus_per_run}),
         param_space={"job": tune.grid_search(jobs)},
         run_config=tune.RunConfig(callbacks=[Keep()]),
     ).fit()
     if results.errors:
         raise RuntimeError(f"{len(results.errors)} of {len(jobs)} runs failed, the first with: {results.errors[0]}")
+
+
+# ---------------------------------------------------------------------- tasks
+
+
+def _benchmark(task: str) -> BenchmarkTask | None:
+    """The benchmarks' task of a name or of a directory with its name; None for a directory of own files."""
+    if not Path(task).is_dir():
+        return benchmark_task(task)
+    try:
+        return benchmark_task(Path(task).resolve().name)
+    except ValueError:
+        return None
+
+
+def _name_of(task: str) -> str:
+    benchmark = _benchmark(task)
+    return Path(task).resolve().name if benchmark is None else benchmark.name
+
+
+def _files_of(task: str, data_dir: str | None) -> str | None:
+    """The directory with a task's files, or None for the hub's."""
+    if Path(task).is_dir():
+        return task
+    if data_dir is None:
+        return None
+    benchmark = benchmark_task(task)
+    names = [name.lower() for name in (*benchmark.folders, benchmark.name)]
+    below = [path for path in sorted(Path(data_dir).glob("*")) if path.is_dir() and path.name.lower() in names]
+    if not below:
+        raise ValueError(f"`data_dir={data_dir}` has no directory {' or '.join(benchmark.folders)}")
+    return str(below[0])
+
+
+@functools.lru_cache(maxsize=4)
+def _read_task(model: str, task: str, data: str | None) -> tuple[Task, dict[str, tuple[Dataset | Rows, str]]]:
+    """What a task is for a kind of model, and its rows by split."""
+    kind = default_kind(model, causal_continues=True)
+    benchmark = _benchmark(task if data is None else data)
+    if benchmark is not None:
+        return Task.of_benchmark(benchmark, kind), dict(read_benchmark(benchmark, data, ("train", "validation")))
+    tables, directory = {}, Path(task if data is None else data)
+    for split, stems in STEMS.items():
+        files = [path for stem in stems for suffix in SUFFIXES if (path := directory / (stem + suffix)).is_file()]
+        if files:
+            tables[split] = (read_file(files[0]), str(files[0]))
+    for split in ("train", "validation"):
+        if split not in tables:
+            raise ValueError(f"{data} has no {' or '.join(STEMS[split])} file ({', '.join(SUFFIXES)})")
+    return Task.of_table(*tables["train"], Columns(), kind), dict(tables)
+
+
+@functools.lru_cache(maxsize=1)
+def _splits(
+    model: str, task_name: str, data: str | None, max_length: int
+) -> tuple[Task, PreTrainedTokenizerBase, dict[str, Split]]:
+    """A task, the model's tokenizer, and the task's splits as tokens."""
+    tokenizer = load_tokenizer(model)
+    task, tables = _read_task(model, task_name, data)
+    return task, tokenizer, {
+        split: task.encode(table, source, tokenizer, max_length, TARGET_LENGTH)
+        for split, (table, source) in tables.items()
+    }  # fmt: skip

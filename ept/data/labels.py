@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from datasets import ClassLabel, Dataset
 
-from ept.data.tables import _listed, _strings
+from ept.data.columns import label_strings
+from ept.data.rows import listed
 
 __all__ = ["Labels"]
 
@@ -22,18 +23,18 @@ class Labels:
         return self.names is not None and self.names == tuple(f"LABEL_{i}" for i in range(len(self.names)))
 
     @classmethod
-    def of(cls, table: Dataset, source: str, column: str, task: str | None = None) -> "Labels":
-        """The labels of a training file. Floats are regressed on, everything else is classified, unless `task` says.
+    def of(cls, table: Dataset, source: str, column: str, kind: str | None = None) -> "Labels":
+        """The labels of a training file. Floats are regressed on, everything else is classified, unless `kind` says.
 
         nan and infinity count as floats, which `encode` refuses: one bad score must not make classes of all.
         """
         feature = table.features[column]
-        if isinstance(feature, ClassLabel) and task != "regression":
+        if isinstance(feature, ClassLabel) and kind != "regression":
             return cls(tuple(feature.names))
-        values = _strings(table, source, column)
+        values = label_strings(table, source, column)
         numbers = [_number(value) for value in values]
         whole = all(n is not None and "." not in v and n.is_integer() for n, v in zip(numbers, values, strict=True))
-        if task == "regression" or (task is None and not whole and None not in numbers):
+        if kind == "regression" or (kind is None and not whole and None not in numbers):
             labels = cls(None)
             labels.encode(table, source, column)
             return labels
@@ -49,7 +50,7 @@ class Labels:
         feature = table.features[column]
         if isinstance(feature, ClassLabel) and self.names == tuple(feature.names) and min(table[column]) >= 0:
             return list(table[column])
-        values = _strings(table, source, column)
+        values = label_strings(table, source, column)
         if self.names is None:
             numbers = []
             for row, value in enumerate(values, start=1):
@@ -57,7 +58,7 @@ class Labels:
                 if number is None or not math.isfinite(number):
                     raise ValueError(
                         f"{source}, row {row}: label {value!r} is not a finite number, which regression needs: "
-                        "correct or remove the row, or classify with --task classification"
+                        'correct or remove the row, or classify with `kind="classification"`'
                     )
                 numbers.append(number)
             return numbers
@@ -66,7 +67,7 @@ class Labels:
             number_of |= {str(i): i for i in range(len(self.names))}
         for row, value in enumerate(values, start=1):
             if value not in number_of:
-                shown = _listed(self.names[:20]) + (", …" if len(self.names) > 20 else "")
+                shown = listed(self.names[:20]) + (", …" if len(self.names) > 20 else "")
                 raise ValueError(f"{source}, row {row}: label {value!r} is not among the known labels {shown}")
         return [number_of[value] for value in values]
 

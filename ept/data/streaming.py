@@ -4,23 +4,20 @@ The rows come in blocks of `shuffle_buffer`, each shuffled; within a block batch
 order depends on the seed alone, so that a run that goes on skips what it has seen, and every process reads the same.
 """
 
-import csv
 import itertools
-import json
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 from datasets import ClassLabel, Dataset, load_dataset
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ept.data.columns import Columns
 from ept.data.labels import Labels
-from ept.data.tables import READERS, Columns
+from ept.data.rows import checked_path, read_rows
 
 __all__ = ["RowStream", "StreamError", "TokenStream"]
 
@@ -36,31 +33,33 @@ class RowStream:
     """The rows of a csv, tsv, jsonl or parquet file, or of a hub data set's split, from the start each time.
 
     What is wrong with a row is a StreamError that names it. Columns of csv and tsv are strings, as in `read_file`.
+
+    Args:
+        source: the file; of a hub data set, what errors call it.
+        header: whether a csv or tsv file has one.
+        hub: name, configuration and split of a hub data set, in place of a file.
     """
 
     def __init__(self, source: str, *, header: bool = True, hub: tuple[str, str | None, str] | None = None):
         self.source, self.header, self.hub = source, header, hub
         if hub is None:
-            reader = READERS.get(Path(source).suffix.lower())
-            if reader is None:
-                raise ValueError(f"{source}: unknown extension: give a .csv, .tsv, .jsonl, .json or .parquet file")
-            if not Path(source).is_file():
-                raise ValueError(f"{source}: no such file")
-            if not header and reader != "csv":
-                raise ValueError(f"{source}: --no_header is for csv and tsv")
-            self.reader = reader
+            checked_path(source, header=header)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.hub is not None:
-            return self._hub_rows(*self.hub)
-        return {"csv": self._csv_rows, "jsonl": self._json_rows, "parquet": self._parquet_rows}[self.reader]()
+            yield from self._hub_rows(*self.hub)
+            return
+        try:
+            yield from read_rows(Path(self.source), header=self.header)
+        except ValueError as error:
+            raise StreamError(str(error)) from error
 
     def head(self, rows: int) -> Dataset:
         """The first rows as a table."""
-        found = list(itertools.islice(self, rows))
-        if not found:
+        first = list(itertools.islice(self, rows))
+        if not first:
             raise ValueError(f"{self.source} holds no rows: add some")
-        return Dataset.from_list(found)
+        return Dataset.from_list(first)
 
     def distinct(self, column: str) -> Dataset:
         """A table with each of a column's values once, from one pass over all rows; missing values are an error."""
@@ -73,58 +72,14 @@ class RowStream:
                 seen[str(value)] = None
         return Dataset.from_dict({column: list(seen)})
 
-    def _csv_rows(self) -> Iterator[dict[str, Any]]:
-        tsv = Path(self.source).suffix.lower() == ".tsv"
-        form: dict[str, Any] = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else dict(delimiter=",", strict=True)
-        with open(self.source, newline="", encoding="utf-8-sig") as file:
-            reader, names = csv.reader(file, **form), None
-            try:
-                for row in reader:
-                    if not row:
-                        continue  # a blank line
-                    if names is None:
-                        names = row if self.header else [str(i) for i in range(len(row))]
-                        if self.header:
-                            continue
-                    if len(row) != len(names):
-                        raise StreamError(
-                            f"{self.source}, line {reader.line_num}: {len(row)} fields where the first line has {len(names)}"
-                        )
-                    yield dict(zip(names, row, strict=True))
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise StreamError(f"{self.source}, line {reader.line_num + 1}: {error}") from error
-
-    def _json_rows(self) -> Iterator[dict[str, Any]]:
-        names = None
-        with open(self.source, encoding="utf-8-sig", errors="strict") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise StreamError(f"{self.source}, line {number}: not valid JSON ({error})") from error
-                names = names or (set(row) if isinstance(row, dict) else None)
-                if not isinstance(row, dict) or set(row) != names:
-                    raise StreamError(f"{self.source}, line {number}: not an object with the first line's keys")
-                yield row
-
-    def _parquet_rows(self) -> Iterator[dict[str, Any]]:
-        try:
-            with pyarrow.parquet.ParquetFile(self.source) as file:
-                for batch in file.iter_batches(batch_size=1024):
-                    yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
-            raise StreamError(f"{self.source} is not a parquet file or is damaged ({error})") from error
-
     def _hub_rows(self, name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
         try:
             table = load_dataset(name, config, split=split, streaming=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"data set {name}: {error}") from error
-        named = {k: f for k, f in (table.features or {}).items() if isinstance(f, ClassLabel)}
+        classes = {k: f for k, f in (table.features or {}).items() if isinstance(f, ClassLabel)}
         for row in table:
-            yield row | {k: f.int2str(row[k]) for k, f in named.items() if row[k] is not None and row[k] >= 0}
+            yield row | {k: f.int2str(row[k]) for k, f in classes.items() if row[k] is not None and row[k] >= 0}
 
 
 class TokenStream(IterableDataset):
@@ -183,17 +138,17 @@ class TokenStream(IterableDataset):
             ]
         else:
             labels = self._labels(numbered, self.labels)
-        made = [
+        token_rows = [
             dict(zip((*encoded, "labels"), values, strict=True))
             for values in zip(*encoded.values(), labels, strict=True)
         ]
-        for (number, _), row in zip(numbered, made, strict=True):
+        for (number, _), row in zip(numbered, token_rows, strict=True):
             if len(row["input_ids"]) < self.shortest:
                 raise StreamError(
                     f"{self.rows.source}, row {number}: {len(row['input_ids'])} tokens are too few for a prompt that stands "
-                    f"at column {self.shortest} (--prompt_start): lower it, or leave the row out"
+                    f"at column {self.shortest} (`prompt_start`): lower it, or leave the row out"
                 )
-        return made
+        return token_rows
 
     def _labels(self, numbered: list[tuple[int, dict[str, Any]]], labels: Labels) -> list[int] | list[float]:
         column = self.columns.chosen_label
@@ -201,8 +156,8 @@ class TokenStream(IterableDataset):
         try:
             return labels.encode(table, self.rows.source, column)
         except ValueError as error:  # it counts the rows of this table
-            said = re.sub(r"row (\d+)", lambda found: f"row {numbered[int(found[1]) - 1][0]}", str(error), count=1)
-            raise StreamError(said) from error
+            message = re.sub(r"row (\d+)", lambda match: f"row {numbered[int(match[1]) - 1][0]}", str(error), count=1)
+            raise StreamError(message) from error
 
     def _texts(self, numbered: list[tuple[int, dict[str, Any]]], column: str) -> list[str]:
         for number, row in numbered:

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ept.data.tables import Columns, _texts
+from ept.data.columns import Columns, texts_of
 
 __all__ = ["tokenize", "tokenize_targets"]
 
@@ -20,12 +20,12 @@ def tokenize(
     labels: list | None = None,
 ) -> tuple[Dataset, int]:
     """The rows as tokens, cut to `max_length` and not padded, with `labels` if given; and how many rows were cut."""
-    texts = [_texts(table, source, name) for name in (columns.text, columns.text_pair) if name is not None]
+    texts = [texts_of(table, source, name) for name in (columns.text, columns.text_pair) if name is not None]
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
     if max_length is not None and max_length <= special:
         raise ValueError(
             f"{source}: texts of at most {max_length} tokens hold nothing but the tokenizer's {special} special ones: "
-            "raise --max_seq_length, or shorten the prompt where the backbone's positions are full"
+            "raise `max_length`, or shorten the prompt where the backbone's positions are full"
         )
 
     def encode(*batch: list[str]) -> dict[str, Any]:
@@ -52,5 +52,5 @@ def tokenize_targets(
     table: Dataset, source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[list[int]]:
     """The token ids of the texts to be generated, for `tokenize`'s `labels`."""
-    texts = _texts(table, source, column)
+    texts = texts_of(table, source, column)
     return tokenizer(text_target=texts, truncation=True, max_length=max_length)["input_ids"]

@@ -5,20 +5,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RUN_NAME"]
+__all__ = ["RUN_NAME", "read_record", "write_record"]
 
 RUN_NAME = "run.json"
 
 
-def _write_record(output_dir: str, record: dict[str, Any]) -> None:
+def write_record(output_dir: str | os.PathLike, record: dict[str, Any]) -> None:
+    """Writes the record of a run into a directory; a kill leaves the old one or the new one."""
     path = Path(output_dir) / RUN_NAME
     path.with_suffix(".new").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(path.with_suffix(".new"), path)
 
 
-def _read_record(adapter: str) -> dict[str, Any]:
-    """What `ept train` wrote beside the adapter; empty for an adapter that was saved from Python."""
-    path = Path(adapter) / RUN_NAME
+def read_record(directory: str | os.PathLike) -> dict[str, Any]:
+    """What `ept train` wrote beside an adapter; empty for an adapter that was saved from Python.
+
+    Raises:
+        ValueError: the file is damaged, or what is read from it has another type.
+    """
+    path = Path(directory) / RUN_NAME
     if not path.is_file():
         return {}
     hint = "the file is damaged, copy it again, or remove it and name the columns"

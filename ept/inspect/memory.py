@@ -1,4 +1,4 @@
-"""`ept plan`: the memory that a training step takes, from the model's config alone.
+"""The memory that a training step takes, from the model's config alone.
 
 Nothing is estimated by formula. The model is built without weights, and one forward and backward pass runs on fake
 tensors (shapes and dtypes, no data), while a dispatch mode counts the storages that are alive. So what autograd keeps
@@ -8,38 +8,29 @@ for a frozen backbone, what attention keeps, and what activation checkpointing s
 import copy
 import dataclasses
 import re
-import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
-    PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
-from transformers.pytorch_utils import Conv1D
 
+from ept.backbone.loading import architecture_of, has_causal_form
 from ept.backbone.traits import max_text_tokens
 from ept.config import EPTConfig
+from ept.inspect.quantised import quantise
+from ept.inspect.storages import StorageCounter
 from ept.model.model import EPTModel
 
-__all__ = ["DTYPES", "GPUS", "StorageCounter", "gpu_memory", "plan_step"]
+__all__ = ["BYTES", "DTYPES", "GPUS", "UNUSABLE_BYTES", "UNUSABLE_SHARE", "gpu_memory", "plan_step"]
 
-# How the frozen weights are kept: bits per weight of the linear layers, and the type of everything else. Of 4 bits
-# bitsandbytes keeps one fp32 scale for 64 weights, of 8 bits one for each row.
+# How the frozen weights are kept: bits per weight of the linear layers. Below 16 the rest is bfloat16.
 DTYPES = {"float32": 32, "bfloat16": 16, "float16": 16, "8bit": 8, "4bit": 4}
-BLOCK = 64
 
 # Memory as the makers name it, in 10^9 bytes: what a driver shows is the same or a little more.
 GPUS = {
@@ -48,57 +39,18 @@ GPUS = {
 }  # fmt: skip
 # What a process takes beside its tensors, assumed and not measured: the driver's context and libraries' workspaces,
 # and the share that an allocator cannot use.
-CONTEXT, UNUSABLE = 10**9, 0.05
+UNUSABLE_BYTES, UNUSABLE_SHARE = 10**9, 0.05
 BYTES = ("weights", "adapter", "activations", "logits", "peak")
 
 
-# ---------------------------------------------------------------------- counting
-
-
-class StorageCounter(TorchDispatchMode):
-    """Counts the bytes of the storages made while it is active, and their highest sum.
-
-    Args:
-        known: tensors whose storages are not counted (the weights).
-        vocabulary: storages made for a tensor whose last dimension has this size are also counted as logits.
-
-    Attributes: `live`, `peak` (bytes), `peak_logits` (the part of `peak` that is logits).
-
-    A question about a fake tensor's values is answered with False or 0: no padding on the left, some on the right.
-    """
-
-    def __init__(self, known: Iterable[Tensor] = (), vocabulary: int | None = None):
-        super().__init__()
-        self.vocabulary = vocabulary
-        self.live = self.peak = self.peak_logits = self._logits = 0
-        self._known = {t.untyped_storage()._cdata for t in known}
-        self._sizes: dict[int, tuple[int, int]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return False if args[0].dtype == torch.bool else 0
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
-        return out
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known or key in self._sizes:
-            return
-        size = storage.nbytes()
-        logits = size if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else 0
-        self._sizes[key] = size, logits
-        weakref.finalize(storage, self._forget, key).atexit = False
-        self.live, self._logits = self.live + size, self._logits + logits
-        if self.live > self.peak:
-            self.peak, self.peak_logits = self.live, self._logits
-
-    def _forget(self, key: int) -> None:
-        size, logits = self._sizes.pop(key)
-        self.live, self._logits = self.live - size, self._logits - logits
+def gpu_memory(gpu: str) -> int:
+    """Bytes of a GPU given by name ("h100") or by size ("24GB", "24GiB")."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib)", gpu.strip().lower())
+    if size:
+        return int(float(size[1]) * (10**9 if size[2] == "gb" else 2**30))
+    if gpu.lower() not in GPUS:
+        raise ValueError(f"`gpu={gpu}` is unknown: give its memory (24GB), or one of {', '.join(GPUS)}")
+    return GPUS[gpu.lower()] * 10**9
 
 
 def plan_step(
@@ -140,19 +92,26 @@ def plan_step(
             f"length {length} does not fit: the model has positions for {room} tokens beside the prompt's "
             f"{ept_config.prompt_length}"
         )
+    return _run_on_fakes(model, batch, length, target_length or length)
+
+
+def _run_on_fakes(model: EPTModel, batch: int, length: int, target_length: int) -> dict[str, Any]:
+    """What `plan_step` returns, from one step of a model on the meta device."""
+    config = model.base_model.config
     per_token = "ForSequenceClassification" not in type(model.base_model).__name__
-    shape: tuple[int, ...] = (batch,)
+    labels_shape: tuple[int, ...] = (batch,)
     if per_token:
-        shape = (batch, (target_length or length) if config.is_encoder_decoder else length)
+        labels_shape = (batch, target_length if config.is_encoder_decoder else length)
     with FakeTensorMode():
         tensors = _make_fake(model)
         weights = sum(t.nbytes for t in tensors if not t.requires_grad)
         trained = [p for p in model.parameters() if p.requires_grad]
-        text = config.get_text_config(decoder=True)
-        with StorageCounter(tensors, text.vocab_size if per_token else None) as counter:
-            ids, mask, labels = (torch.zeros(s, dtype=torch.int64) for s in ((batch, length), (batch, length), shape))
+        vocabulary = config.get_text_config(decoder=True).vocab_size if per_token else None
+        with _FakeStepCounter(vocabulary) as counter:
+            ids, mask = (torch.zeros(batch, length, dtype=torch.int64) for _ in range(2))
+            labels = torch.zeros(labels_shape, dtype=torch.int64)
             model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-        adapter = sum(3 * p.nbytes for p in trained)
+    adapter = sum(3 * p.nbytes for p in trained)
     return {
         "weights": weights,
         "adapter": adapter,
@@ -167,10 +126,9 @@ def _without_weights(
     config: PreTrainedConfig, ept_config: EPTConfig, task: str | None, dtype: str, checkpointing: bool
 ) -> EPTModel:
     """The wrapped model on the meta device, in training mode."""
-    writes = config.is_encoder_decoder or config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if task is None:
-        task = "text2text" if config.is_encoder_decoder or (writes and not _is_encoder(config)) else "classification"
-    if task == "text2text" and not writes:
+        task = "classification" if architecture_of(config) == "encoder" else "text2text"
+    if task == "text2text" and not (config.is_encoder_decoder or has_causal_form(config)):
         raise ValueError(f"a {config.model_type} writes no text: use the task classification")
     if task == "classification" and config.is_encoder_decoder:
         raise ValueError(f"a {config.model_type} is an encoder-decoder: use the task text2text")
@@ -188,7 +146,7 @@ def _without_weights(
     with torch.device("meta"):
         model = auto.from_config(config, dtype=stored)
         if bits < 16:
-            _quantise(model, bits)
+            quantise(model, bits)
         ept_config = dataclasses.replace(ept_config, embed_scale=1.0, impl="torch")
         wrapped = EPTModel(model, ept_config)
     if checkpointing:
@@ -198,84 +156,28 @@ def _without_weights(
     return wrapped.train()
 
 
-def _is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether a model that can also be a decoder (BERT and its kin) is an encoder here."""
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+class _FakeStepCounter(StorageCounter):
+    """Answers a question about a fake tensor's values with False or 0: no padding on the left, some on the right."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 0
+        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 def _make_fake(model: nn.Module) -> list[Tensor]:
     """Turns meta parameters and buffers into fake ones on the CPU, shared ones still shared; within a FakeTensorMode."""
-    made: dict[int, Tensor] = {}
+    fakes: dict[int, Tensor] = {}
     for module in model.modules():
-        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for held in holders:
-            for name, tensor in held.items():
+        tensors_by_name: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in tensors_by_name:
+            for name, tensor in tensors.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in made:
+                if id(tensor) not in fakes:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype)
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = fake
-                held[name] = made[id(tensor)]
-    return list(made.values())
-
-
-# ---------------------------------------------------------------------- 8 and 4 bits
-
-
-class _Dequantised(torch.autograd.Function):
-    """x·Wᵀ with W made from its quantised form for the time of the product, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: "_QuantisedLinear") -> Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
-        return x @ x.new_empty(layer.out_features, layer.in_features).t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ grad.new_empty(ctx.layer.out_features, ctx.layer.in_features), None
-
-
-class _QuantisedLinear(nn.Module):
-    """Stands for bitsandbytes' layer: as many bytes, the same memory while it runs; its values mean nothing."""
-
-    def __init__(self, linear: nn.Linear | Conv1D, bits: int):
-        super().__init__()
-        shape = linear.weight.t().shape if isinstance(linear, Conv1D) else linear.weight.shape
-        self.out_features, self.in_features = shape
-        numel = linear.weight.numel()
-        scales = -(-numel // BLOCK) if bits == 4 else self.out_features
-        self.register_buffer("weight", torch.empty(-(-numel * bits // 8), dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(scales, dtype=torch.float32))
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = _Dequantised.apply(x, self)
-        return out if self.bias is None else out + self.bias
-
-
-def _quantise(model: PreTrainedModel, bits: int) -> None:
-    """Replaces the linear layers that transformers would: not the output embeddings, not a head, none kept in fp32."""
-    kept = set(model._keep_in_fp32_modules or ())
-    for parent in list(model.base_model.modules()):
-        for name, child in list(parent.named_children()):
-            if (
-                (type(child) is nn.Linear or type(child) is Conv1D)
-                and child is not model.get_output_embeddings()
-                and name not in kept
-            ):
-                setattr(parent, name, _QuantisedLinear(child, bits))
-
-
-# ---------------------------------------------------------------------- the command
-
-
-def gpu_memory(said: str) -> int:
-    """Bytes of a GPU given by name ("h100") or by size ("24GB", "24GiB")."""
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib)", said.strip().lower())
-    if size:
-        return int(float(size[1]) * (10**9 if size[2] == "gb" else 2**30))
-    if said.lower() not in GPUS:
-        raise ValueError(f"--gpu {said} is unknown: give its memory (24GB), or one of {', '.join(GPUS)}")
-    return GPUS[said.lower()] * 10**9
+                    fakes[id(tensor)] = fake
+                tensors[name] = fakes[id(tensor)]
+    return list(fakes.values())

@@ -1,4 +1,4 @@
-"""`ept doctor`: versions, devices, which implementation runs and why, and a self-test of seconds."""
+"""Checks an installation: versions, devices, which implementation runs and why, and a self-test of seconds."""
 
 import importlib.metadata
 import importlib.util
@@ -17,15 +17,15 @@ import ept_kernels
 from ept.version import __version__
 from ept_kernels.availability import why_no_triton
 
-__all__ = ["self_test"]
+__all__ = ["devices", "self_test", "self_tests", "versions"]
 
 # Sizes of the self-test: no two equal, so that a swapped pair cannot pass.
 SIZES = dict(batch=3, length=11, vocab=40, d=48, s=5, n=16, r=3, k=4, h=2, q=6)
 ALLOWED = 2  # times the error of the plain formula in the same dtype; as tests/kernel_cases.py
 
 
-def _versions(problems: list[str]) -> list[str]:
-    """Installed versions against what setup.py declares; what only an extra needs may be missing."""
+def versions(problems: list[str]) -> list[str]:
+    """A line for each package, its version against what setup.py declares; what only an extra needs may be missing."""
     lines = [f"ept {__version__}, Python {platform.python_version()} on {platform.platform()}"]
     try:
         declared = importlib.metadata.requires("ept") or []
@@ -56,8 +56,8 @@ def _versions(problems: list[str]) -> list[str]:
     return lines
 
 
-def _devices(problems: list[str]) -> list[str]:
-    """Each device and what impl="auto" takes there."""
+def devices(problems: list[str]) -> list[str]:
+    """A line for each device, with what impl="auto" takes there."""
     lines = []
     for device in _present():
         if device.type == "cuda":
@@ -80,7 +80,8 @@ def _present() -> list[torch.device]:
 # ---------------------------------------------------------------------- self-test
 
 
-def _self_tests(problems: list[str]) -> list[str]:
+def self_tests(problems: list[str]) -> list[str]:
+    """A line for every implementation that can run here; what is wrong goes into `problems`."""
     lines = []
     for device in _present():
         impls = ["torch"] + (["triton"] if device.type == "cuda" and why_no_triton(device) is None else [])
@@ -100,8 +101,10 @@ def _judged(name: str, test: Any, problems: list[str]) -> str:
         problems.append(f"{name} does not run: {' '.join(str(error).split())}")
         return f"{name}: does not run"
     if wrong:
-        said = ", ".join(f"{what} is off by {error:.2g} (allowed {most:.2g})" for what, (error, most) in wrong.items())
-        problems.append(f'{name} is wrong: {said}. Use impl="reference", and report it')
+        errors = ", ".join(
+            f"{what} is off by {error:.2g} (allowed {most:.2g})" for what, (error, most) in wrong.items()
+        )
+        problems.append(f'{name} is wrong: {errors}. Use impl="reference", and report it')
         return f"{name}: WRONG"
     return f"{name}: right, forward and backward"
 
@@ -114,13 +117,13 @@ def self_test(impl: str, device: torch.device) -> dict[str, tuple[float, float]]
     """
     truth = _results("reference", torch.float64, torch.device("cpu"))
     plain = _results("reference", torch.float32, torch.device("cpu"))
-    got = _results(impl, torch.float32, device)
+    result = _results(impl, torch.float32, device)
     floor = SIZES["d"] ** 0.5 * torch.finfo(torch.float32).eps
     errors = {}
     for name, value in truth.items():
         size = value.norm().item()
-        error, own = ((r[name].double() - value).norm().item() / size for r in (got, plain))
-        errors[name] = (error, max(ALLOWED * own, floor))
+        error, plain_error = ((r[name].double() - value).norm().item() / size for r in (result, plain))
+        errors[name] = (error, max(ALLOWED * plain_error, floor))
     return errors
 
 

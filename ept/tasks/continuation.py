@@ -24,10 +24,10 @@ def candidates(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[lis
     for whole in _plain(tokenizer, [f"{CUE.strip()} {word}" for word in words]):
         same = next((i for i, (a, b) in enumerate(zip(cue, whole, strict=False)) if a != b), len(cue))
         ids.append(whole[same:] + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]))
-    for i, own in enumerate(ids):
-        if own in ids[:i]:
+    for i, label_ids in enumerate(ids):
+        if label_ids in ids[:i]:
             raise ValueError(
-                f"the labels {words[ids.index(own)]!r} and {words[i]!r} have the same tokens: rename one of them"
+                f"the labels {words[ids.index(label_ids)]!r} and {words[i]!r} have the same tokens: rename one of them"
             )
     return ids
 
@@ -76,12 +76,12 @@ class ContinuationCollator:
 
     def separate(self, batch: dict[str, Tensor]) -> tuple[list[list[int]], list[int]]:
         """The contexts and class numbers that a batch was made of."""
-        found, classes = [], []
+        texts, classes = [], []
         for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
             target = labels[labels != IGNORE_INDEX].tolist()
             classes.append(self.label_ids.index(target))
-            found.append(ids[: int(mask.sum()) - len(target)].tolist())
-        return found, classes
+            texts.append(ids[: int(mask.sum()) - len(target)].tolist())
+        return texts, classes
 
 
 @torch.no_grad()

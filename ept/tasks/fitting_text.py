@@ -31,21 +31,19 @@ def fit_texts(
             fields = fields | {name: _first_words(fields[name], most) for name in task.cut if name in fields}
         return tuple(template.format_map(fields).strip() for template in templates)
 
-    made = [texts(fields) for fields in rows.fields]
+    fitted = [texts(fields) for fields in rows.fields]
     if limit is None:
-        return made, 0
-    too_long = [i for i, number in enumerate(count(made)) if number > limit]
+        return fitted, 0
+    too_long = [i for i, number in enumerate(count(fitted)) if number > limit]
     for i in too_long:
         fields = rows.fields[i]
-        low, high = (
-            0,
-            max(len(fields[name].split()) for name in task.cut if name in fields),
-        )  # low fits, or nothing does
+        # `low` words fit, or nothing does; `high` words do not.
+        low, high = 0, max(len(fields[name].split()) for name in task.cut if name in fields)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if count([texts(fields, middle)])[0] <= limit else (low, middle)
-        made[i] = texts(fields, low)
-    return made, len(too_long)
+        fitted[i] = texts(fields, low)
+    return fitted, len(too_long)
 
 
 def _first_words(text: str, most: int) -> str:

@@ -5,10 +5,11 @@ fields, and shown to a model as texts: one or two for an encoder, one (T5's form
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from ept.tasks.metrics import Answers, metrics_of
 
 __all__ = ["BENCHMARK_TASKS", "BenchmarkTask", "Rows", "benchmark_task"]
 
@@ -32,10 +33,10 @@ class Rows:
 
     def known_labels(self) -> list[int | float]:
         """The labels of rows that all have one; ValueError otherwise."""
-        known = [label for label in self.labels if label is not None]
-        if len(known) < len(self):
-            raise ValueError(f"{len(self) - len(known)} of {len(self)} rows have no label")
-        return known
+        labels = [label for label in self.labels if label is not None]
+        if len(labels) < len(self):
+            raise ValueError(f"{len(self) - len(labels)} of {len(self)} rows have no label")
+        return labels
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class BenchmarkTask:
     """What a task's files hold, and how its rows are shown to a model and judged.
 
     Attributes:
-        name: as in `--task_name`; also the hub's configuration.
+        name: also the hub's configuration.
         folders: names that the benchmark's own archive gives its directory.
         hub: the hub's data set.
         columns: each text field, with the names of the column that holds it, in the order of a file without a header.
@@ -51,7 +52,7 @@ class BenchmarkTask:
         prompt: for a text-to-text or causal model: T5's input.
         cut: the fields that give way where a row is too long (several: the longer ones first).
         labels: the classes' names, which T5 writes, in the order of the hub's numbers; empty for a regression.
-        metrics: "accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", the paper's first.
+        metrics: names in `ept.tasks.metrics.METRICS`, the paper's first.
         label_columns: names of the column that holds the label.
         prepare: makes the texts' fields from a row's columns where they are not the columns themselves.
     """
@@ -95,74 +96,16 @@ class BenchmarkTask:
 
     def judge(self, predicted: list[float], rows: Rows) -> dict[str, float]:
         """The task's metrics of predicted class numbers or scores, the paper's first."""
-        truth = list(rows.labels)
-        return {name: float(_METRICS[name](self, truth, list(predicted), rows.groups)) for name in self.metrics}
+        number = len(self.labels)
+        return metrics_of(self.metrics, Answers(list(rows.labels), list(predicted), number, range(number), rows.groups))
 
 
 def benchmark_task(name: str) -> BenchmarkTask:
     """The task of a name, in any case and with or without hyphens (SST-2, sst2)."""
-    found = BENCHMARK_TASKS.get(re.sub(r"[-_ ]", "", name.lower()))
-    if found is None:
-        raise ValueError(f"unknown task {name!r}: --task_name is one of {', '.join(BENCHMARK_TASKS)}")
-    return found
-
-
-# ---------------------------------------------------------------------- metrics
-
-
-Values = list[Any]  # class numbers or scores
-Groups = list[tuple[int, int]] | None
-Metric = Callable[[BenchmarkTask, Values, Values, Groups], float]
-
-
-def _accuracy(task: BenchmarkTask, truth: Values, predicted: Values, groups: Groups) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return accuracy_score(truth, predicted)
-
-
-def _f1(task: BenchmarkTask, truth: Values, predicted: Values, groups: Groups) -> float:
-    """F1 of the class 1 of two (for MultiRC over all answers), or the mean of the classes' F1 (CB)."""
-    from sklearn.metrics import f1_score
-
-    if len(task.labels) == 2:
-        return f1_score(truth, predicted, zero_division=0.0)
-    return f1_score(truth, predicted, average="macro", labels=range(len(task.labels)), zero_division=0.0)
-
-
-def _matthews(task: BenchmarkTask, truth: Values, predicted: Values, groups: Groups) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return matthews_corrcoef(truth, predicted)
-
-
-def _correlation(kind: str) -> Metric:
-    def correlation(task: BenchmarkTask, truth: Values, predicted: Values, groups: Groups) -> float:
-        from scipy import stats
-
-        if len(set(truth)) == 1 or len(set(predicted)) == 1:
-            return 0.0  # a constant correlates with nothing
-        return getattr(stats, kind)(truth, predicted).statistic
-
-    return correlation
-
-
-def _exact_match(task: BenchmarkTask, truth: Values, predicted: Values, groups: Groups) -> float:
-    """The share of questions whose answers are all labelled right."""
-    right = defaultdict(list)
-    for group, a, b in zip(groups or (), truth, predicted, strict=True):
-        right[group].append(a == b)
-    return sum(map(all, right.values())) / len(right)
-
-
-_METRICS = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "matthews": _matthews,
-    "pearson": _correlation("pearsonr"),
-    "spearman": _correlation("spearmanr"),
-    "exact_match": _exact_match,
-}
+    task = BENCHMARK_TASKS.get(re.sub(r"[-_ ]", "", name.lower()))
+    if task is None:
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(BENCHMARK_TASKS)}")
+    return task
 
 
 # ---------------------------------------------------------------------- the tasks
@@ -194,9 +137,9 @@ def _span(text: str, span: str, index: int) -> tuple[int, int]:
     some published indices are off by a few words; else the words themselves."""
     words = [match.span() for match in re.finditer(r"\S+", text)]
     near = words[index][0] if 0 <= index < len(words) else None
-    found = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(span)}(?!\w)", text, re.IGNORECASE)] if span else []
-    if found:
-        return min(found, key=lambda at: abs(at[0] - (near or 0)))
+    places = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(span)}(?!\w)", text, re.IGNORECASE)] if span else []
+    if places:
+        return min(places, key=lambda place: abs(place[0] - (near or 0)))
     if near is None:
         raise ValueError(f"the span {span!r} is not in the text, which has {len(words)} words and no word {index}")
     return near, words[min(len(words), index + max(1, len(span.split()))) - 1][1]
@@ -270,9 +213,3 @@ BENCHMARK_TASKS = {task.name: task for task in (
         "cb hypothesis: {hypothesis} premise: {premise}", ("premise",), ("entailment", "contradiction", "neutral"),
         ("accuracy", "f1")),
 )}  # fmt: skip
-
-
-# ---------------------------------------------------------------------- reading
-
-
-# ---------------------------------------------------------------------- what a model is shown

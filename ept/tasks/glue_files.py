@@ -5,22 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ept.console import say
-from ept.data.tables import decode, json_lines, read_hub, read_parquet_files
+from ept.data.rows import json_objects, text_lines
+from ept.data.tables import read_hub, read_parquet_files
 from ept.tasks.glue import BenchmarkTask, Rows
 
-__all__ = ["read_benchmark"]
-
-
-def read_benchmark(task: BenchmarkTask, data_dir: str | None, splits: tuple[str, ...]) -> dict[str, tuple[Rows, str]]:
-    """The rows and their source by split, of those splits that there are; ValueError if the first is missing."""
-    found = {split: read_task(task, split, data_dir) for split in splits}
-    if found[splits[0]] is None:
-        raise ValueError(
-            f"{data_dir or task.hub} holds no {splits[0]} file of {task.name}: GLUE has train.tsv and dev.tsv, "
-            "SuperGLUE train.jsonl and val.jsonl"
-        )
-    return {split: rows for split, rows in found.items() if rows is not None}
-
+__all__ = ["read_benchmark", "read_task"]
 
 SPLITS = {
     "train": ("train", "msr_paraphrase_train"),
@@ -30,9 +19,19 @@ SPLITS = {
     "test_mismatched": ("test_mismatched",),
 }
 
-
 # What CoLA's files have where others have a header: their columns, by number.
 COLA_COLUMNS = ["source", "label", "mark", "sentence"]
+
+
+def read_benchmark(task: BenchmarkTask, data_dir: str | None, splits: tuple[str, ...]) -> dict[str, tuple[Rows, str]]:
+    """The rows and their source by split, of those splits that there are; ValueError if the first is missing."""
+    rows_by_split = {split: read_task(task, split, data_dir) for split in splits}
+    if rows_by_split[splits[0]] is None:
+        raise ValueError(
+            f"{data_dir or task.hub} holds no {splits[0]} file of {task.name}: GLUE has train.tsv and dev.tsv, "
+            "SuperGLUE train.jsonl and val.jsonl"
+        )
+    return {split: rows for split, rows in rows_by_split.items() if rows is not None}
 
 
 def read_task(task: BenchmarkTask, split: str, data_dir: str | None = None) -> tuple[Rows, str] | None:
@@ -56,14 +55,14 @@ def read_task(task: BenchmarkTask, split: str, data_dir: str | None = None) -> t
     files = _files(task, split, Path(data_dir))
     if not files:
         return None
-    kind, source = files[0].suffix.lower(), str(files[0])
-    if kind == ".parquet":
-        found = list(enumerate(read_parquet_files(files).to_list(), start=1))
-    elif kind in (".jsonl", ".json"):
-        found = list(json_lines(files[0], "one object per line"))
+    suffix, source = files[0].suffix.lower(), str(files[0])
+    if suffix == ".parquet":
+        numbered = list(enumerate(read_parquet_files(files).to_list(), start=1))
+    elif suffix in (".jsonl", ".json"):
+        numbered = list(json_objects(files[0], "one object per line"))
     else:
-        found = _tsv(task, files[0])
-    rows = _rows(task, found, source)
+        numbered = _tsv(task, files[0])
+    rows = _rows(task, numbered, source)
     if not len(rows):
         raise ValueError(f"{source} holds no rows")
     return rows, source
@@ -71,7 +70,7 @@ def read_task(task: BenchmarkTask, split: str, data_dir: str | None = None) -> t
 
 def _files(task: BenchmarkTask, split: str, directory: Path) -> list[Path]:
     if not directory.is_dir():
-        raise ValueError(f"--data_dir {directory} is no directory: give the one that holds {task.name}'s files")
+        raise ValueError(f"`data_dir={directory}` is no directory: give the one that holds {task.name}'s files")
     names = (*task.folders, task.name)
     below = [
         path for path in sorted(directory.iterdir()) if path.is_dir() and path.name.lower() in map(str.lower, names)
@@ -93,7 +92,9 @@ def _tsv(task: BenchmarkTask, path: Path) -> list[tuple[int, dict[str, Any]]]:
     """GLUE's tsv: a quotation mark is a character like any other; CoLA's labelled files have no header. Lines with
     fewer fields than the columns that are read are left out, as some of QQP's, and counted."""
     lines = [
-        (n, line.removesuffix("\r").split("\t")) for n, line in enumerate(decode(path).split("\n"), 1) if line.strip()
+        (n, line.removesuffix("\n").removesuffix("\r").split("\t"))
+        for n, line in enumerate(text_lines(path, newline="\n"), start=1)
+        if line.strip()
     ]
     if not lines:
         raise ValueError(f"{path} is empty: give a file with at least one row")
@@ -136,15 +137,15 @@ def _flat(task: BenchmarkTask, row: dict[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _rows(task: BenchmarkTask, found: list[tuple[int, dict[str, Any]]], source: str) -> Rows:
+def _rows(task: BenchmarkTask, numbered: list[tuple[int, dict[str, Any]]], source: str) -> Rows:
     """The rows of numbered lines (or table rows); ValueError names the first that is none of the task's."""
     fields, labels, groups = [], [], []
-    for number, whole in found:
+    for number, published in numbered:
         try:
-            for row in _flat(task, whole):
-                made = {name: _column(row, names) for name, names in task.columns.items()}
-                made = task.prepare(made) if task.prepare else made
-                fields.append({name: _text(value, name) for name, value in made.items()})
+            for row in _flat(task, published):
+                values = {name: _column(row, names) for name, names in task.columns.items()}
+                values = task.prepare(values) if task.prepare else values
+                fields.append({name: _text(value, name) for name, value in values.items()})
                 labels.append(_label(task, row))
                 if task.name == "multirc":
                     groups.append((int(row["idx"]["paragraph"]), int(row["idx"]["question"])))

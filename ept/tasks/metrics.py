@@ -1,54 +1,92 @@
-"""The metrics of each kind of task."""
+"""The one table of metrics, for own files and for the benchmarks; scikit-learn and scipy compute what they have."""
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple
 
-import torch
-
-__all__ = ["METRICS", "best_metric", "metrics_of"]
-
-# What an evaluation gives for each task, and whether more of it is better; first what tells the best checkpoint.
-METRICS = {
-    "classification": {"accuracy": True, "f1": True, "loss": False},
-    "regression": {"pearson": True, "spearman": True, "mse": False, "loss": False},
-    "text2text": {"loss": False, "exact_match": True},
-    "continuation": {"accuracy": True, "f1": True},
-}
+__all__ = ["METRICS", "Answers", "is_better_higher", "metrics_of"]
 
 
-def best_metric(task: str, wanted: str | None = None) -> tuple[str, bool]:
-    """The metric that tells the best checkpoint (by default the paper's), and whether more of it is better."""
-    metrics = METRICS[task]
-    name = next(iter(metrics)) if wanted is None else wanted.removeprefix("eval_")
-    if name not in metrics:
-        raise ValueError(f"--metric_for_best_model {wanted} is unknown: {task} has {', '.join(metrics)}")
-    return name, metrics[name]
+class Answers(NamedTuple):
+    """What is judged.
 
-
-def metrics_of(task: str, predictions: Any, labels: Any) -> dict[str, float]:
-    """The task's metrics, the paper's first.
-
-    Args:
-        predictions: logits or label scores [rows, classes]; values [rows] or [rows, 1]; or generated texts.
-        labels: class numbers [rows]; values [rows]; or texts.
+    Attributes:
+        truth, predicted: class numbers, scores or texts, one a row.
+        num_classes: how many classes there are; 0 where rows have none.
+        averaged: the classes over whose F1 the mean is taken where there are more than two; None: those that occur.
+        groups: the group of each row, for exact match; None: every row is its own.
     """
-    if task == "text2text":
-        same = [a.strip() == b.strip() for a, b in zip(predictions, labels, strict=True)]
-        return {"exact_match": sum(same) / len(same)}
-    predictions, labels = torch.as_tensor(predictions).float(), torch.as_tensor(labels)
-    if task in ("classification", "continuation"):
-        from sklearn.metrics import accuracy_score, f1_score
 
-        chosen, two = predictions.argmax(-1), predictions.shape[-1] == 2
-        f1 = f1_score(labels, chosen, average="binary" if two else "macro", zero_division=0.0)
-        return {"accuracy": float(accuracy_score(labels, chosen)), "f1": float(f1)}
-    from scipy.stats import pearsonr, spearmanr
+    truth: Sequence
+    predicted: Sequence
+    num_classes: int = 0
+    averaged: Sequence[int] | None = None
+    groups: Sequence[Hashable] | None = None
 
-    values, labels = predictions.flatten().double(), labels.double()
-    mse = (values - labels).square().mean().item()
-    if len(labels) < 2 or values.std() == 0 or labels.std() == 0:
-        return {"pearson": 0.0, "spearman": 0.0, "mse": mse}  # a constant correlates with nothing
-    return {
-        "pearson": float(pearsonr(values, labels).statistic),
-        "spearman": float(spearmanr(values, labels).statistic),
-        "mse": mse,
-    }
+
+def metrics_of(names: Iterable[str], answers: Answers) -> dict[str, float]:
+    """The metrics of these names, in this order."""
+    return {name: float(METRICS[name](answers)) for name in names}
+
+
+def is_better_higher(name: str) -> bool:
+    """Whether more of a metric, or of "loss", is better."""
+    return name not in ("loss", "mse")
+
+
+def _accuracy(answers: Answers) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(answers.truth, answers.predicted)
+
+
+def _f1(answers: Answers) -> float:
+    """F1 of the class 1 of two, or the mean of the classes' F1."""
+    from sklearn.metrics import f1_score
+
+    if answers.num_classes == 2:
+        return f1_score(answers.truth, answers.predicted, zero_division=0.0)
+    return f1_score(answers.truth, answers.predicted, average="macro", labels=answers.averaged, zero_division=0.0)
+
+
+def _matthews(answers: Answers) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return matthews_corrcoef(answers.truth, answers.predicted)
+
+
+def _mean_squared_error(answers: Answers) -> float:
+    from sklearn.metrics import mean_squared_error
+
+    return mean_squared_error(answers.truth, answers.predicted)
+
+
+def _correlation(function: str) -> Callable[[Answers], float]:
+    def correlation(answers: Answers) -> float:
+        from scipy import stats
+
+        if len(set(answers.truth)) < 2 or len(set(answers.predicted)) < 2:
+            return 0.0  # a constant correlates with nothing
+        return getattr(stats, function)(answers.truth, answers.predicted).statistic
+
+    return correlation
+
+
+def _exact_match(answers: Answers) -> float:
+    """The share of groups whose rows are all right."""
+    rights = defaultdict(list)
+    groups = range(len(answers.truth)) if answers.groups is None else answers.groups
+    for group, truth, predicted in zip(groups, answers.truth, answers.predicted, strict=True):
+        rights[group].append(truth == predicted)
+    return sum(map(all, rights.values())) / len(rights)
+
+
+METRICS: dict[str, Callable[[Answers], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews": _matthews,
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
+    "mse": _mean_squared_error,
+    "exact_match": _exact_match,
+}

@@ -1,25 +1,26 @@
-"""What is learned: the kind of model, its labels, its rows as tokens, and how its predictions are judged.
+"""A task: its kind, the columns or the benchmark that its rows come from, its rows as tokens, and its metrics.
 
-One `Problem` for the rows of own files and for the benchmarks' tasks, for `ept train`, `ept eval` and `ept sweep`.
+One `Task` for own files and for the benchmarks' tasks, in `ept train`, `ept eval` and `ept sweep` alike.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ept.console import say
+from ept.data.columns import Columns, choose_columns
 from ept.data.labels import Labels
-from ept.data.tables import Columns, choose_columns
-from ept.data.tokens import tokenize, tokenize_targets
-from ept.tasks.continuation import ContinuationCollator, candidates, contexts
+from ept.data.streaming import RowStream
 from ept.tasks.fitting_text import fit_texts
 from ept.tasks.glue import BenchmarkTask, Rows
-from ept.tasks.metrics import best_metric, metrics_of
+from ept.tasks.kind import TaskKind
+from ept.tasks.kinds import KINDS, Classification, Regression
+from ept.tasks.metrics import is_better_higher
 
-__all__ = ["Problem", "Split"]
+__all__ = ["Split", "Task"]
 
 
 @dataclass
@@ -29,121 +30,110 @@ class Split:
     Attributes:
         data: `input_ids`, `attention_mask` and `labels` of each row: class numbers, scores, or the tokens to write.
         truth: what predictions are judged by: the rows' labels, or the texts to write.
-        rows: the benchmark's rows, for its metrics.
+        rows: the benchmark's rows, for its metrics; None for own files.
         source: where they are from.
     """
 
-    data: Dataset
+    data: Any
     truth: list
     rows: Rows | None
     source: str
 
 
 @dataclass(frozen=True)
-class Problem:
+class Task:
     """What a model learns.
 
     Attributes:
-        kind: one of `ept.tasks.TASKS`.
-        label_names: the classes' names, or the words whose continuation is scored; None for regression and text2text.
+        kind: the kind of task, with its labels.
         columns: of own files.
         benchmark: a task of the benchmarks, in place of the columns.
     """
 
-    kind: str
-    label_names: tuple[str, ...] | None
+    kind: TaskKind
     columns: Columns
     benchmark: BenchmarkTask | None = None
 
     @classmethod
-    def of_table(cls, table: Dataset, source: str, wanted: Columns, kind: str | None, stream: Any = None) -> "Problem":
-        """What the training rows of an own file say; `kind` where it is not what their labels suggest. Where the table
-        holds the first rows of a RowStream, that is asked for the others' labels."""
+    def of_table(
+        cls, table: Dataset, source: str, wanted: Columns, kind: str | None = None, stream: RowStream | None = None
+    ) -> "Task":
+        """The task that the training rows of an own file hold.
+
+        Args:
+            wanted: the columns that are not to be guessed.
+            kind: a name in `KINDS`; None takes classification or regression, as the labels suggest.
+            stream: where `table` holds only its first rows, the stream, whose other rows are asked for their labels.
+        """
         columns = choose_columns(table, source, wanted)
-        if kind == "text2text":
-            return cls(kind, None, columns)
-        if stream is not None and kind != "regression":
+        kind_class = None if kind is None else KINDS[kind]
+        if kind_class is not None and kind_class.label_form is None:
+            return cls(kind_class(), columns)
+        if stream is not None and kind_class is not Regression:
             table = stream.distinct(columns.chosen_label)  # one pass over all rows: a class may come late
-        labels = Labels.of(table, source, columns.chosen_label, "classification" if kind == "continuation" else kind)
+        label_form = None if kind_class is None else kind_class.label_form
+        labels = Labels.of(table, source, columns.chosen_label, label_form)
         if labels.names is None:
-            return cls("regression", None, columns)
-        return cls(kind or "classification", labels.names, columns)
+            return cls(Regression(), columns)
+        return cls((kind_class or Classification)(labels.names), columns)
 
     @classmethod
-    def of_benchmark(cls, task: BenchmarkTask, kind: str | None) -> "Problem":
-        """A benchmark's task; `kind` "text2text" or "continuation", or None for a head of the task's own kind."""
-        if kind in (None, "classification", "regression"):
-            own = "regression" if task.is_regression else "classification"
-            if kind not in (None, own):
-                raise ValueError(
-                    f"{task.name} is a {own}, not a {kind}: leave --task out, or give an adapter of this task"
-                )
-            return cls(own, task.labels or None, Columns(), task)
-        return cls(kind, task.words if kind == "continuation" else None, Columns(), task)
+    def of_benchmark(cls, task: BenchmarkTask, kind: str | None) -> "Task":
+        """A benchmark's task; `kind` is a name in `KINDS`, or None for the head that the task's labels need."""
+        natural: type[TaskKind] = Regression if task.is_regression else Classification
+        kind_class = natural if kind is None else KINDS[kind]
+        if kind_class.has_head and kind_class is not natural:
+            raise ValueError(
+                f"{task.name} is a {natural.name}, not a {kind}: leave `kind` out, or give an adapter of this task"
+            )
+        return cls(kind_class(kind_class.benchmark_labels(task)), Columns(), task)
+
+    @property
+    def streamed_labels(self) -> Labels | None:
+        """What a TokenStream makes of the label column; None where it holds text to write."""
+        return None if self.kind.label_form is None else Labels(self.kind.label_names)
 
     def encode(
         self,
         table: Dataset | Rows,
         source: str,
         tokenizer: PreTrainedTokenizerBase,
-        limit: int | None,
-        target_limit: int,
+        max_length: int | None,
+        max_target_length: int,
     ) -> Split:
-        """The rows as tokens in at most `limit`; says once how many were cut, and how many have no label."""
-        if self.kind == "continuation" and limit is not None:
-            limit -= max(map(len, candidates(tokenizer, self._words())))
+        """The rows as tokens in at most `max_length`; says once how many were cut, and how many have no label."""
+        limit = self.kind.text_limit(tokenizer, max_length)
         rows: Rows | None = None
+        columns = self.columns
         if isinstance(table, Rows):
             rows = _labelled(table, source)
-            read, columns = self._table(rows, source, tokenizer, limit)
-        else:
-            read, columns = table, self.columns
-        label = columns.chosen_label
-        truth: list[Any]
-        encoded: list[Any]
-        if self.kind == "text2text":
-            truth = list(read[label])
-            encoded = tokenize_targets(read, source, label, tokenizer, target_limit)
-        else:
-            truth = encoded = Labels(self.label_names).encode(read, source, label)
-        if self.kind == "continuation":
-            texts = [read[name] for name in (columns.text, columns.text_pair) if name is not None]
-            ids = contexts(tokenizer, [" ".join(parts) for parts in zip(*texts, strict=True)], limit)
-            data = Dataset.from_dict(
-                {"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": encoded}
-            )
-        else:
-            data, cut = tokenize(read, source, columns, tokenizer, limit, encoded)
-            if cut:
-                say(f"{source}: {cut} of {len(data)} rows were cut to {limit} tokens")
+            table, columns = self._as_table(rows, source, tokenizer, limit)
+        truth, labels = self.kind.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
+        data, cut = self.kind.tokens(table, source, columns, tokenizer, limit, labels)
+        if cut:
+            say(f"{source}: {cut} of {len(data)} rows were cut to {limit} tokens")
         return Split(data, truth, rows, source)
 
-    def _table(self, rows: Rows, source: str, tokenizer: Any, limit: int | None) -> tuple[Dataset, Columns]:
-        """A benchmark's rows as text and label, its passages cut to fit; the labels as words where they are written."""
-        task, headed = self._task(), self.kind in ("classification", "regression")
-        templates = task.texts if headed else (task.prompt,)
+    def _as_table(
+        self, rows: Rows, source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None
+    ) -> tuple[Dataset, Columns]:
+        """A benchmark's rows as text and label, its passages cut to fit."""
+        if self.benchmark is None:
+            raise ValueError("the rows of a benchmark need its task: see Task.of_benchmark")
+        benchmark = self.benchmark
+        templates = self.kind.benchmark_templates(benchmark)
 
         def count(texts: list[tuple[str, ...]]) -> list[int]:
-            if self.kind == "continuation":
-                return [len(ids) for ids in contexts(tokenizer, [text for (text,) in texts])]
-            return [len(ids) for ids in tokenizer(*map(list, zip(*texts, strict=True)), verbose=False)["input_ids"]]
+            return self.kind.count_tokens(tokenizer, texts)
 
-        texts, cut = fit_texts(task, rows, templates, count, limit)
+        texts, cut = fit_texts(benchmark, rows, templates, count, limit)
         if cut:
-            say(f"{source}: {', '.join(task.cut)} of {cut} of {len(rows)} rows cut to fit in {limit} tokens")
-        names = ("text", "text_pair")[: len(templates)]
-        columns = {name: list(column) for name, column in zip(names, zip(*texts, strict=True), strict=True)}
-        known = rows.known_labels()
-        labels = [float(n) for n in known] if self.kind == "regression" else [task.word(n) for n in known]
-        return Dataset.from_dict(columns | {"label": labels}), Columns(
-            names[0], names[1] if len(names) > 1 else None, "label"
-        )
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """Makes a padded batch of a split's rows."""
-        if self.kind == "continuation":
-            return ContinuationCollator(tokenizer, candidates(tokenizer, self._words()))
-        return (DataCollatorForSeq2Seq if self.kind == "text2text" else DataCollatorWithPadding)(tokenizer)
+            say(f"{source}: {', '.join(benchmark.cut)} of {cut} of {len(rows)} rows cut to fit in {limit} tokens")
+        columns = Columns("text", "text_pair" if len(templates) > 1 else None, "label")
+        names = [name for name in (columns.text, columns.text_pair) if name is not None]
+        values = {name: list(column) for name, column in zip(names, zip(*texts, strict=True), strict=True)}
+        labels = [self.kind.benchmark_label(benchmark, label) for label in rows.known_labels()]
+        return Dataset.from_dict(values | {"label": labels}), columns
 
     def metrics(self, predictions: Any, split: Split) -> dict[str, float]:
         """The metrics of all of a split's rows in their order, the paper's first.
@@ -152,48 +142,38 @@ class Problem:
             predictions: logits or label scores [rows, classes]; values [rows] or [rows, 1]; or written texts.
         """
         if self.benchmark is None:
-            return metrics_of(self.kind, predictions, split.truth)
+            return self.kind.metrics(predictions, split.truth)
         if split.rows is None:
-            raise ValueError(f"{split.source} lacks the rows of {self.benchmark.name}: it is not of this problem")
-        task = self.benchmark
-        found: list[float]
-        if self.kind == "text2text":
-            known = split.rows.known_labels()
-            found = [task.read_word(text, label) for text, label in zip(predictions, known, strict=True)]
-        elif self.kind == "regression":
-            found = torch.as_tensor(predictions).double().flatten().tolist()
-        else:
-            found = torch.as_tensor(predictions).argmax(-1).tolist()
-            if task.is_regression:
-                words = self._words()
-                found = [float(words[int(i)]) for i in found]
-        return task.judge(found, split.rows)
+            raise ValueError(f"{split.source} lacks the rows of {self.benchmark.name}: it is not of this task")
+        return self.benchmark.judge(self.kind.benchmark_values(self.benchmark, predictions, split.rows), split.rows)
 
-    def _task(self) -> BenchmarkTask:
-        if self.benchmark is None:
-            raise ValueError("the rows of a benchmark need its problem: see Problem.of_benchmark")
-        return self.benchmark
+    def compute_metrics(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], dict[str, float]]:
+        """What transformers' Trainer calls with the predictions of all of a split's rows, in their order."""
 
-    def _words(self) -> list[str]:
-        """`label_names` of a kind that has some."""
-        if self.label_names is None:
-            raise ValueError(f"{self.kind} has no label names: give them")
-        return list(self.label_names)
+        def compute(evaluated: Any) -> dict[str, float]:
+            predictions = evaluated.predictions
+            if isinstance(predictions, tuple):
+                predictions = predictions[0]
+            return self.metrics(self.kind.from_trainer(predictions, tokenizer), split)
 
-    def best_metric(self, wanted: str | None = None) -> tuple[str, bool]:
+        return compute
+
+    def best_metric(self, metric_for_best_model: str | None = None) -> tuple[str, bool]:
         """The metric that tells the best checkpoint (by default the paper's), and whether more of it is better."""
         if self.benchmark is None:
-            return best_metric(self.kind, wanted)
-        name = self.benchmark.metrics[0] if wanted is None else wanted.removeprefix("eval_")
-        known = [*self.benchmark.metrics, *([] if self.kind == "continuation" else ["loss"])]
-        if name not in known:
+            return self.kind.best_metric(metric_for_best_model)
+        loss = ["loss"] if "loss" in self.kind.evaluated else []
+        choices = [*self.benchmark.metrics, *loss]
+        name = choices[0] if metric_for_best_model is None else metric_for_best_model.removeprefix("eval_")
+        if name not in choices:
             raise ValueError(
-                f"--metric_for_best_model {wanted} is unknown: {self.benchmark.name} has {', '.join(known)}"
+                f"`metric_for_best_model`: {metric_for_best_model} is unknown: {self.benchmark.name} has {', '.join(choices)}"
             )
-        return name, name != "loss"
+        return name, is_better_higher(name)
 
 
 def _labelled(rows: Rows, source: str) -> Rows:
+    """The rows that have a label; says how many have none. ValueError if none has one."""
     keep = [i for i, label in enumerate(rows.labels) if label is not None]
     if not keep:
         raise ValueError(

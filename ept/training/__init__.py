@@ -1,8 +1,9 @@
 """Training through transformers' Trainer."""
 
 from ept.training.checkpoints import last_checkpoint
+from ept.training.health import gate_health
 from ept.training.rates import EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
-from ept.training.trainer import EPTContinuationTrainer, EPTSeq2SeqTrainer, EPTTrainer, gate_health
+from ept.training.trainer import EPTContinuationTrainer, EPTSeq2SeqTrainer, EPTTrainer
 
 __all__ = [
     "EPTContinuationTrainer",

@@ -1,31 +1,48 @@
-"""The checkpoints of a training: finding the last whole one."""
+"""The checkpoints of a training: the last whole one, and whether a model can go on from one."""
 
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-__all__ = ["last_checkpoint"]
+from ept.files.adapter_dir import read_adapter
+from ept.model.model import EPTModel
+
+__all__ = ["check_same_adapter", "is_whole", "last_checkpoint"]
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest whole checkpoint-N in a directory, or None.
-
-    The Trainer writes trainer_state.json last, so a checkpoint that a kill cut short lacks it or breaks off in it.
-    """
-    found = []
+    """The newest whole checkpoint-N in a directory, or None."""
+    whole = []
     for path in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and _parses(path / TRAINER_STATE_NAME):
-            found.append((int(match[1]), str(path)))
-    return max(found)[1] if found else None
+        if match and is_whole(path):
+            whole.append((int(match[1]), str(path)))
+    return max(whole)[1] if whole else None
 
 
-def _parses(path: Path) -> bool:
+def is_whole(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint was written to its end.
+
+    The Trainer writes trainer_state.json last, so one that a kill cut short lacks it or breaks off in it.
+    """
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True
+
+
+def check_same_adapter(checkpoint: str, model: EPTModel) -> None:
+    """ValueError if a checkpoint's adapter has other sizes or labels than the model that is to go on from it."""
+    saved = read_adapter(checkpoint)[0]
+    for name, value in model.ept_config.to_dict().items():
+        if saved.get(name) != value:
+            raise ValueError(f"{checkpoint} was trained with {name} {saved.get(name)}, not {value}: resume as it began")
+    names: Any = model.config.id2label  # by number, though transformers' type has names for keys, too
+    label_names = [names[number] for number in sorted(names)]
+    if model.head_names and saved.get("label_names") != label_names:
+        raise ValueError(f"{checkpoint} was trained with the labels {saved.get('label_names')}, not {label_names}")

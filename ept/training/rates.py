@@ -3,23 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import (
-    Seq2SeqTrainingArguments,
-    TrainingArguments,
-)
+from torch import nn
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from ept.layer.folded import FoldedLayer
 from ept.model.model import EPTModel
+from ept.parts import PARTS
 
 __all__ = [
-    "DEEP",
     "DEEP_LEARNING_RATE",
-    "DOWN",
     "DOWN_LEARNING_RATE",
     "HEAD_LEARNING_RATE",
     "LEARNING_RATE",
     "PROMPT_LEARNING_RATE",
-    "UP",
     "EPTArguments",
     "EPTSeq2SeqTrainingArguments",
     "EPTTrainingArguments",
@@ -28,17 +23,9 @@ __all__ = [
 
 # In units of the embeddings' RMS (docs/method.md), found on MiniLM with the three tasks of bench/compare.py.
 PROMPT_LEARNING_RATE = 0.09
-
-
 LEARNING_RATE = 0.018
-
-
 DOWN_LEARNING_RATE = 0.001
-
-
 DEEP_LEARNING_RATE = 0.005
-
-
 HEAD_LEARNING_RATE = 0.005
 
 
@@ -87,13 +74,8 @@ class EPTSeq2SeqTrainingArguments(EPTArguments, Seq2SeqTrainingArguments):  # ty
     """transformers' Seq2SeqTrainingArguments with EPT's learning rates and their defaults."""
 
 
-UP = ("lowrank_b", "space_up", "token_up")
-
-
-DOWN = ("lowrank_a", "space_down", "gate_weight", "token_down")
-
-
-DEEP = ("token_down", "token_up", "deep_down", "deep_up")
+# A checkpoint's training_args.bin is a pickle that names the classes' module: the public one, which stays.
+EPTTrainingArguments.__module__ = EPTSeq2SeqTrainingArguments.__module__ = "ept.training"
 
 
 def parameter_groups(
@@ -106,19 +88,39 @@ def parameter_groups(
     head_learning_rate: float = HEAD_LEARNING_RATE,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """The optimiser's groups: the prompt, what starts at zero, what feeds it, the updates where every layer has its own,
-    and the head; no decay on P and biases."""
-    if isinstance(model.ept, FoldedLayer):
+    """The optimiser's groups, in this order: the prompt, what starts at zero, what feeds it, the updates where every
+    layer has its own, and the head.
+
+    The rates are those of `EPTArguments`. The prompt and biases have no weight decay.
+
+    Raises:
+        ValueError: the adapter is folded.
+    """
+    if not model.ept.trainable:
         raise ValueError("the adapter is folded, for inference only: train the adapter that it was folded from")
+    tensors = _tensors_by_rate(model)
     head = [(name, p) for name, p in model.base_model.named_parameters() if p.requires_grad]
-    named = dict(model.ept.named_parameters())
-    deep = [named.pop(name) for name in DEEP if name in named] if model.ept_config.deep_layers else []
     groups = [
-        (prompt_learning_rate, 0.0, [named["prompt"]]),
-        (learning_rate, weight_decay, [named[name] for name in UP if name in named]),
-        (down_learning_rate, weight_decay, [named[name] for name in DOWN if name in named]),
-        (deep_learning_rate, weight_decay, deep),
+        (prompt_learning_rate, 0.0, tensors["prompt"]),
+        (learning_rate, weight_decay, tensors["up"]),
+        (down_learning_rate, weight_decay, tensors["down"]),
+        (deep_learning_rate, weight_decay, tensors["deep"]),
         (head_learning_rate, weight_decay, [p for name, p in head if not name.endswith("bias")]),
         (head_learning_rate, 0.0, [p for name, p in head if name.endswith("bias")]),
     ]
     return [{"params": params, "lr": lr, "weight_decay": decay} for lr, decay, params in groups if params]
+
+
+def _tensors_by_rate(model: EPTModel) -> dict[str, list[nn.Parameter]]:
+    """The adapter's trained tensors by the learning rate that moves them, as `ept.parts` says.
+
+    Beside deep updates the first layer's token-conditioned update learns at their rate, as one of them.
+    """
+    by_name = dict(model.ept.named_parameters())
+    by_rate: dict[str, list[nn.Parameter]] = {"prompt": [], "up": [], "down": [], "deep": []}
+    for part in PARTS:
+        for tensor in part.tensors:
+            is_deep = part.name == "token" and model.ept_config.deep_layers
+            if tensor.name in by_name:
+                by_rate["deep" if is_deep else tensor.rate].append(by_name[tensor.name])
+    return by_rate

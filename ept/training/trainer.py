@@ -1,28 +1,17 @@
-"""Training through transformers' Trainer: the optimiser's learning rates, adapter checkpoints, the gate's health.
+"""The trainers: transformers' own with three differences, and the table of them by kind of task.
 
-`EPTTrainer` and `EPTSeq2SeqTrainer` are transformers' trainers with three differences: every part of EPT has its own
-learning rate, checkpoints hold the adapter instead of the backbone, and each evaluation logs the gate.
+Every part of EPT has its own learning rate, checkpoints hold the adapter instead of the backbone, and each evaluation
+logs the gate.
 """
 
-import contextlib
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Seq2SeqTrainer,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -30,14 +19,18 @@ from ept.files.adapter_dir import read_adapter
 from ept.model.model import EPTModel
 from ept.sharding import load_optimizer_state, whole_optimizer_state
 from ept.tasks.continuation import ContinuationCollator, label_scores
+from ept.tasks.kinds import Classification, Continuation, Regression, Text2Text
 from ept.training.checkpoints import last_checkpoint
+from ept.training.health import gate_health
 from ept.training.rates import EPTArguments, EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
+from ept.training.sampling import LengthGroupedByEpoch
+from ept.training.stopping import StopOnSignal
 
-__all__ = ["EPTContinuationTrainer", "EPTSeq2SeqTrainer", "EPTTrainer"]
+__all__ = ["TRAINERS", "EPTContinuationTrainer", "EPTSeq2SeqTrainer", "EPTTrainer"]
 
 
 class _EPTTrainerMixin(Trainer):
-    """What both trainers add to transformers' own."""
+    """What every trainer here adds to transformers' own."""
 
     model: EPTModel
     args: EPTTrainingArguments | EPTSeq2SeqTrainingArguments
@@ -58,7 +51,7 @@ class _EPTTrainerMixin(Trainer):
                 "bf16_full_eval and fp16_full_eval would round the trained tensors: load the backbone in half precision "
                 "instead, what is trained stays fp32"
             )
-        self._stop = _StopOnSignal()
+        self._stop = StopOnSignal()
         self.add_callback(self._stop)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -83,7 +76,7 @@ class _EPTTrainerMixin(Trainer):
             resume_from_checkpoint = last_checkpoint(self._directory)
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self._directory} holds no whole checkpoint to resume from: train from the start")
-        with self._stop_on_sigterm():
+        with self._stop.on_sigterm():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
@@ -95,23 +88,11 @@ class _EPTTrainerMixin(Trainer):
         """Whether SIGTERM ended the training."""
         return self._stop.came
 
-    @contextlib.contextmanager
-    def _stop_on_sigterm(self) -> Iterator[None]:
-        self._stop.came = False
-        if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, self._stop.note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler | None:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return _LengthGroupedByEpoch(sampler, seed, self.args.world_size)
+            return LengthGroupedByEpoch(sampler, seed, self.args.world_size)
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
@@ -199,43 +180,6 @@ class _EPTTrainerMixin(Trainer):
         self.model.load_adapter_tensors(read_adapter(directory)[1], source=directory)
 
 
-class _StopOnSignal(TrainerCallback):
-    """Once a signal came to any process, all save a checkpoint after the same step and stop."""
-
-    def __init__(self) -> None:
-        self.came = False
-
-    def note(self, number: int, frame: Any) -> None:
-        self.came = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.world_size > 1:  # a process that stopped alone would leave the others waiting for it
-            came = torch.tensor(int(self.came), device=args.device)
-            torch.distributed.all_reduce(came, torch.distributed.ReduceOp.MAX)
-            self.came = bool(came)
-        if self.came:
-            control.should_save = control.should_training_stop = True
-
-
-class _LengthGroupedByEpoch(LengthGroupedSampler):
-    """transformers' sampler with its order a function of seed and epoch, so that a resumed epoch has the same batches.
-
-    transformers draws the order from the global random state, which is another one after a resume, and takes the batch
-    of one process; here it is that of all processes, so that the order is that of one with their batches together.
-    """
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int, processes: int):
-        super().__init__(sampler.batch_size * processes, lengths=sampler.lengths, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
 class EPTTrainer(_EPTTrainerMixin, Trainer):
     """transformers' Trainer for an EPTModel; use it with EPTTrainingArguments."""
 
@@ -266,16 +210,10 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
         return None, scores.to(self.args.device), torch.tensor(classes, device=self.args.device)
 
 
-def gate_health(gate: Tensor) -> dict[str, float]:
-    """Mean weight of each space over the prompt rows, and the rows' mean entropy over ln K (1: uniform, 0: one space).
-
-    A space whose mean weight goes to 0 is dead. Empty for an adapter without spaces.
-    """
-    num_spaces = gate.shape[1]
-    if num_spaces == 0:
-        return {}
-    health = {f"gate_mean_{k}": mean for k, mean in enumerate(gate.mean(0).tolist())}
-    if num_spaces > 1:
-        entropy = -(gate * gate.clamp_min(1e-12).log()).sum(1).mean() / torch.tensor(float(num_spaces)).log()
-        health["gate_entropy"] = entropy.item()
-    return health
+# Name of a kind of task -> the trainer for it.
+TRAINERS: dict[str, type[_EPTTrainerMixin]] = {
+    Classification.name: EPTTrainer,
+    Regression.name: EPTTrainer,
+    Text2Text.name: EPTSeq2SeqTrainer,
+    Continuation.name: EPTContinuationTrainer,
+}

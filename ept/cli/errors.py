@@ -1,0 +1,61 @@
+"""How the command line says that its input is bad: one line on standard error, and exit code 2.
+
+Library errors name Python's parameters, in backticks: `max_length` or `max_length=62`. Here they become options.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+__all__ = ["as_options", "bad_input_is_one_line", "fail"]
+
+# Parameters of the library's functions -> the option that sets them.
+OPTIONS = {
+    "Columns.label": "--label_column",
+    "Columns.text": "--text_column",
+    "Columns.text_pair": "--text_pair_column",
+    "data_dir": "--data_dir",
+    "dtype": "--dtype",
+    "gpu": "--gpu",
+    "kind": "--task",
+    "max_length": "--max_seq_length",
+    "metric_for_best_model": "--metric_for_best_model",
+    "name_or_path": "--model_name_or_path",
+    "prompt_start": "--prompt_start",
+}
+SWITCHES = {"header=False": "--no_header"}
+
+
+@contextlib.contextmanager
+def bad_input_is_one_line(command: str) -> Iterator[None]:
+    """Within, an error that bad input raises ends the program with one line; a missing package says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fail(command, f"{error.name} is not installed: pip install 'ept[train]'")
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        fail(command, str(error))
+
+
+def fail(command: str, message: str) -> NoReturn:
+    """Ends the program with a message on one line."""
+    print(f"ept {command}: error: {' '.join(as_options(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def as_options(message: str) -> str:
+    """A message with the options of the command line in place of parameters: --max_seq_length 62."""
+
+    def option(match: re.Match[str]) -> str:
+        text, name, value = match[1], match[2], match[3]
+        if text in SWITCHES:
+            return SWITCHES[text]
+        if name not in OPTIONS:
+            return match[0]
+        return OPTIONS[name] if value is None else " ".join([OPTIONS[name], value.strip('"')])
+
+    return re.sub(r"`(([\w.]+)(?:=([^`]*))?)`", option, message)
