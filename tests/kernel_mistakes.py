@@ -71,7 +71,7 @@ MISTAKES = [
     Mistake("stride of the partial sums", FP, PARTIAL, PARTIAL.replace("* PARTIAL", "* (PARTIAL - 1)")),
     Mistake("scale twice in the backward", BR, "        dy *= scale / D**0.5", "        dy *= scale * scale / D**0.5"),
     Mistake("one arrival too few in the second launch", BW, "        arrivals += 1", "        arrivals += 0"),
-    Mistake("one share of dB not added", C, "for share in range(shares):", "for share in range(shares - 1):"),
+    Mistake("one share of dB not added", BW, "for share in range(shares):", "for share in range(shares - 1):"),
     Mistake("last program's count relaxed", F, DONE, DONE.replace("acq_rel", "relaxed"), "wave",
             "nothing is read after it, and the zeros it lets through are only read by the next launch"),
 ]  # fmt: skip

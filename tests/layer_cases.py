@@ -7,13 +7,13 @@ from ept_kernels import ACTIVATIONS, layer_update
 
 SHAPES = {
     "one": dict(batch=1, columns=1, d=8, q=1),
-    "odd": dict(batch=3, columns=37, d=7, q=5),
+    "odd": dict(batch=3, columns=19, d=7, q=5),
     "no rows": dict(batch=0, columns=5, d=16, q=4),
     "no columns": dict(batch=2, columns=0, d=16, q=4),
     "wide": dict(batch=2, columns=9, d=1100, q=4),
-    "tiles": dict(batch=3, columns=35, d=100, q=18),
-    "many units": dict(batch=2, columns=33, d=40, q=64),
-    "long": dict(batch=5, columns=80, d=64, q=16),
+    "tiles": dict(batch=3, columns=18, d=100, q=9),
+    "many units": dict(batch=2, columns=17, d=20, q=64),
+    "long": dict(batch=3, columns=60, d=36, q=3),
 }
 # dtype of the trained tensors, dtype of the hidden states
 DTYPES = (

@@ -121,16 +121,3 @@ def wait(counter, count):
     """Spins until `count` programs have released. Only ever called for programs with lower tickets."""
     while tl.atomic_add(counter, 0, sem="acquire") < count:
         pass
-
-
-@triton.jit
-def add_up(
-    partial, row, num_rows, columns, shares, grad, WIDTH: tl.constexpr,
-    D: tl.constexpr, TILE: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """grad = the sum of the shares' rows row … row + num_rows."""
-    rows = tl.arange(0, TILE)
-    total = tl.zeros([TILE, columns.shape[0]], COMPUTE)
-    for share in range(shares):
-        total += load_written(partial + (share * WIDTH + row) * D, rows, rows < num_rows, columns, D, D)
-    store_block(grad, rows, rows < num_rows, columns, D, D, total)

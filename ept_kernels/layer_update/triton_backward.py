@@ -19,16 +19,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.triton_device import activate, activation_slope, add_up, arrive, load_rows, multiply, store_block
+from ..common.triton_device import (
+    activate,
+    activation_slope,
+    arrive,
+    load_rows,
+    load_written,
+    multiply,
+    store_block,
+)
 from ..common.triton_launch import (
     NUM_WARPS,
     SMALLEST_DOT,
     backend_flags,
-    column_tile,
     compute_dtype,
     counters,
     divided_up,
     launching_on,
+    power_of_two,
     tile_of,
     triton_dtype,
 )
@@ -36,10 +44,13 @@ from .arguments import Settings, Update
 from .triton_forward import Tiling, kind_of_scale, load_unit
 from .triton_rows import add_outer, locate, project
 
-TOKEN_TILE = 32  # tokens per step of the second launch: two rows of 16 bytes in flight per thread and tensor
+TOKEN_TILE = 16  # tokens per step of the second launch: of 32 the operands would spill on sm_100
+COLUMN_TILE = 64  # columns per program of the second launch: a whole memory line of 128 bytes in bf16
 WEIGHTS_TILE = 4096  # numbers of dD and dW that a program of the second launch adds up in registers
-PROGRAMS = 512  # of the second launch: four for each multiprocessor of the largest GPUs
-MOST_SHARES = 32  # that one program adds up in the end
+PROGRAMS = 1024  # of the second launch, as far as the tokens go: seven for each multiprocessor of the largest GPUs
+STEPS = 8  # tiles of tokens per program at least, so that few shares are left to be added up
+MOST_SHARES = 64  # that the last one adds up
+IN_FLIGHT = 8192  # numbers of the shares that a program loads at a time while it adds them up
 
 
 class Gradients(NamedTuple):
@@ -86,8 +97,8 @@ def hidden_kernel(
 def weights_kernel(
     hidden, grad_out, index, scales, z, u, partial, grad_down, grad_up, counter,
     batch, columns, tiles, items, adapters, shares, row_stride, column_stride, scale: tl.float64,
-    D: tl.constexpr, Q: tl.constexpr, Q_TILE: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
-    INDEXED: tl.constexpr, SCALES: tl.constexpr, ACTIVATION: tl.constexpr,
+    D: tl.constexpr, Q: tl.constexpr, Q_TILE: tl.constexpr, BOTH_TILE: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, UNROLL: tl.constexpr, INDEXED: tl.constexpr, SCALES: tl.constexpr, ACTIVATION: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     SLICES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -115,9 +126,13 @@ def weights_kernel(
     store_block(base, ranks, ranks < Q, places, D, D, dd)
     store_block(base + Q * D, ranks, ranks < Q, places, D, D, dw * load_unit(scales, wanted, scale, SCALES, COMPUTE))
     if arrive(counter + wanted * SLICES + part, shares, AMD):
+        both = tl.arange(0, BOTH_TILE)  # the rows of dD, then those of dW
+        total = tl.zeros([BOTH_TILE, BLOCK_D], COMPUTE)
+        for one in tl.range(0, shares, loop_unroll_factor=UNROLL):
+            total += load_written(own + one * 2 * Q * D, both, both < 2 * Q, places, D, D)
         of_adapter = wanted.to(tl.int64) * Q * D
-        add_up(own, 0, Q, places, shares, grad_down + of_adapter, 2 * Q, D, Q_TILE, COMPUTE)
-        add_up(own, Q, Q, places, shares, grad_up + of_adapter, 2 * Q, D, Q_TILE, COMPUTE)
+        store_block(grad_down + of_adapter, both, both < Q, places, D, D, total)
+        store_block(grad_up + of_adapter, both - Q, (both >= Q) & (both < 2 * Q), places, D, D, total)
 
 
 def backward(
@@ -149,20 +164,21 @@ def _launch_weights(
     batch, columns, d = grad_out.shape
     q, adapters, indexed = update.down.shape[-2], update.adapters, update.adapter_index is not None
     dtype = compute_dtype(update.hidden, update.down, update.up)
-    q_tile = tile_of(q)
-    block_d = min(column_tile(d, grad_out.element_size()), max(SMALLEST_DOT, WEIGHTS_TILE // (2 * q_tile)))
+    q_tile, both_tile = tile_of(q), power_of_two(2 * q)
+    block_d = min(tile_of(d), COLUMN_TILE, max(SMALLEST_DOT, WEIGHTS_TILE // (2 * q_tile)))
     slices = divided_up(d, block_d)
     tiles = divided_up(columns if indexed else batch * columns, TOKEN_TILE)
     items = tiles * (batch if indexed else 1)
-    shares = max(1, min(PROGRAMS // (slices * adapters), MOST_SHARES, items))
+    shares = max(1, min(PROGRAMS // (slices * adapters), MOST_SHARES, items // STEPS))
     partial = z.new_empty(adapters * shares, 2 * q, d)
     with counters.take(adapters * slices, grad_out.device) as counter:
         weights_kernel[(slices * shares * adapters,)](
             update.hidden, grad_out, update.adapter_index, update.scales, z, u, partial, grads.down, grads.up, counter,
             batch, columns, tiles, items, adapters, shares, *update.hidden.stride()[:2], settings.hidden_scale,
-            D=d, Q=q, Q_TILE=q_tile, BLOCK_D=block_d, TOKENS=TOKEN_TILE, INDEXED=indexed,
+            D=d, Q=q, Q_TILE=q_tile, BOTH_TILE=both_tile, BLOCK_D=block_d, TOKENS=TOKEN_TILE,
+            UNROLL=max(1, IN_FLIGHT // (both_tile * block_d)), INDEXED=indexed,
             SCALES=kind_of_scale(update), ACTIVATION=settings.activation, COMPUTE=triton_dtype(dtype),
-            num_warps=NUM_WARPS, **backend_flags(dtype),
+            num_warps=NUM_WARPS, num_stages=1, **backend_flags(dtype),
         )  # fmt: skip
 
 

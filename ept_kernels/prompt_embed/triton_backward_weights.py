@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.triton_device import activate, add_up, arrive, load_rows, load_written, multiply, store_block
+from ..common.triton_device import activate, arrive, load_rows, load_written, multiply, store_block
 from .triton_backward_reduce import attention_and_grad, load_grad, load_softmax
 from .triton_forward_text import locate
 
@@ -113,6 +113,19 @@ def weights_of_prompt(
     if K > 0:
         store_block(grad_space_down, inners, inners < K * H, columns, D, D, du_weight)
         store_block(grad_gate_weight, spaces, spaces < K, columns, D, D, dg_weight)
+
+
+@triton.jit
+def add_up(
+    partial, row, num_rows, columns, shares, grad, WIDTH: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """grad = the sum of the shares' rows row … row + num_rows."""
+    rows = tl.arange(0, TILE)
+    total = tl.zeros([TILE, columns.shape[0]], COMPUTE)
+    for share in range(shares):
+        total += load_written(partial + (share * WIDTH + row) * D, rows, rows < num_rows, columns, D, D)
+    store_block(grad, rows, rows < num_rows, columns, D, D, total)
 
 
 @triton.jit
