@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ept.backbone.embeddings import weight_of
+from ept.backbone.embeddings import lacks_weights, weight_of
 
 __all__ = ["check_inputs_embeds", "evaluating", "keep_4_bits_differentiable", "refuse_unsupported"]
 
@@ -73,7 +73,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
     """Runs four tokens through the model by ids, by embeddings and beside padding: EPT is right only where all agree."""
     embedding, name = model.get_input_embeddings(), type(model).__name__
-    if any(p.is_meta for p in model.parameters()):
+    if lacks_weights(model):
         return
     probed = model.get_encoder() if kind == "seq2seq" else model
     weight = weight_of(embedding)

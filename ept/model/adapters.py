@@ -129,10 +129,13 @@ class SavedAdapter:
         return _beside_embeddings(layer, backbone)
 
     def labels(self, default: Labels) -> Labels:
-        """What its labels are; `default` where it does not say."""
-        if self.facts["num_labels"] is None:
+        """What its labels are; `default` where it does not say, as far as that has as many."""
+        count, names = self.facts["num_labels"], self.facts["label_names"]
+        if count is None:
             return default
-        return Labels.numbered(self.facts["num_labels"], self.facts["problem_type"], self.facts["label_names"])
+        if not names and count == len(default.id2label):
+            names = default.names
+        return Labels.numbered(count, self.facts["problem_type"], names)
 
     def copy_into(self, tensors: dict[str, Tensor]) -> None:
         """Copies its tensors into others of the same names. ValueError where they do not fit or the file is damaged."""

@@ -7,6 +7,7 @@ made independent of it: encoders get their rows right-padded, causal models get 
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -475,6 +476,11 @@ class EPTModel(nn.Module):
             wrapped.ept = saved.new_layer(model, wrapped.traits)
             wrapped.requires_grad_(False)
         saved.copy_into(wrapped._adapter_tensors())
+        if wrapped.head_names:
+            backbones = Labels.of(wrapped.config)
+            labels = saved.labels(backbones)
+            # A problem type that was never said is found from the first labels, unless the backbone's config says it.
+            replace(labels, problem_type=labels.problem_type or backbones.problem_type).put_on(model)
         return wrapped
 
     def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:
