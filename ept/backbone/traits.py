@@ -5,20 +5,21 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
 
 __all__ = [
-    "IGNORE_INDEX", "KINDS", "Kind", "Traits", "head_names", "kind_of", "max_text_tokens", "positions_of",
-    "reads_first_token", "traits_of",
+    "IGNORE_INDEX", "KINDS", "Kind", "Traits", "head_names", "is_encoder_decoder", "kind_of", "max_text_tokens",
+    "positions_of", "reads_first_token", "text_part", "traits_of",
 ]  # fmt: skip
 
 IGNORE_INDEX = -100  # what transformers' losses skip
@@ -127,7 +128,7 @@ def traits_of(model: PreTrainedModel) -> Traits:
 
 def kind_of(model: PreTrainedModel) -> str:
     """The name of a model's row in `KINDS`."""
-    if model.config.is_encoder_decoder:
+    if is_encoder_decoder(model):
         return "seq2seq"
     model_type = model.config.model_type
     causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
@@ -136,6 +137,18 @@ def kind_of(model: PreTrainedModel) -> str:
     if not causal:
         return "encoder"
     return "causal-pooled" if "ForSequenceClassification" in type(model).__name__ else "causal"
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model has an encoder and a decoder; an encoder alone keeps the config of both."""
+    return bool(model.config.is_encoder_decoder) and "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def text_part(model: Any) -> nn.Module:
+    """The part of a model that reads the text: of an encoder-decoder its encoder, beside images its language model."""
+    if is_encoder_decoder(model):
+        return model.get_encoder()
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
 
 
 def reads_first_token(model: PreTrainedModel) -> bool:

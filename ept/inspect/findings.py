@@ -48,6 +48,7 @@ class Findings:
     singular_values: Tensor | None
     attention: Tensor | None
     words: list[list[tuple[str, float]]] | None = None
+    layer_dim: int | None = None
 
 
 @torch.no_grad()
@@ -63,7 +64,8 @@ def examine(directory: str, name_or_path: str | None = None, nearest: int = 3) -
     if "prompt" not in tensors or tensors["prompt"].dim() != 2:
         raise ValueError(f"{directory} holds no prompt [s, d]: it is damaged, copy it again")
     embed_dim, folded = tensors["prompt"].shape[1], bool(settings.get("folded"))
-    layer = (FoldedLayer if folded else EPTLayer)(config, embed_dim)
+    layer_dim = tensors["deep_down"].shape[-1] if "deep_down" in tensors else None
+    layer = (FoldedLayer if folded else EPTLayer)(config, embed_dim, layer_dim=layer_dim)
     try:
         layer.load_state_dict({name: t for name, t in tensors.items() if not name.startswith("head.")})
     except RuntimeError as error:
@@ -72,7 +74,7 @@ def examine(directory: str, name_or_path: str | None = None, nearest: int = 3) -
     prompt, gate = layer.reconstruct()
     found = Findings(
         directory, settings, _record(Path(directory)), config, embed_dim, folded, prompt,
-        gate if gate.shape[1] else None, _singular_values(layer), _attention(layer),
+        gate if gate.shape[1] else None, _singular_values(layer), _attention(layer), layer_dim=layer_dim,
     )  # fmt: skip
     if nearest > 0:
         found.words = _nearest_words(found, name_or_path, nearest)
@@ -220,7 +222,7 @@ def _sizes(config: EPTConfig) -> str:
 
 
 def _budget(found: Findings) -> str:
-    parts = found.config.parameters_by_part(found.embed_dim)
+    parts = found.config.parameters_by_part(found.embed_dim, found.layer_dim)
     total = sum(parts.values())
     rows = [*parts.items(), ("together", total)]
     return "\n".join(f"{name:<10} {count:>10,} {100 * count / total:6.1f} %" for name, count in rows)

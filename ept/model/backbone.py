@@ -1,12 +1,13 @@
 """The wrapped model as a call runs it: how it is given its input, and what its hooks are told. Knows no adapter by name."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ept.backbone.embeddings import is_plain, weight_of
+from ept.backbone.layers import LayerSites
 from ept.backbone.traits import Traits
 from ept.model.calls import Call, Decoding
 from ept.model.generation import DecodingSteps, GenerationSettings
@@ -27,13 +28,13 @@ class Backbone:
         model: the wrapped model.
         traits: its facts.
         packing: lays out its packed rows.
-        path_of_layers: where its layers stand; None while no adapter has updates in them.
+        sites: where updates in its layers act; None while no adapter has any.
     """
 
     model: PreTrainedModel
     traits: Traits
     packing: Packing
-    path_of_layers: str | None
+    sites: LayerSites | None
 
     def lay_out(self, inputs: Inputs, routing: Routing, cache: Any, kwargs: dict[str, Any]) -> InputPlan:
         """The model's arguments for a forward.
@@ -106,20 +107,24 @@ class Backbone:
         """What the hooks are to know of a call whose rows are routed so; `active` has the heads that the model holds."""
         updates = tuple(layer.layer_updates() for layer in routing.layers)
         layers = self.hooked_layers()
+        sites = sum(site is not None for numbers in layers.values() for site in numbers)
         deepest = max([0, *(len(update.down) for update in updates if update is not None)])
-        if deepest > len(layers):
+        if deepest > sites:
             raise ValueError(
-                f"deep_layers={deepest}, but the backbone has {len(layers)} layers after the first left: "
+                f"deep_layers={deepest}, but the backbone has {sites} layers after the first left: "
                 "it has changed since it was wrapped"
             )
         heads: dict[nn.Module, list[nn.Module]] = {}
         if any(layer is not active.layer for layer in routing.layers):
             by_head = zip(*(member.heads for member in routing.members), strict=True)
             heads = {head: list(own) for head, own in zip(active.heads, by_head, strict=True)}
-        return Call(routing, entries_of(self.model), layers, updates, heads, decoding)
+        batch_dim = 0 if self.sites is None else self.sites.batch_dim
+        return Call(routing, entries_of(self.model), layers, updates, heads, decoding, batch_dim)
 
-    def hooked_layers(self) -> tuple[nn.Module, ...]:
-        """The layers after the first, each with its hook; empty while no adapter has updates in them."""
-        if self.path_of_layers is None:
-            return ()
-        return hook_layers(list(cast(nn.ModuleList, self.model.get_submodule(self.path_of_layers))))
+    def hooked_layers(self) -> dict[nn.Module, tuple[int | None, ...]]:
+        """The layers that updates act on, each with its hook, and the sites of its calls; empty where there are none."""
+        if self.sites is None:
+            return {}
+        layers = self.sites.calls(self.sites.modules(self.model))
+        hook_layers(layers, self.sites.at)
+        return layers

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ept.backbone.fingerprint import backbone_fingerprint
 from ept.backbone.heads import in_float32
-from ept.backbone.layers import path_of_layers
+from ept.backbone.layers import LayerSites, find_layers
 from ept.backbone.probes import check_inputs_embeds, keep_4_bits_differentiable, refuse_unsupported
 from ept.backbone.traits import traits_of
 from ept.config import EPTConfig
@@ -90,13 +90,13 @@ class EPTModel(nn.Module):
         check_inputs_embeds(model, self.traits.kind.name)
         self._lock, self._disabled = lock_of(model), Disabled()
         self._packing = Packing(model, self.traits)
-        self._path_of_layers: str | None = None  # known once any adapter has updates in the layers
+        self._sites: LayerSites | None = None  # known once any adapter has updates in the layers
         self._adapter_names: list[str] = []
         self._check_new_name(adapter_name)
         self._adapter_names.append(adapter_name)
         self._active_adapter, self.inactive_adapters = adapter_name, nn.ModuleList()
         with self._lock.changing("wrapping a model"):
-            self.ept = self._knowing_layers(new_layer(model, self.traits, config))
+            self.ept = new_layer(model, self.traits, config, self._sites_for(config))
             model.requires_grad_(False)
             for head in self._heads():
                 head.requires_grad_(True)
@@ -135,7 +135,7 @@ class EPTModel(nn.Module):
     @property
     def _backbone(self) -> Backbone:
         """The wrapped model as a call runs it; asked anew each time, since copies of a model have their own."""
-        return Backbone(self.base_model, self.traits, self._packing, self._path_of_layers)
+        return Backbone(self.base_model, self.traits, self._packing, self._sites)
 
     def _call(self, routing: Routing, decoding: Decoding | None = None) -> Call:
         """What the hooks are to know of a call."""
@@ -272,14 +272,15 @@ class EPTModel(nn.Module):
         """
         with self._lock.changing("adding an adapter"):
             self._check_new_name(adapter_name)
-            layer = new_layer(self.base_model, self.traits, EPTConfig() if config is None else config)
+            config = EPTConfig() if config is None else config
+            layer = new_layer(self.base_model, self.traits, config, self._sites_for(config))
             labels = Labels.of(self.config)
             if num_labels is not None:
                 if not self.head_names:
                     raise ValueError(f"num_labels={num_labels}: {self.traits.name} has no head to train")
                 labels = labels.with_count(num_labels)
             init_prompt(self.base_model.get_input_embeddings(), layer, tokenizer, token_counts, soft_prompt)
-            self._put(self._new_adapter(adapter_name, self._knowing_layers(layer), labels, fresh=True))
+            self._put(self._new_adapter(adapter_name, layer, labels, fresh=True))
 
     def load_adapter(
         self, path: str | os.PathLike, adapter_name: str, *, ignore_backbone_mismatch: bool = False
@@ -288,7 +289,7 @@ class EPTModel(nn.Module):
         with self._lock.changing("loading an adapter"):
             self._check_new_name(adapter_name)
             saved = SavedAdapter.read(path, self.base_model, ignore_backbone_mismatch=ignore_backbone_mismatch)
-            layer = self._knowing_layers(saved.new_layer(self.base_model, self.traits))
+            layer = saved.new_layer(self.base_model, self.traits, self._sites_for(saved.config))
             labels = Labels.of(self.config)
             labels = saved.labels(labels) if self.head_names else labels
             adapter = self._new_adapter(adapter_name, layer, labels, fresh=False)
@@ -354,12 +355,14 @@ class EPTModel(nn.Module):
         self.inactive_adapters.append(adapter.train(self.training))
         self._adapter_names.append(adapter.name)
 
-    def _knowing_layers(self, layer: AdapterLayer) -> AdapterLayer:
-        """The layer; the backbone's layers have their hooks then, if it has updates for them."""
-        if layer.config.deep_layers:
-            self._path_of_layers = path_of_layers(self.base_model)
-            self._backbone.hooked_layers()
-        return layer
+    def _sites_for(self, config: EPTConfig) -> LayerSites | None:
+        """Where the updates in the layers act, which then have their hooks; None where a config has no such updates."""
+        if not config.deep_layers:
+            return None
+        if self._sites is None:
+            self._sites = find_layers(self.base_model)
+        self._backbone.hooked_layers()
+        return self._sites
 
     def _check_new_name(self, adapter_name: str) -> None:
         if not isinstance(adapter_name, str) or not adapter_name:
@@ -371,7 +374,7 @@ class EPTModel(nn.Module):
 
     def trainable_parameters(self) -> dict[str, int]:
         """Trained parameters by part, the head last."""
-        parts = self.ept_config.parameters_by_part(self.ept.embed_dim)
+        parts = self.ept.parameters_by_part()
         head = sum(p.numel() for module in self._heads() for p in module.parameters())
         return parts | ({"head": head} if head else {})
 
@@ -473,7 +476,7 @@ class EPTModel(nn.Module):
         saved = SavedAdapter.read(path, model, ignore_backbone_mismatch=ignore_backbone_mismatch)
         wrapped = cls(model, saved.config, adapter_name)
         if saved.facts["folded"]:
-            wrapped.ept = saved.new_layer(model, wrapped.traits)
+            wrapped.ept = saved.new_layer(model, wrapped.traits, wrapped._sites_for(saved.config))
             wrapped.requires_grad_(False)
         saved.copy_into(wrapped._adapter_tensors())
         if wrapped.head_names:
