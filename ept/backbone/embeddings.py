@@ -5,7 +5,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "embedding_rms", "embedding_width", "is_plain", "lacks_weights", "weight_of"]
+__all__ = [
+    "device_of",
+    "embedding_rms",
+    "embedding_width",
+    "is_plain",
+    "lacks_weights",
+    "placeholder_columns",
+    "weight_of",
+]
 
 
 def is_plain(embedding: nn.Module) -> bool:
@@ -46,6 +54,20 @@ def _offloaded(module: nn.Module) -> Any:
 def embedding_width(embedding: nn.Module) -> int:
     width = getattr(embedding, "embedding_dim", None)
     return weight_of(embedding).shape[1] if width is None else width
+
+
+@torch.no_grad()
+def placeholder_columns(ids: tuple[int, ...], embedding: nn.Module, embeds: Tensor) -> Tensor | None:
+    """[batch, L] whether embeddings [batch, L, d] are those of placeholders; None without any.
+
+    transformers finds the columns of images so, to the bit, where it gets embeddings in place of ids.
+    """
+    rows = len(weight_of(embedding))
+    known = torch.tensor([i for i in ids if i < rows], dtype=torch.int64, device=embeds.device)
+    if not len(known):
+        return None if not ids else torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    same = [(embeds == placeholder).all(-1) for placeholder in embedding(known).to(embeds.dtype)]
+    return torch.stack(same).any(0)
 
 
 @torch.no_grad()

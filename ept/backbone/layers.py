@@ -4,6 +4,7 @@ They are found by a trial: the largest list of modules, and the siblings beside 
 tokens. What matters is what is read, in which order; so layers may share their weights or be wider than the embeddings.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -158,7 +159,7 @@ def _in_parts(visits: list[_Visit], paths: list[str], columns: int) -> LayerSite
     batch_dim = _batch_dim([layer[-1].gave for layer in layers], columns)
     if isinstance(batch_dim, str):
         return batch_dim
-    for layer, after in zip(layers, layers[1:], strict=False):
+    for layer, after in itertools.pairwise(layers):
         if not isinstance(after[0].read, Tensor) or not torch.equal(layer[-1].gave, after[0].read):
             return "the parts of its layers stand in several lists, and no part gives what the next layer reads"
     before = layers[:-1]

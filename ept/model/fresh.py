@@ -53,5 +53,6 @@ def get_ept_model(
         raise TypeError(f"config must be an EPTConfig, not {type(config).__name__}: EPTConfig.from_dict makes one")
     wrapped = EPTModel(model, config, adapter_name)
     if isinstance(wrapped.ept, EPTLayer):  # as a fresh one is
-        init_prompt(model.get_input_embeddings(), wrapped.ept, tokenizer, token_counts, soft_prompt)
+        placeholders = wrapped.traits.placeholders
+        init_prompt(model.get_input_embeddings(), wrapped.ept, tokenizer, token_counts, soft_prompt, placeholders)
     return wrapped

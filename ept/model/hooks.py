@@ -1,12 +1,14 @@
 """The hooks that a wrapped model keeps for good. They read the thread's `Call` and know nothing of an adapter's tensors.
 
-A layer's hook updates what the layer reads, or what the one before it gives; a head's forward hook gives each row its own adapter's head; the
-wrapped model's forward pre-hook embeds the tokens that it generates, and notes who entered it. Outside of a call they do
-nothing.
+A layer's hook updates what the layer reads, or what the one before it gives; a head's forward hook gives each row its
+own adapter's head; the wrapped model's forward pre-hook embeds the tokens that it generates, and notes who entered it.
+Outside of a call they do nothing.
 """
 
 import functools
+import inspect
 import threading
+import types
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from ept.backbone.layers import hidden_states_of
 from ept.backbone.traits import is_encoder_decoder
 from ept.model.calls import Call, bare, begin, current, end, entered, site_of
 
-__all__ = ["entries_of", "hook_entries", "hook_head", "hook_layers"]
+__all__ = ["entries_of", "hook_entries", "hook_head", "hook_layers", "pass_embeddings_on"]
 
 CHECKPOINT = "_gradient_checkpointing_func"  # transformers', of every layer that can be checkpointed
 _installing = threading.Lock()
@@ -121,6 +123,18 @@ def hook_entries(backbone: nn.Module) -> None:
         if _begin not in entry._forward_pre_hooks.values():
             entry.register_forward_pre_hook(_begin, with_kwargs=True)
             entry.register_forward_hook(_end, always_call=True)
+
+
+def pass_embeddings_on(backbone: Any) -> None:
+    """Lets a model's `generate` take `inputs_embeds`, where its own preparation passes them on but does not name them."""
+    parameters = inspect.signature(backbone.prepare_inputs_for_generation).parameters
+    passes = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    if passes and "inputs_embeds" not in parameters:
+        backbone.prepare_inputs_for_generation = types.MethodType(_prepare_with_embeddings, backbone)
+
+
+def _prepare_with_embeddings(backbone: Any, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+    return type(backbone).prepare_inputs_for_generation(backbone, *args, inputs_embeds=inputs_embeds, **kwargs)
 
 
 def entries_of(backbone: Any) -> tuple[nn.Module, ...]:

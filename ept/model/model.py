@@ -35,8 +35,8 @@ from ept.model.adapters import (
 from ept.model.backbone import Backbone
 from ept.model.calls import BARE, Call, Decoding, Disabled, entered
 from ept.model.generation import GenerationSettings, outside_the_call
-from ept.model.hooks import hook_entries, hook_head
-from ept.model.inputs import Inputs, check_inputs
+from ept.model.hooks import hook_entries, hook_head, pass_embeddings_on
+from ept.model.inputs import Inputs, check_inputs, take_per_token
 from ept.model.lock import lock_of
 from ept.model.packing import Packing
 from ept.model.routing import Member, OneAdapter, Routing, route
@@ -85,8 +85,8 @@ class EPTModel(nn.Module):
             raise TypeError("the model is already an EPTModel: wrap its base_model, or train the adapter that it has")
         refuse_unsupported(model)
         self.base_model, self.config = model, model.config
-        self.traits = traits_of(model)
         keep_4_bits_differentiable(model)
+        self.traits = traits_of(model)
         check_inputs_embeds(model, self.traits.kind.name)
         self._lock, self._disabled = lock_of(model), Disabled()
         self._packing = Packing(model, self.traits)
@@ -103,6 +103,8 @@ class EPTModel(nn.Module):
                 in_float32(head)
                 hook_head(head)
             hook_entries(model)
+            if self.traits.generates:
+                pass_embeddings_on(model)
         self.train(model.training)
 
     # ------------------------------------------------------------------ running
@@ -120,8 +122,9 @@ class EPTModel(nn.Module):
         adapter_ids: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        inputs = Inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels)
         with self._lock.calling():
+            others = take_per_token(kwargs)
+            inputs = Inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, others)
             if self._disabled.here():
                 return self._bare_forward(inputs, past_key_values, return_dict, kwargs)
             check_inputs(self.traits, inputs, kwargs)
@@ -191,7 +194,9 @@ class EPTModel(nn.Module):
                 raise ValueError("generate needs input_ids or inputs_embeds")
             settings = GenerationSettings(backbone, self.traits, kwargs)
             settings.refuse_unsupported()
-            inputs = Inputs(input_ids if embeds is None else None, embeds, attention_mask)
+            types, others = kwargs.pop("token_type_ids", None), take_per_token(kwargs)
+            ids = input_ids if embeds is None else None
+            inputs = Inputs(ids, embeds, attention_mask, token_type_ids=types, others=others)
             check_inputs(self.traits, inputs, kwargs)
             routing = self._route(inputs, adapter_ids, {})
             plan, decoding = self._backbone.start_of_text(inputs, routing, settings)
@@ -279,7 +284,8 @@ class EPTModel(nn.Module):
                 if not self.head_names:
                     raise ValueError(f"num_labels={num_labels}: {self.traits.name} has no head to train")
                 labels = labels.with_count(num_labels)
-            init_prompt(self.base_model.get_input_embeddings(), layer, tokenizer, token_counts, soft_prompt)
+            embedding, placeholders = self.base_model.get_input_embeddings(), self.traits.placeholders
+            init_prompt(embedding, layer, tokenizer, token_counts, soft_prompt, placeholders)
             self._put(self._new_adapter(adapter_name, layer, labels, fresh=True))
 
     def load_adapter(
