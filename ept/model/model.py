@@ -40,7 +40,9 @@ from ept.model.inputs import Inputs, check_inputs, take_per_token
 from ept.model.lock import lock_of
 from ept.model.packing import Packing
 from ept.model.routing import Member, OneAdapter, Routing, route
+from ept.model.signature import with_backbones_arguments
 from ept.model.start_values import init_prompt
+from ept.model.tied import write_tied_once
 from ept.model.training_mode import enable_checkpointing, freeze_dropout
 from ept.plots import plot_gates
 from ept.sharding import whole
@@ -54,7 +56,7 @@ NOT_PASSED_ON = ("generate_batch", "continuous_batching_context_manager", "init_
 class EPTModel(nn.Module):
     """A frozen transformers model behind an EPT layer; made by `get_ept_model` or `EPTModel.from_pretrained`.
 
-    `forward` takes what the wrapped model's forward takes. Its outputs have the wrapped model's shapes: token-level
+    `forward` takes, and names in its signature, what the wrapped model's forward takes. Its outputs have the wrapped model's shapes: token-level
     `logits` and `last_hidden_state` [batch, L, …] come without the prompt's rows, in the caller's column order, and
     `labels` line up with them. `hidden_states`, `attentions`, `past_key_values` and `encoder_last_hidden_state` are
     the backbone's own and include the prompt's s rows. The loss is the wrapped model's, on these logits and labels: a
@@ -105,10 +107,12 @@ class EPTModel(nn.Module):
             hook_entries(model)
             if self.traits.generates:
                 pass_embeddings_on(model)
+        write_tied_once(self)
         self.train(model.training)
 
     # ------------------------------------------------------------------ running
 
+    @with_backbones_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
