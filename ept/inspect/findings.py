@@ -48,6 +48,7 @@ class Findings:
     attention: Tensor | None
     words: Words | None = None
     why_no_words: str | None = None
+    layer_dim: int | None = None
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def examine(directory: str, name_or_path: str | None = None, nearest: int = 3) -
     prompt, gate = layer.reconstruct()
     findings = Findings(
         directory, saved.settings, saved.record, layer.config, layer.embed_dim, isinstance(layer, FoldedLayer), prompt,
-        gate if gate.shape[1] else None, _singular_values(layer), _attention(layer),
+        gate if gate.shape[1] else None, _singular_values(layer), _attention(layer), layer_dim=layer.layer_dim,
     )  # fmt: skip
     if nearest > 0:
         try:
@@ -83,7 +84,9 @@ def _layer_of(saved: SavedAdapter) -> EPTLayer | FoldedLayer:
     prompt = saved.tensors.get("prompt")
     if prompt is None or prompt.dim() != 2:
         raise ValueError(f"{saved.directory} holds no prompt [s, d]: it is damaged, copy it again")
-    layer = (FoldedLayer if saved.settings.get("folded") else EPTLayer)(saved.config, prompt.shape[1])
+    layer_dim = saved.tensors["deep_down"].shape[-1] if "deep_down" in saved.tensors else None
+    kind = FoldedLayer if saved.settings.get("folded") else EPTLayer
+    layer = kind(saved.config, prompt.shape[1], layer_dim=layer_dim)
     try:
         layer.load_state_dict({name: t for name, t in saved.tensors.items() if not name.startswith("head.")})
     except RuntimeError as error:
