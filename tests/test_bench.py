@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from bench import demo, real_text
-from bench.compare import run_all
-from bench.step_time import floor_step, interleaved, quartiles, training_step
+from bench.accuracy import demo
+from bench.accuracy.compare import run_all
+from bench.steps.clock import interleaved, quartiles
+from bench.steps.step import floor_step, training_step
+from bench.text import real_text
 from ept.training.rates import parameter_groups
 from tiny_models import ids, mean_pooling, wrapped
 
@@ -58,9 +60,10 @@ def test_a_step_that_is_timed_leaves_the_model_as_it_is():
         "attention_mask": torch.ones(2, 6, dtype=torch.int64),
         "labels": torch.tensor([0, 1]),
     }
+    groups = parameter_groups(model)
     steps = {
-        "EPT": training_step(model, parameter_groups(model), [batch]),
-        "floor": floor_step(model.base_model, torch.randn(2, 11, 32), batch["labels"]),
+        "EPT": training_step(model, groups, [batch]),
+        "floor": floor_step(model.base_model, groups, torch.randn(2, 11, 32), batch["labels"]),
     }
     seconds = interleaved(steps, rounds=3)
     assert {name: len(s) for name, s in seconds.items()} == {"EPT": 3, "floor": 3}

@@ -1,47 +1,16 @@
 """Memory of a training step: the peak of what it allocates, and the EPT layer's own part, predicted and measured."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ept import EPTConfig
+from ept.inspect.storages import StorageCounter
 from ept_kernels.prompt_embed import traffic
 
 __all__ = ["own_bytes", "peak_bytes", "predicted_own_bytes"]
-
-
-class _Live(TorchDispatchMode):
-    """Bytes of the storages that operations made while it is active: now (`live`), and at most (`peak`).
-
-    What an operation allocates and frees inside itself is not seen.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = function(*args, **kwargs or {})
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in known | self._seen:
-                    self._seen.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes()).atexit = False
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
 
 
 def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:
@@ -53,17 +22,19 @@ def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _Live() as live:
+    with StorageCounter() as counter:
         step()
-    return live.peak
+    return counter.peak
 
 
-def own_bytes(layer: nn.Module, forward: Callable[[], Tensor], given: list[Tensor]) -> int:
-    """Bytes that an EPTLayer has in a training step, measured in one that changes nothing: its trained tensors with
-    their gradients and AdamW's moments, and what `forward` keeps for the backward beside those and `given` (E, ids, …).
+def own_bytes(layer: nn.Module, forward: Callable[[], Tensor], inputs: list[Tensor]) -> int:
+    """Bytes of an EPTLayer in a training step, measured in one that changes nothing.
+
+    They are its trained tensors with their gradients and AdamW's moments, and what `forward` keeps for the backward
+    beside those and its `inputs` (E, ids, …).
     """
     trained = list(layer.parameters())
-    there = {t.untyped_storage()._cdata for t in trained + given}
+    there = {t.untyped_storage()._cdata for t in trained + inputs}
     kept: dict[int, Tensor] = {}  # holds the tensors, so that no other storage takes the place of one
 
     def keep(tensor: Tensor) -> Tensor:
