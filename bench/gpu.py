@@ -23,7 +23,7 @@ from .kernels.gpu_clock import triton_clock
 from .kernels.micro import Rows, microbenchmarks
 from .kernels.points import Point, points, points_of_presets
 from .kernels.work import work
-from .steps.decoding import decoding
+from .steps.decoding import NEW_TOKENS, decoding
 from .steps.inference import mixed
 from .steps.methods import PROMPT_TUNING, build, is_here
 from .steps.shapes import GPU_SHAPES, SMALL_SHAPES, Shape, backbone, batch_of
@@ -118,7 +118,8 @@ def _mixed(run: Run) -> int:
 
 
 def _decoding(run: Run) -> int:
-    rows, ratios = decoding(run.many_rows(run.shapes[-1]), run.device, 3)
+    new_tokens = 3 if run.small else NEW_TOKENS
+    rows, ratios = decoding(run.many_rows(run.shapes[-1]), run.device, 3, new_tokens=new_tokens)
     run.keep("decoding", rows)
     run.keep("ratios", ratios)
     return 0
@@ -135,13 +136,6 @@ PARTS: dict[str, tuple[Callable[..., int], int]] = {
 USUAL = ("stems", "steps", "mixed", "decoding")
 
 
-def _run_part(run: Run, part: str, index: int | None) -> None:
-    """A part, in a process of its own; exits with its code."""
-    quiet()
-    function = PARTS[part][0]
-    sys.exit(function(run) if index is None else function(run, run.shapes[index]))
-
-
 # ---------------------------------------------------------------------- compiling
 
 
@@ -149,7 +143,7 @@ def _compile(run: Run, kind: str, what: Any, preset: str = "") -> None:
     """Leaves the kernels of a point, or of a preset on a shape, in Triton's cache on disk."""
     quiet()
     if kind == "point":
-        work(what, run.device).check()
+        work(what, run.device).call("both")()
         return
     shape = run.shapes[what]
     if kind == "mixed":
@@ -218,20 +212,23 @@ def on_gpu(options: argparse.Namespace) -> int:
         for table in records.TABLES:
             (directory / f"{table}.csv").unlink(missing_ok=True)
 
+    def tell(line: str) -> None:
+        print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True)
+
     def left() -> float:
         return 60 * options.minutes - (time.monotonic() - started)
 
-    lines = []
     if run.device == "cuda":
-        lines += compile_ahead(run, parts, min(COMPILING_SECONDS, left()))
-        print(f"compiled, {time.monotonic() - started:.0f} s since the start", flush=True)
+        for line in [*compile_ahead(run, parts, min(COMPILING_SECONDS, left())), "compiled"]:
+            tell(line)
+    faults = []
     for part, index in _expanded(run, parts):
         name = part if index is None else f"{part}, {run.shapes[index].name}"
-        fault = _ended(run, part, index, min(PARTS[part][1], left()))
-        lines += [f"{name}: {fault}"] if fault else []
-        print(f"{name}: {fault or 'done'}, {time.monotonic() - started:.0f} s since the start", flush=True)
-    print("\n".join(["", *short_table(directory), *lines]))
-    return int(bool(lines))
+        fault = _fault(run, part, index, min(PARTS[part][1], left()))
+        tell(f"{name}: {fault or 'done'}")
+        faults += [f"{name}: {fault}"] if fault else []
+    print("\n".join(["", *short_table(directory), *faults]))
+    return int(bool(faults))
 
 
 def _expanded(run: Run, parts: tuple[str, ...]) -> list[tuple[str, int | None]]:
@@ -242,21 +239,37 @@ def _expanded(run: Run, parts: tuple[str, ...]) -> list[tuple[str, int | None]]:
     return expanded
 
 
-def _ended(run: Run, part: str, index: int | None, seconds: float) -> str | None:
+def _fault(run: Run, part: str, index: int | None, seconds: float) -> str | None:
     """Runs a part for so long at most; returns what went wrong, or None."""
     if seconds <= 0:
         return "left out, the time is over"
-    if run.device == "cpu":
-        quiet()
-        function = PARTS[part][0]
-        code: int | None = function(run) if index is None else function(run, run.shapes[index])
-    else:
-        process = get_context("spawn").Process(target=_run_part, args=(run, part, index))
-        process.start()
-        process.join(seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            return f"ended after {seconds:.0f} s"
-        code = process.exitcode
-    return f"failed (exit code {code}): see its messages above" if code else None
+    if run.device == "cuda":
+        return limited(_run_part, (run, part, index), seconds)
+    return "a result was wrong" if _code(run, part, index) else None
+
+
+def limited(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> str | None:
+    """Calls a function in a process of its own, which is ended after so long; returns what went wrong, or None.
+
+    A fault on a GPU makes everything fail that the process does there afterwards, so that no two parts share one.
+    """
+    process = get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"ended after {seconds:.0f} s"
+    return f"failed (exit code {process.exitcode}): see its messages above" if process.exitcode else None
+
+
+def _run_part(run: Run, part: str, index: int | None) -> None:
+    """Ends the process with the part's code."""
+    sys.exit(_code(run, part, index))
+
+
+def _code(run: Run, part: str, index: int | None) -> int:
+    """Runs a part in this process."""
+    quiet()
+    function = PARTS[part][0]
+    return function(run) if index is None else function(run, run.shapes[index])

@@ -52,7 +52,8 @@ def results(function: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, T
     """The result and the gradient of every leaf, for one fixed gradient of the result."""
     leaves = {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
     out = function(inputs)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
+    grad = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
+    grad = grad.bfloat16().to(out)
     grads = torch.autograd.grad(out, list(leaves.values()), grad)
     return {"the result": out.detach()} | {f"the gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
 

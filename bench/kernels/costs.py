@@ -9,6 +9,7 @@ import torch
 
 from ept_kernels.prompt_embed import traffic
 
+from ..tables.records import SIZES
 from .checked import Work
 from .kernel_traffic import OperationCounter
 from .points import LORA_LAYERS, LORA_RANK, Point
@@ -102,7 +103,7 @@ def copy_of(size: int, device: str) -> Callable[[], Any]:
 def row(point: Point, way: str, check: float, launches: int, bandwidth: float) -> dict[str, Any]:
     """What is known of a point beside its times: columns of bench.tables.records, and the bandwidth that shares are of."""
     x = point.sizes
-    sizes = {name: getattr(x, name) for name in ("batch", "length", "d", "s", "n", "r", "k", "h", "q")}
+    sizes = {name: getattr(x, name) for name in SIZES}
     return {
         "stem": point.stem, "impl": point.impl, "way": way, "axis": point.axis, **sizes,
         "dtype": "bf16" if x.source_bytes == 2 else "fp32", "error_of_allowed": check, "launches": launches,

@@ -18,7 +18,7 @@ __all__ = ["peer_work"]
 
 def peer_work(name: str, x: traffic.Shapes, device: str) -> Work:
     """A peer's embedding step; of LoRA what it adds to its layers. `CannotRun` where PEFT is asked for and missing."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(device).manual_seed(0)
     if name.startswith("LoRA"):
         _ask_for_peft(name)
         return _lora(x, g, device)
@@ -37,7 +37,7 @@ def _ask_for_peft(name: str) -> None:
 
 
 def _weight(g: torch.Generator, device: str, *shape: int) -> Tensor:
-    return (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(device).requires_grad_()
+    return (torch.randn(shape, generator=g, device=device) / shape[-1] ** 0.5).requires_grad_()
 
 
 def _joined(i: Inputs) -> Tensor:
@@ -93,11 +93,11 @@ def _lora(x: traffic.Shapes, g: torch.Generator, device: str) -> Work:
     inject_adapter_in_model(config, layers)
     layers.to(device).requires_grad_(False)
     dtype = torch.bfloat16 if x.source_bytes == 2 else torch.float32
-    inputs: Inputs = {"x": torch.randn(x.batch, x.length, x.d, generator=g).to(device, dtype).requires_grad_()}
+    inputs: Inputs = {"x": torch.randn(x.batch, x.length, x.d, generator=g, device=device).to(dtype).requires_grad_()}
     layer: Any  # as PEFT has changed it
     for name, layer in layers.items():
         for part in (layer.lora_A, layer.lora_B):
-            part.default.weight.data = torch.randn(part.default.weight.shape, generator=g).to(device) / x.d**0.5
+            part.default.weight.data = torch.randn(part.default.weight.shape, generator=g, device=device) / x.d**0.5
         inputs |= {f"{name} A": layer.lora_A.default.weight, f"{name} B": layer.lora_B.default.weight}
     for tensor in inputs.values():
         tensor.requires_grad_()

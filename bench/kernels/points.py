@@ -94,14 +94,14 @@ def points_of_presets(small: bool = False) -> list[Point]:
     found = []
     for batch, length, d in ((2, 8, 32), (2, 8, 48)) if small else texts:
         text: dict[str, Any] = dict(batch=batch, length=length, d=d, source_bytes=4 if small else 2)
-        for preset, parts in PRESETS.items():
-            sizes = traffic.Shapes(**text, **parts)
-            found += [Point("prompt_embed", impl, preset, sizes) for impl in ("auto", "torch")]
-        deep = sizes_of_stem(traffic.Shapes(**text, **PRESETS["deep preset"]), "layer_update")
+        sizes = {preset: traffic.Shapes(**text, **parts) for preset, parts in PRESETS.items()}
+        for preset in PRESETS:
+            found += [Point("prompt_embed", impl, preset, sizes[preset]) for impl in ("auto", "torch")]
+        deep = sizes_of_stem(sizes["deep preset"], "layer_update")
         for adapters in (0, 2 if small else 32):
             axis = f"{adapters} adapters" if adapters else "deep preset"
             found += [Point("layer_update", impl, axis, deep, adapters) for impl in ("auto", "torch")]
-        found.append(Point("embedding_step", FLOOR, "default preset", sizes_of_peer(sizes, FLOOR)))
+        found.append(Point("embedding_step", FLOOR, "default preset", sizes_of_peer(sizes["default preset"], FLOOR)))
     return found
 
 

@@ -28,15 +28,15 @@ def stem_case(stem: str, sizes: traffic.Shapes, device: str, adapters: int = 0) 
 
 def _inputs(stem: str, x: traffic.Shapes, device: str, adapters: int = 0) -> Inputs:
     """Weights in fp32 of the sizes that a trained adapter has, E and hidden states in bf16 on a GPU, rows padded."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(device).manual_seed(0)
 
     def weight(*shape: int) -> Tensor | None:
         if 0 in shape:
             return None
-        return (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(device).requires_grad_()
+        return (torch.randn(shape, generator=g, device=device) / shape[-1] ** 0.5).requires_grad_()
 
     if stem == "layer_update":
-        hidden = torch.randn(x.batch, x.length, x.d, generator=g).to(device, _dtype(x)).requires_grad_()
+        hidden = torch.randn(x.batch, x.length, x.d, generator=g, device=device).to(_dtype(x)).requires_grad_()
         of_each = (adapters,) if adapters else ()
         index = (torch.arange(x.batch) % adapters).to(device) if adapters else None
         down, up = weight(*of_each, x.q, x.d), weight(*of_each, x.q, x.d)
@@ -57,10 +57,10 @@ def _dtype(x: traffic.Shapes) -> torch.dtype:
 
 def text_inputs(x: traffic.Shapes, g: torch.Generator, device: str) -> Inputs:
     """Ids, the mask of rows that are half to wholly text, and E."""
-    table = torch.randn(VOCABULARY, x.d, generator=g).to(device, _dtype(x))
-    lengths = torch.randint(-(-x.length // 2), x.length + 1, (x.batch, 1), generator=g)
-    mask = (torch.arange(x.length) < lengths).long().to(device) if x.masked else None
-    ids = torch.randint(VOCABULARY, (x.batch, x.length), generator=g).to(device)
+    table = torch.randn(VOCABULARY, x.d, generator=g, device=device).to(_dtype(x))
+    lengths = torch.randint(-(-x.length // 2), x.length + 1, (x.batch, 1), generator=g, device=device)
+    mask = (torch.arange(x.length, device=device) < lengths).long() if x.masked else None
+    ids = torch.randint(VOCABULARY, (x.batch, x.length), generator=g, device=device)
     return {"input_ids": ids, "attention_mask": mask, "embedding_weight": table}
 
 

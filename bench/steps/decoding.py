@@ -15,13 +15,13 @@ from .methods import build
 from .ratios import Clock, ratio_row
 from .shapes import Shape, backbone, batch_of
 
-__all__ = ["decoding"]
+__all__ = ["NEW_TOKENS", "decoding"]
 
 Rows = list[dict[str, Any]]
 
 ROWS = (1, 32)
 PRESETS = ("EPT", "EPT deep")
-NEW_TOKENS = 33  # the first comes out of the text's pass
+NEW_TOKENS = 17  # the first comes out of the text's pass
 
 
 def decoding(

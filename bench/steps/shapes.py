@@ -131,14 +131,15 @@ def backbone(shape: Shape, device: str) -> PreTrainedModel:
             auto = AutoModelForCausalLM if shape.task == "CAUSAL_LM" else AutoModelForSeq2SeqLM
             model = auto.from_config(config, dtype=shape.dtype)
     model.tie_weights()
-    _fill(model)
-    return model.requires_grad_(False).eval().to(device)
+    model.to(device)  # type: ignore[arg-type]  # its decorator hides what it takes
+    _fill(model, device)
+    return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def _fill(model: nn.Module) -> None:
+def _fill(model: nn.Module, device: str) -> None:
     """Seeded weights of standard deviation 0.02, one block of them over and over: drawing a billion takes minutes."""
-    block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
+    block = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02).to(device)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)

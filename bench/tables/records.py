@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["IDENTITY", "RESULTS", "TABLES", "directory", "identity", "read", "tables", "update", "write"]
+__all__ = ["IDENTITY", "RESULTS", "SIZES", "TABLES", "directory", "identity", "read", "tables", "update", "write"]
 
 RESULTS = Path(__file__).parents[1] / "results"
+SIZES = ("d", "s", "n", "r", "k", "h", "q", "batch", "length")  # of a microbenchmark
 TABLES = ("micro", "end_to_end", "ratios", "decoding")
 # What a row is of. Two rows that agree in these were meant to measure the same.
 IDENTITY = (

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .records import read
+from .records import SIZES, TABLES, read
 
 __all__ = ["short_table"]
 
@@ -12,17 +12,14 @@ Rows = list[dict[str, Any]]
 
 def short_table(directory: Path) -> list[str]:
     """Lines of the tables that a directory holds."""
-    tables = {
-        name: read(path) if (path := directory / f"{name}.csv").exists() else []
-        for name in ("micro", "end_to_end", "ratios", "decoding")
-    }
+    tables = {name: read(path) if (path := directory / f"{name}.csv").exists() else [] for name in TABLES}
     rows = [row for table in tables.values() for row in table]
     if not rows:
         return ["nothing was measured"]
     first = rows[0]
     versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "transformers", "peft", "commit"))
     lines = [f"{first['device']}: {versions}"]
-    lines += _stems([row for row in tables["micro"] if row["impl"] in ("auto", "torch")])
+    lines += _stems([row for row in tables["micro"] if row["axis"] not in (*SIZES, "base")])
     lines += _steps(tables["end_to_end"], tables["ratios"])
     lines += _mixed([row for row in tables["ratios"] if "adapter" in row["over"]])
     return lines + _decoding(tables["decoding"], tables["ratios"])
