@@ -16,13 +16,13 @@ from ept.machine import describe
 
 from .kernels.costs import timed
 from .kernels.points import named
+from .quiet import quiet
 from .steps.by_length import BY_LENGTH, by_length
 from .steps.inference import inference, mixed
 from .steps.ratios import FEWEST_ROUNDS
 from .steps.shapes import SHAPES
 from .steps.training import training
 from .tables import records
-from .text.rows import quiet
 
 __all__ = ["CLOCKS", "on_cpu", "timed_entry"]
 

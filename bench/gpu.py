@@ -23,6 +23,7 @@ from .kernels.gpu_clock import triton_clock
 from .kernels.micro import Rows, microbenchmarks
 from .kernels.points import Point, points, points_of_presets
 from .kernels.work import work
+from .quiet import quiet
 from .steps.decoding import NEW_TOKENS, decoding
 from .steps.inference import mixed
 from .steps.methods import PROMPT_TUNING, build, is_here
@@ -31,7 +32,6 @@ from .steps.step import training_step
 from .steps.training import PRESETS, captured_training, training
 from .tables import records
 from .tables.short import short_table
-from .text.rows import quiet
 
 __all__ = ["PARTS", "on_gpu"]
 
@@ -173,6 +173,10 @@ def compile_ahead(run: Run, parts: tuple[str, ...], seconds: float) -> list[str]
             tasks += [("point", point) for point in chosen if point.impl in ("auto", "triton")]
     if "mixed" in parts:
         tasks += [("mixed", index, preset) for index in (shapes[0], shapes[-1]) for preset in PRESETS]
+
+    def words(kind: str, what: Any, *preset: str) -> str:
+        return " ".join([kind, run.shapes[what].name if isinstance(what, int) else str(what), *preset])
+
     pool = ProcessPoolExecutor(min(os.cpu_count() or 1, MOST_COMPILERS), mp_context=get_context("spawn"))
     waiting = {pool.submit(_compile, run, *task): task for task in tasks}
     lines = []
@@ -180,18 +184,14 @@ def compile_ahead(run: Run, parts: tuple[str, ...], seconds: float) -> list[str]
         for future in as_completed(list(waiting), timeout=seconds):
             task, error = waiting.pop(future), future.exception()
             if error is not None:
-                lines.append(f"compiling {_words(task)}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                lines.append(f"compiling {words(*task)}: {type(error).__name__}: {str(error).splitlines()[0]}")
     except TimeoutError:
-        lines += [f"compiling {_words(task)}: not done in {seconds:.0f} s" for task in waiting.values()]
+        lines += [f"compiling {words(*task)}: not done in {seconds:.0f} s" for task in waiting.values()]
     processes = list(pool._processes.values())
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
         process.kill()
     return lines
-
-
-def _words(task: tuple[Any, ...]) -> str:
-    return " ".join(map(str, task))
 
 
 # ---------------------------------------------------------------------- the run
@@ -219,7 +219,7 @@ def on_gpu(options: argparse.Namespace) -> int:
         return 60 * options.minutes - (time.monotonic() - started)
 
     if run.device == "cuda":
-        for line in [*compile_ahead(run, parts, min(COMPILING_SECONDS, left())), "compiled"]:
+        for line in [*compile_ahead(run, parts, min(COMPILING_SECONDS, left() / 3)), "compiled"]:
             tell(line)
     faults = []
     for part, index in _expanded(run, parts):

@@ -143,7 +143,7 @@ def test_the_gpus_script_measures_everything_and_ends_with_a_short_table(small_r
         "auto: torch",
         "tiny T5, EPT deep",
         "mixed batch of 32",
-        "decoding tiny Llama, 32 rows",
+        "decoding tiny Llama, batch 32",
     ):
         assert words in lines.split("done")[-1]
 

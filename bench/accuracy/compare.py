@@ -28,10 +28,11 @@ from ept.compare.methods import METHODS, build
 from ept.machine import describe
 from ept.model.start_values import token_counts
 
+from ..quiet import quiet
 from ..steps.by_length import interleaved_seconds
 from ..steps.clock import ratio
 from ..text.real_text import TASKS, load_task, minilm
-from ..text.rows import fit, load, predict, quiet, score
+from ..text.rows import fit, load, predict, score
 
 RESULTS = Path(__file__).parents[1] / "results"
 BUDGET_ROWS = 100  # the budget is that of a soft prompt of so many tokens

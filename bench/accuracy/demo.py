@@ -24,10 +24,11 @@ from ept.machine import describe
 from ept.model.start_values import token_counts
 from ept.plots import plot_gates, plot_loss
 
+from ..quiet import quiet
 from ..steps.by_length import interleaved_seconds
 from ..steps.clock import ratio
 from ..text.real_text import load_task, minilm
-from ..text.rows import encode, fit, predict, quiet, score
+from ..text.rows import encode, fit, predict, score
 
 METHODS_SHOWN = {"EPT": 1.0, "prompt tuning 100": 0.005, "head only": 0.02}  # with the learning rate of each
 BASELINE = "prompt tuning 100"

@@ -14,7 +14,10 @@ Clock = Callable[[Callable[[], Any], bool], dict[str, float]]
 
 
 def triton_clock(call: Callable[[], Any], captured: bool) -> dict[str, float]:
-    """Times of a call by do_bench; with `captured` also the median of its CUDA graph: the time without the host's part."""
+    """Times of a call by do_bench; with `captured` also the median of its CUDA graph: the time without the host's part.
+
+    A call that cannot be captured (it waits for the GPU) has no "graph", and the reason is printed.
+    """
     from triton.testing import do_bench
 
     times = do_bench(call, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="all")
@@ -23,7 +26,11 @@ def triton_clock(call: Callable[[], Any], captured: bool) -> dict[str, float]:
     seconds = {"low": low / 1e3, "median": median / 1e3, "high": high / 1e3, "rounds": len(times)}
     if captured:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError as error:
+            print(f"no graph: {str(error).splitlines()[0]}")
+            return seconds
         seconds["graph"] = do_bench(graph.replay, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median") / 1e3
     return seconds

@@ -62,12 +62,13 @@ def _rows(point: Point, device: str, clock: Clock, bandwidth: float) -> Rows:
         if "graph" in times:
             graphs[way] = times.pop("graph")
         rows.append(timed(row(point, way, error, launches(point, way, checked, device), bandwidth), **times))
-    if graphs:
+    if graphs.keys() == {"forward", "both"}:
         graphs["backward"] = graphs["both"] - graphs["forward"]
-        for of_way in rows:
-            as_much = clock(copy_of(of_way["bytes_predicted"], device), True)
-            of_way |= {"graph_ms": 1e3 * graphs[of_way["way"]], "copy_of_as_much_ms": 1e3 * as_much["graph"]}
+        rows = [of_way | {"graph_ms": 1e3 * graphs[of_way["way"]]} for of_way in rows]
     if point.impl == "auto":
+        for of_way in rows if device == "cuda" else []:
+            copied = clock(copy_of(of_way["bytes_predicted"], device), True)
+            of_way["copy_of_as_much_ms"] = 1e3 * copied["graph"]
         eager = work(dataclasses.replace(point, impl="torch"), device)
         rows = [of_way | {"ran": taken_by_auto(checked, eager, device)} for of_way in rows]
     return rows

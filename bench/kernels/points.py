@@ -78,7 +78,7 @@ def points(device: str) -> list[Point]:
 
 
 # Preset -> its sizes in prompt_embed. In layer_update only the preset "deep" has any.
-PRESETS: dict[str, dict[str, int]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "default preset": dict(s=4, k=4, h=2, q=38),
     "deep preset": dict(s=2, q=4),
     "all parts": dict(s=60, n=256, r=30, k=4, h=8, q=24),

@@ -30,8 +30,9 @@ def _stems(rows: Rows) -> list[str]:
     if not rows:
         return []
     lines = [
-        f"a large copy: {float(rows[0]['copy_gb_per_s']):.0f} GB/s; share of it by predicted bytes; graph where there is one",
-        f"{'stem':14}{'sizes':32}{'ran':8}{'forward ms: call, graph, share':>36}{'backward':>30}{'launches':>10}",
+        f"a large copy: {float(rows[0]['copy_gb_per_s']):.0f} GB/s. Milliseconds of a call and of its graph, and the share of that",
+        "copy which the predicted bytes reach in the graph, or in the call where there is none:",
+        f"{'stem':16}{'sizes':28}{'ran':27}{'forward: call, graph, share':>28}{'backward: the same':>28}{'launches':>10}",
     ]
     points: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -44,7 +45,8 @@ def _stems(rows: Rows) -> list[str]:
         ran = f"auto: {row['ran']}" if row.get("ran") else row["impl"]
         launches = f"{row['launches']} + {ways['backward']['launches']}"
         cells = [_times(ways[way]) for way in ("forward", "backward")]
-        lines.append(f"{stem:14}{f'{axis}, {batch}×{length}×{d}':32}{ran:14}{cells[0]:>30}{cells[1]:>30}{launches:>10}")
+        sizes = f"{axis}, {batch}×{length}×{d}"
+        lines.append(f"{stem:16}{sizes:28}{ran:27}{cells[0]:>28}{cells[1]:>28}{launches:>10}")
     return lines
 
 
@@ -92,12 +94,12 @@ def _mixed(ratios: Rows) -> list[str]:
 
 
 def _decoding(rows: Rows, ratios: Rows) -> list[str]:
-    """Tokens per second of each model and number of rows, and its time over the backbone's."""
+    """Tokens per second of each model and batch, and its time over the backbone's."""
     lines = []
     for row in rows:
         over = [r for r in ratios if r["method"] == f"{row['method']}, decoding" and r["batch"] == row["batch"]]
         ratio = f", time over the backbone's {over[0]['median']:.3f}" if over else ""
         lines.append(
-            f"decoding {row['shape']}, {row['batch']} rows, {row['method']}: {row['median']:.0f} tokens/s{ratio}"
+            f"decoding {row['shape']}, batch {row['batch']}, {row['method']}: {row['median']:.0f} tokens/s{ratio}"
         )
     return lines

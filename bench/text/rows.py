@@ -1,12 +1,10 @@
 """A task of real text as rows to train on, and the score of a model's logits on it."""
 
 import functools
-import warnings
 from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
 
 from ept.compare.fit import Fit, fit
 from ept.tasks.predicting import collator
@@ -14,14 +12,7 @@ from ept.tasks.predicting import predict_logits as predict
 
 from .real_text import Task, load_task, minilm, smollm2
 
-__all__ = ["Fit", "collator", "encode", "fit", "load", "predict", "quiet", "score"]
-
-
-def quiet() -> None:
-    """No progress bars and warnings of transformers and PEFT, which are not the reader's."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT's
+__all__ = ["Fit", "collator", "encode", "fit", "load", "predict", "score"]
 
 
 @functools.cache
