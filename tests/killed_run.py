@@ -7,6 +7,7 @@ SCENARIOS is JSON: {name: [run, run, …]}, the runs of one output directory in 
 writing that file of checkpoint 4) and `resume` (None, True or a checkpoint's name). Prints each run's exit status.
 """
 
+import gc
 import json
 import os
 import signal
@@ -107,6 +108,14 @@ class Tokenizer:
         return batch | {"labels": torch.tensor([f["labels"] for f in features])}
 
 
+def get_ready_to_fork() -> None:
+    """Does once, for all children, what each would do anew: imports, and going through all of their objects for garbage."""
+    for name in ("bert", "roberta", "llama"):
+        backbone(name)
+    gc.collect()
+    gc.freeze()
+
+
 def in_a_child(**run) -> int:
     pid = os.fork()
     if pid == 0:
@@ -121,6 +130,7 @@ def in_a_child(**run) -> int:
 
 if __name__ == "__main__":
     hf.logging.set_verbosity_error()
+    get_ready_to_fork()
     directory, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
     status = {
         name: [

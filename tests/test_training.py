@@ -52,7 +52,7 @@ def test_a_run_resumed_after_a_kill_ends_with_the_bits_of_one_that_was_not_kille
     process = subprocess.run(
         [sys.executable, here / "killed_run.py", tmp_path, json.dumps({"whole": [{}]} | KILLS)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])},
-        capture_output=True, text=True, timeout=240,
+        capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     status = json.loads(process.stdout.splitlines()[-1])
