@@ -38,8 +38,8 @@ CHECKPOINTING = next(
 
 KILLS = {f"step {n}": [{"kill_at": f"step {n}"}, {"resume": True}] for n in range(2, STEPS)}
 for file in ("adapter", "optimizer", "state"):  # in the order in which a checkpoint's files are written
-    KILLS[f"{file} 8"] = [{"kill_at": f"{file} 8"}, {"resume": True}]
-KILLS["twice"] = [{"kill_at": "step 5"}, {"kill_at": "optimizer 10", "resume": True}, {"resume": True}]
+    KILLS[f"{file} 6"] = [{"kill_at": f"{file} 6"}, {"resume": True}]
+KILLS["twice"] = [{"kill_at": "step 5"}, {"kill_at": "optimizer 8", "resume": True}, {"resume": True}]
 KILLS["while an older whole checkpoint is written over"] = [
     {"kill_at": "step 7"},
     {"kill_at": "optimizer 6", "resume": "checkpoint-4"},
