@@ -760,21 +760,21 @@ def test_a_change_has_its_turn_however_many_threads_call(folded):
     done, wrong = threading.Event(), []
 
     def work(name):
-        for _ in range(500):
+        for _ in range(100):
             if done.is_set():
                 return True
+            case.inside(lambda: done.wait(0.02))  # so that some call is open at any time
             if not same(calls[name](), want[name]):
                 wrong.append(name)
         return False
 
     def changing():
         try:
-            for _ in range(3):
-                case.model.add_adapter("new", all_parts(prompt_length=6), num_labels=7)
-                case.model.set_adapter("shallow")
-                case.model.set_adapter("new")
-                case.model.set_adapter("default")
-                case.model.delete_adapter("new")
+            case.model.add_adapter("new", all_parts(prompt_length=6), num_labels=7)
+            case.model.set_adapter("shallow")
+            case.model.set_adapter("new")
+            case.model.set_adapter("default")
+            case.model.delete_adapter("new")
         finally:
             done.set()
         return True
