@@ -547,7 +547,9 @@ def test_a_call_within_a_pass_gives_what_it_gives_alone(kind, served):
     with case.model.disable_adapter():
         want_disabled = {name: call() for name, call in calls.items()}
     for outer in ("mixed", "active", "disabled", "bare", "of the other model"):
-        for inner in calls:
+        for inner in (
+            calls if outer == "mixed" else ("bare", "flat", "mixed", "active", "disabled", "of the other model")
+        ):
             results = []
             case.inside(lambda inner=inner, results=results: results.append(calls[inner]()))
             assert same(calls[outer](), want[outer]), f"{inner} within {outer}"
@@ -660,6 +662,9 @@ CHANGES = {  # what is called, and what is there afterwards
 }
 
 
+LOOKED_AT = ("flat", "shallow", "folded", "active", "mixed", "disabled")
+
+
 def call_that_runs(case: Served, action: Callable[[], object]) -> Callable[[], object]:
     """A call with rows of the active adapter, in whose middle an action runs once."""
     if case.kind == "causal":
@@ -678,7 +683,7 @@ def call_that_runs(case: Served, action: Callable[[], object]) -> Callable[[], o
 @pytest.mark.parametrize("kind", ["first token", "causal"])
 def test_a_change_by_another_thread_waits_until_a_call_has_ended(kind, change, folded):
     case = Served(kind, folded[kind])
-    passes = case.passes()
+    passes = {name: call for name, call in case.passes().items() if name in LOOKED_AT}
     calls = passes | {"outer": call_that_runs(case, lambda: None)}
     want = alone(calls)
     make, names = CHANGES[change]
@@ -714,7 +719,8 @@ def test_a_change_by_another_thread_waits_until_a_call_has_ended(kind, change, f
 @pytest.mark.parametrize("kind", ["first token", "causal"])
 def test_a_change_from_within_a_call_is_refused_and_changes_nothing(kind, change, folded):
     case = Served(kind, folded[kind])
-    calls = case.passes() | {"outer": call_that_runs(case, lambda: None)}
+    calls = {name: call for name, call in case.passes().items() if name in LOOKED_AT}
+    calls |= {"outer": call_that_runs(case, lambda: None)}
     want, before = alone(calls), state(case.base)
     refused = []
 
@@ -725,7 +731,6 @@ def test_a_change_from_within_a_call_is_refused_and_changes_nothing(kind, change
 
     assert same(call_that_runs(case, middle)(), want["outer"]) and refused == [True]
     assert case.model.list_adapters() == ["default", *ADAPTERS, "folded"] and case.model.active_adapter == "default"
-    assert {name: call() for name, call in calls.items()}.keys() == want.keys()
     assert all(same(call(), want[name]) for name, call in calls.items())
     CHANGES[change][0](case)  # outside a call it is made
     assert case.model.list_adapters() == CHANGES[change][1]
