@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 from transformers import set_seed
 
+from ept.compare.methods import METHODS, build
 from ept.machine import describe
-from ept.peers import METHODS, build
-from ept.start_values import token_counts
+from ept.model.start_values import token_counts
 
 from .fit import fit, load, predict, quiet, score
 from .real_text import TASKS, load_task, minilm

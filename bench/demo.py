@@ -19,10 +19,10 @@ from transformers import AutoTokenizer, set_seed
 
 import ept
 from ept import EPTModel, MeanPoolingForSequenceClassification
+from ept.compare.methods import build
 from ept.machine import describe
-from ept.peers import build
+from ept.model.start_values import token_counts
 from ept.plots import plot_gates, plot_loss
-from ept.start_values import token_counts
 
 from .fit import encode, fit, predict, quiet, score
 from .real_text import load_task, minilm

@@ -31,8 +31,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from ept import EPTModel, MeanPoolingForSequenceClassification
-from ept.backbones import embedding_width, weight_of
-from ept.peers import adapt
+from ept.backbone.embeddings import embedding_width, weight_of
+from ept.compare.methods import adapt
 
 from .fit import encode
 from .memory import own_bytes, peak_bytes, predicted_own_bytes

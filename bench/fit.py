@@ -9,8 +9,9 @@ from scipy.stats import pearsonr
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from ept.fitting import Fit, collator, fit
-from ept.fitting import predict_logits as predict
+from ept.compare.fit import Fit, fit
+from ept.tasks.predicting import collator
+from ept.tasks.predicting import predict_logits as predict
 
 from .real_text import Task, load_task, minilm, smollm2
 

@@ -64,7 +64,7 @@ def microbenchmarks(
     """Rows of micro.csv, what was wrong and what was skipped, a line each. A point that is wrong has no row."""
     rows, wrong, skipped = [], [], []
     if device == "cuda":
-        from ept_kernels.triton_common import Counters
+        from ept_kernels.common.triton_launch import Counters
 
         Counters.RESERVE = 2 * len(points)  # a capture beyond it would hold a memset beside the launch
         compile_ahead(points)

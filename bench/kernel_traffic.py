@@ -14,7 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ept_kernels import prompt_embed, traffic
+from ept_kernels import prompt_embed
+from ept_kernels.prompt_embed import traffic
 
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "expand", "slice", "unsqueeze", "detach", "alias", "permute", "select",
          "squeeze", "split", "_reshape_alias", "as_strided", "unbind"}  # fmt: skip

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ept import EPTConfig
-from ept_kernels import traffic
+from ept_kernels.prompt_embed import traffic
 
 __all__ = ["own_bytes", "peak_bytes", "predicted_own_bytes"]
 

@@ -29,7 +29,8 @@ from peft.tuners.prompt_tuning import PromptEmbedding
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
-from ept_kernels import prompt_embed, reconstruct_prompt, traffic
+from ept_kernels import prompt_embed, reconstruct_prompt
+from ept_kernels.prompt_embed import traffic
 
 from .kernel_traffic import Count, kernel_calls
 

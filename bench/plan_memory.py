@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from ept import EPTConfig, get_ept_model
+from ept.inspect.memory import plan_step
 from ept.machine import describe
-from ept.plan import plan_step
-from ept.training import parameter_groups
+from ept.training.rates import parameter_groups
 
 from .real_text import minilm
 

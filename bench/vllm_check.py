@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from ept import EPTConfig, get_ept_model
-from ept.folding import embedding_table
 from ept.machine import describe
+from ept.model.embedding_table import embedding_table
 
 LLAMA: dict[str, Any] = dict(
     vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=64,

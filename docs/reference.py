@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ept import EPTConfig
 from ept.cli import COMMANDS, main
-from ept.options import ADAPTER_HELP
+from ept.cli.options import ADAPTER_HELP
 
 HERE = Path(__file__).parent
 NOTE = "Written by `python docs/reference.py`; do not edit.\n"

@@ -1,5 +1,5 @@
 import sys
 
-from .cli import main
+from ept.cli.main import main
 
 sys.exit(main())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ept.parts import PARTS
 from ept_kernels import ACTIVATIONS, IMPLEMENTATIONS
 
 __all__ = ["PRESETS", "EPTConfig"]
@@ -165,16 +166,7 @@ class EPTConfig:
 
     def parameters_by_part(self, embed_dim: int) -> dict[str, int]:
         """Trained parameters of each part that is on, for embeddings of width `embed_dim`."""
-        parts = {"prompt": self.prompt_length * embed_dim}
-        if self.has_lowrank:
-            parts["lowrank"] = (self.max_text_length + embed_dim) * self.rank
-        if self.has_spaces:
-            parts["spaces"] = self.num_spaces * (2 * self.space_dim + 1) * embed_dim
-        if self.has_token_update:
-            parts["token"] = 2 * self.token_rank * embed_dim
-        if self.known_deep_layers:
-            parts["deep"] = self.known_deep_layers * 2 * self.token_rank * embed_dim
-        return parts
+        return {part.name: part.count(self, embed_dim) for part in PARTS if part.is_on(self)}
 
     def num_parameters(self, embed_dim: int) -> int:
         """Trained parameters without a task head: s·d + N·r + r·d + 2·K·d·h + d·K + 2·q·d·(1 + deep layers), of what is on."""

@@ -6,12 +6,14 @@ import logging
 
 import torch
 
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+
 logger = logging.getLogger("ept_kernels")
 
 OLDEST_TRITON = (3, 6)  # the oldest whose compiled kernels have passed; its interpreter fails, 3.7's does not
 OLDEST_GPU = (8, 0)  # bfloat16 and acquire / release atomics in hardware
 
-_said: set[tuple[str, str | None]] = set()
+_announced: set[tuple[str, str | None]] = set()
 
 
 def why_no_triton(device: torch.device) -> str | None:
@@ -31,7 +33,7 @@ def why_no_triton(device: torch.device) -> str | None:
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_GPU:
             return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
         return None
-    from .triton_common import interpreting
+    from .common.triton_launch import interpreting
 
     if device.type == "cpu" and (interpreting() or _driver_of_cpu()):
         return None
@@ -50,9 +52,20 @@ def _driver_of_cpu() -> bool:
         return False
 
 
-@torch.compiler.assume_constant_result
 def resolve(impl: str, device: torch.device) -> str:
-    """ "triton" where it can run or an error that says why not; for "auto" what it takes, said once."""
+    """The implementation to use on a device: "auto" becomes "triton" where that can run and "torch" elsewhere.
+
+    Raises:
+        ValueError: the implementation is unknown.
+        RuntimeError: "triton" was asked for and cannot run; the message says why.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    return _resolved(impl, device)
+
+
+@torch.compiler.assume_constant_result
+def _resolved(impl: str, device: torch.device) -> str:
     if impl == "triton":
         reason = _why_not_on_gpu(device) if device.type == "cuda" else why_no_triton(device)
         if reason is not None:
@@ -60,7 +73,7 @@ def resolve(impl: str, device: torch.device) -> str:
     if impl == "auto":
         reason = _why_not_on_gpu(device) if device.type == "cuda" else f"the tensors are on {device.type}, not on a GPU"
         impl = "triton" if reason is None else "torch"
-        if (impl, reason) not in _said:
-            _said.add((impl, reason))
+        if (impl, reason) not in _announced:
+            _announced.add((impl, reason))
             logger.info('impl="auto" takes impl="%s": %s', impl, reason or f"the tensors are on a GPU ({device})")
     return impl

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from test_prompt_embed import PARTS, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_kernels import prompt_embed, reconstruct_prompt
-from ept_kernels.triton_common import counters
+from ept_kernels.common.triton_launch import counters
+from ept_kernels.prompt_embed.arguments import Settings, Text, Weights
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before the first import of Triton", allow_module_level=True)
@@ -106,7 +109,7 @@ def test_every_axis_of_the_matrix_is_in_its_short_form():
     [(True, True), (False, False), *(pytest.param(m, not m, marks=pytest.mark.full) for m in (True, False))],
 )
 def test_opcheck(mask, token):
-    from ept_kernels.triton_op import prompt_embed_op
+    from ept_kernels.prompt_embed.triton_op import prompt_embed_op
 
     case = make_case(4)
     weights = [case[n] for n in ("prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight")]
@@ -152,7 +155,7 @@ def test_what_is_refused_says_so():
 
 
 def test_eager_calls_and_the_operator_are_one(monkeypatch):
-    from ept_kernels import triton_op
+    from ept_kernels.prompt_embed import triton_op
 
     def results(case):
         prompt = case["prompt"].clone().requires_grad_()
@@ -167,7 +170,7 @@ def test_eager_calls_and_the_operator_are_one(monkeypatch):
     case = make_case(10)
     name, eager = results(case)
     assert name == "PromptEmbedBackward"
-    monkeypatch.setattr(triton_op, "_is_eager", lambda *tensors: False)
+    monkeypatch.setattr(triton_op, "is_eager", lambda *tensors: False)
     name, operator = results(case)
     assert name == "GeneratedBackwardFor_ept_kernels_prompt_embed_defaultBackward"
     for one, other in zip(eager, operator, strict=True):
@@ -195,6 +198,23 @@ def test_autocast_does_not_reach_inside():
     want = prompt_embed(**case, impl="triton")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(prompt_embed(**case, impl="triton"), want)
+
+
+def test_threads_that_launch_at_once_get_what_one_gets():
+    """Forward and backward in four threads that start together, with sizes that share one buffer of counters."""
+    cases = [make_case(seed, s=20, n=40, d=70, length=40, batch=2) for seed in range(4)]
+    want = [run(case, "triton", torch.float32) for case in cases]
+    start = threading.Barrier(len(cases))
+
+    def in_thread(case):
+        start.wait()
+        return run(case, "triton", torch.float32)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        got = list(pool.map(in_thread, cases))
+    for one, other in zip(got, want, strict=True):
+        for name, value in other.items():
+            assert torch.equal(one[name], value), name
 
 
 def test_a_launch_that_raises_leaves_no_dirty_counters():
@@ -242,33 +262,21 @@ def bytes_of(accesses, tensor=None):
 @pytest.mark.parametrize("masked", [True, False])
 def test_traffic_is_what_the_model_says(masked, q):
     """E and dX are read, X is written as often as predicted: for E once more from the cache with q > 0."""
-    from ept_kernels import traffic, triton_backward, triton_forward
+    from ept_kernels.prompt_embed import traffic, triton_backward, triton_forward
 
     x = traffic.Shapes(
         batch=7, length=37, d=140, s=20, n=40, r=5, k=3, h=2, q=q, masked=masked, source_bytes=4
     )  # fmt: skip
-    case = make_case(
-        8,
-        parts="all" if q else "paper",
-        s=x.s,
-        n=x.n,
-        r=x.r,
-        k=x.k,
-        h=x.h,
-        q=max(q, 1),
-        d=x.d,
-        length=x.length,
-        batch=x.batch,
-    )
-    names = ["prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight", "token_down", "token_up"]
-    weights = [case.get(name) for name in names]
+    sizes = dict(s=x.s, n=x.n, r=x.r, k=x.k, h=x.h, q=max(q, 1), d=x.d, length=x.length, batch=x.batch)
+    case = make_case(8, parts="all" if q else "paper", **sizes)
+    weights = Weights(*(case.get(name) for name in Weights._fields))
     mask = case["attention_mask"] if masked else None
     # Every token has its own row, so that the rows of E can be told apart.
     source = torch.randn(x.batch * x.length, x.d)
     ids = torch.arange(x.batch * x.length).view(x.batch, x.length)
-    settings = (1.0, 1.0, "silu", 0, True, True)
+    text, settings = Text(ids, source, mask), Settings(scale=1.0)
     with counted_accesses() as (loads, stores):
-        out, _, *kept = triton_forward.forward(ids, source, mask, *weights, *settings, True)
+        out, _, kept = triton_forward.forward(text, weights, settings, save=True)
     predicted = traffic.forward(x).memory
     assert bytes_of(loads, source) == predicted["rows of E"] * (2 if q else 1)
     assert bytes_of(stores, out) == predicted["X"] + predicted["P* in every row"]
@@ -277,7 +285,7 @@ def test_traffic_is_what_the_model_says(masked, q):
 
     grad = torch.randn_like(out)
     with counted_accesses() as (loads, stores):
-        triton_backward.backward(grad, None, ids, source, masked, *weights, *kept, *settings, False)
+        triton_backward.backward(grad, None, text, weights, kept, settings, input_grad=False)
     predicted = traffic.backward(x).memory
     assert bytes_of(loads, grad) == predicted["dX"]
     assert bytes_of(loads, source) == (predicted["rows of E"] - 8 * ids.numel() if q else 0)

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".json")
-SOURCES = ("triton_common.py", "triton_forward.py", "triton_backward.py")
+PACKAGE = ROOT / "ept_kernels"
 MAX_INSTRUCTIONS = 4_000_000  # some ten times what a right launch of these shapes takes
 
 
@@ -31,13 +32,17 @@ class Mistake:
     never: str = ""
 
 
-C, F, B = SOURCES
+C = "common/triton_device.py"
+F = "prompt_embed/triton_forward.py"
+FP, FT = (F.replace(".py", role) for role in ("_prompt.py", "_text.py"))
+BR, BW = (f"prompt_embed/triton_backward_{launch}.py" for launch in ("reduce", "weights"))
 BARRIER = "        )\n    tl.debug_barrier()"
 WAIT = "    if AMD:\n        lanes"
 RESET = "    if last:\n        tl.store(counter, 0)"
 TICKET = 'tl.atomic_add(counter + TICKET, 1, sem="relaxed") if ROLE == "all" else'
 FINISH = "    if arrive(arrived, parts, AMD):\n        finish"
 PARTIAL = "partial + (block * parts + part) * ROWS * PARTIAL"
+STRIDE = "* (num_rows + length) + prompt_start + rows"
 DONE = 'if tl.atomic_add(counter + DONE, 1, sem="acq_rel") == total - 1:'
 MISTAKES = [
     Mistake("control: no mistake", C, "pass", "pass", "wave", "it is right"),
@@ -58,15 +63,15 @@ MISTAKES = [
     Mistake("count of ordered rows not set back", F, "            tl.store(counter + ORDERED, 0)\n", ""),
     Mistake("flags not set back", F, "                tl.store(flags + block, 0)", "                pass"),
     Mistake("counters set back one program early", F, DONE, DONE.replace("total - 1", "total - 2")),
-    Mistake("flag before its data", F, FINISH, FINISH.replace("finish", "release(flag, AMD)\n        finish")),
+    Mistake("flag before its data", FP, FINISH, FINISH.replace("finish", "release(flag, AMD)\n        finish")),
     Mistake("prompt does not wait", F, 'if MIXES and ROLE == "all":', "if False:"),
     Mistake("text does not wait for its slots", F, 'if MASK and ROLE == "all":', "if False:"),
     Mistake("text waits for one row too few", F, "wait(counter + ORDERED, batch)", "wait(counter + ORDERED, batch - 1)"),
-    Mistake("stride of X without the prompt", F, "* (num_rows + length) + prompt_start + rows", "* length + prompt_start + rows"),
-    Mistake("stride of the partial sums", F, PARTIAL, PARTIAL.replace("* PARTIAL", "* (PARTIAL - 1)")),
-    Mistake("scale twice in the backward", B, "        dy *= scale / D**0.5", "        dy *= scale * scale / D**0.5"),
-    Mistake("one arrival too few in the second launch", B, "        arrivals += 1", "        arrivals += 0"),
-    Mistake("one share of dB not added", B, "for share in range(shares):", "for share in range(shares - 1):"),
+    Mistake("stride of X without the prompt", FP, STRIDE, STRIDE.replace("(num_rows + length)", "length")),
+    Mistake("stride of the partial sums", FP, PARTIAL, PARTIAL.replace("* PARTIAL", "* (PARTIAL - 1)")),
+    Mistake("scale twice in the backward", BR, "        dy *= scale / D**0.5", "        dy *= scale * scale / D**0.5"),
+    Mistake("one arrival too few in the second launch", BW, "        arrivals += 1", "        arrivals += 0"),
+    Mistake("one share of dB not added", BW, "for share in range(shares):", "for share in range(shares - 1):"),
     Mistake("last program's count relaxed", F, DONE, DONE.replace("acq_rel", "relaxed"), "wave",
             "nothing is read after it, and the zeros it lets through are only read by the next launch"),
 ]  # fmt: skip
@@ -75,18 +80,15 @@ MISTAKES = [
 def load(mistake: Mistake, folder: str):
     """forward and backward of a copy of the package with the mistake in it."""
     package = Path(folder) / f"mistaken_{MISTAKES.index(mistake)}"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    for name in SOURCES:
-        text = (ROOT / "ept_kernels" / name).read_text(encoding="utf-8")
-        if name == mistake.file:
-            assert mistake.old in text, f"{mistake.name}: {mistake.old!r} is no longer in {name}"
-            text = text.replace(mistake.old, mistake.new)
-        (package / name).write_text(text, encoding="utf-8")
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    source = package / mistake.file
+    text = source.read_text(encoding="utf-8")
+    assert mistake.old in text, f"{mistake.name}: {mistake.old!r} is no longer in {mistake.file}"
+    source.write_text(text.replace(mistake.old, mistake.new), encoding="utf-8")
     sys.path.insert(0, folder)
     try:
-        forward = importlib.import_module(f"{package.name}.triton_forward").forward
-        backward = importlib.import_module(f"{package.name}.triton_backward").backward
+        forward = importlib.import_module(f"{package.name}.prompt_embed.triton_forward").forward
+        backward = importlib.import_module(f"{package.name}.prompt_embed.triton_backward").backward
     finally:
         sys.path.remove(folder)
     return forward, backward
@@ -107,29 +109,25 @@ def is_caught(mistake: Mistake, seed: int, folder_of: dict) -> bool:
     from test_prompt_embed import make_case
 
     from ept_kernels import prompt_embed
+    from ept_kernels.prompt_embed.arguments import Settings, Text, Weights
 
     if mistake.name not in folder_of:
         folder_of[mistake.name] = load(mistake, tempfile.mkdtemp(dir=folder_of["folder"]))
     forward, backward = folder_of[mistake.name]
     case = make_case(seed, parts="paper", s=18, n=20, r=33, k=5, h=8, d=70, length=20, batch=2)
-    names = ["prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight"]
-    leaves = [case[name].requires_grad_() for name in names]
+    leaves = [case[name].requires_grad_() for name in Weights._fields[:6]]  # all but D and W
     want = prompt_embed(**case, impl="torch")
     grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(seed))
     want_grads = torch.autograd.grad(want, leaves, grad)
-    weights = [*(leaf.detach() for leaf in leaves), None, None]
-    settings = (case["scale"], 1.0, "silu", 0, True, True)
+    text = Text(case["input_ids"], case["embedding_weight"], case["attention_mask"])
+    weights, settings = Weights(*(leaf.detach() for leaf in leaves)), Settings(case["scale"])
     try:
         with emulate(**schedule(seed, mistake.weak)):
             for _ in range(2):
-                out, _, *kept = forward(
-                    case["input_ids"], case["embedding_weight"], case["attention_mask"], *weights, *settings, True
-                )
+                out, _, kept = forward(text, weights, settings, save=True)
                 torch.testing.assert_close(out, want.detach(), rtol=1e-3, atol=1e-3)
-            grads = backward(
-                grad, None, case["input_ids"], case["embedding_weight"], True, *weights, *kept, *settings, False
-            )
-            for got, expected in zip(grads, want_grads, strict=False):
+            grads = backward(grad, None, text, weights, kept, settings, input_grad=False)
+            for got, expected in zip(grads.weights, want_grads, strict=False):
                 torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     except (EmulatorError, AssertionError):
         return True

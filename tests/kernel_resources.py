@@ -28,7 +28,8 @@ def keys(widths=WIDTHS):
 
 def measure(key: str) -> dict[str, dict]:
     """Resources of forward_kernel, reduce_kernel and weights_kernel."""
-    from ept_kernels.triton_op import prompt_embed
+    from ept_kernels.prompt_embed.arguments import Settings, Text, Weights
+    from ept_kernels.prompt_embed.triton_op import prompt_embed
 
     target, width, dtypes, rank = key.split()
     d, q = int(width.removeprefix("d=")), int(rank.removeprefix("q="))
@@ -42,9 +43,11 @@ def measure(key: str) -> dict[str, dict]:
     tokens = (weight(q, d), weight(q, d)) if q else (None, None)
     with compiling_for(target) as kernels:
         out, _ = prompt_embed(
-            ids, torch.zeros(10, d, dtype=source_dtype), mask, weight(s, d), weight(n, r), weight(r, d),
-            weight(k, h, d), weight(k, h, d), weight(k, d), *tokens,
-            scale=1.0, embed_scale=1.0, activation="silu", prompt_start=0, lowrank_update=True, fusion=True,
+            Text(ids, torch.zeros(10, d, dtype=source_dtype), mask),
+            Weights(
+                weight(s, d), weight(n, r), weight(r, d), weight(k, h, d), weight(k, h, d), weight(k, d), *tokens
+            ),
+            Settings(scale=1.0),
         )  # fmt: skip
         out.backward(torch.zeros_like(out))
     return {kernel.metadata.name: jsonable(resources(kernel, target)) for kernel in kernels}

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 import transformers as hf
 
-import ept.saving
 from ept import get_ept_model
-from ept.training import EPTTrainer, EPTTrainingArguments
+from ept.files import adapter_dir
+from ept.training.rates import EPTTrainingArguments
+from ept.training.trainer import EPTTrainer
 from tiny_models import all_parts, backbone, ids
 
 STEPS = 10
@@ -61,14 +62,14 @@ def kill_in_the_middle_of(file: str, step: int) -> None:
 
         hf.TrainerState.save_to_json = save_state
     else:
-        write = ept.saving._write
+        write = adapter_dir._write
 
         def write_file(path, data):
             if path.parent.name == here:
                 half(path, data)
             write(path, data)
 
-        ept.saving._write = write_file
+        adapter_dir._write = write_file
 
 
 def train(output_dir: Path, kill_at: str | None, resume: bool | str | None) -> None:

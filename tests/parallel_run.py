@@ -22,7 +22,8 @@ import torch
 import transformers as hf
 
 from ept import get_ept_model
-from ept.training import EPTTrainer, EPTTrainingArguments
+from ept.training.rates import EPTTrainingArguments
+from ept.training.trainer import EPTTrainer
 from killed_run import Tokenizer, get_ready_to_fork
 from tiny_models import all_parts, backbone, ids
 

@@ -8,7 +8,7 @@ import torch
 from bench import demo, real_text
 from bench.compare import run_all
 from bench.step_time import floor_step, interleaved, quartiles, training_step
-from ept.training import parameter_groups
+from ept.training.rates import parameter_groups
 from tiny_models import ids, mean_pooling, wrapped
 
 

@@ -8,11 +8,13 @@ import transformers as hf
 from datasets import Dataset
 
 from ept import EPTConfig, get_ept_model
-from ept.benchmark_tasks import BENCHMARK_TASKS, Rows, benchmark_task, fit_texts, read_task
 from ept.cli import main
 from ept.console import without_load_reports
-from ept.continuation import ContinuationCollator, candidates, contexts, label_scores
-from ept.problem import Problem
+from ept.tasks.continuation import ContinuationCollator, candidates, contexts, label_scores
+from ept.tasks.fitting_text import fit_texts
+from ept.tasks.glue import BENCHMARK_TASKS, Rows, benchmark_task
+from ept.tasks.glue_files import read_task
+from ept.tasks.task import Problem
 from tiny_models import backbone
 from tiny_text import GOOD, reviews, save_model, tokenizer
 

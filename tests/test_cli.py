@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import ept
 from ept import EPTConfig, EPTModel
 from ept.cli import main
-from ept.options import AdapterArguments
+from ept.cli.options import AdapterArguments
 from tiny_text import reviews, save_model, tokenizer, write_csv
 
 SMALL = ["--prompt_length", "4", "--token_rank", "6", "--token_dropout", "0", "--disable_tqdm", "true", "--use_cpu"]

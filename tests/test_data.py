@@ -6,7 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ept.data import Columns, Labels, choose_columns, read_file, tokenize
+from ept.data.labels import Labels
+from ept.data.tables import Columns, choose_columns, read_file
+from ept.data.tokens import tokenize
 from tiny_text import reviews, tokenizer, write_csv
 
 ROWS = [("a great film", "positive"), ('"quoted" plot, with a comma', "negative"), ("the scene é", "positive")]

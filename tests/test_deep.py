@@ -9,8 +9,10 @@ import torch
 import transformers as hf
 
 from ept import EPTConfig, EPTModel, get_ept_model
-from ept.deep import layers_of
-from ept.training import parameter_groups
+from ept.backbone.layers import layers_of
+from ept.model.inputs import Inputs
+from ept.model.routing import Member, OneAdapter
+from ept.training.rates import parameter_groups
 from tiny_models import all_parts, backbone, ids, mean_pooling, padded, shake, wrapped
 
 DEEP = dict(deep_layers=-1)
@@ -27,7 +29,7 @@ def first_token():
 
 def by_hand(model, input_ids, dropout=None):
     """One row without padding: the backbone's output where each layer after the first updates what it reads."""
-    embeds = model._embed(model.ept, input_ids, None, None)
+    embeds = model._backbone.embed(Inputs(input_ids=input_ids), OneAdapter(Member(model.ept, [])))
     reader = model.base_model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     handles = []
     for i, layer in enumerate(layers_of(model.base_model)[1:]):
@@ -198,12 +200,14 @@ def test_they_count_and_train_at_a_rate_of_their_own():
 
 def test_a_training_pass_leaves_units_out_for_the_whole_batch(monkeypatch):
     model, text = causal(token_dropout=0.5), ids(2, 7)
-    assert model.ept.draw_deep_dropout() is None
+    size = model.ept.deep_scale[:, None, None]
+    assert torch.equal(torch.stack(model.ept.layer_updates().up), model.ept.deep_up * size)
     model.train()
     model.ept.token_up.data.zero_()  # whose dropout is drawn apart
-    dropout = model.ept.draw_deep_dropout()
+    updates = model.ept.layer_updates()
+    dropout = (torch.stack(updates.up) / (model.ept.deep_up * size)).mean(-1, keepdim=True).round(decimals=4)
     assert dropout.shape == (3, 6, 1) and set(dropout.unique().tolist()) == {0.0, 2.0}
-    monkeypatch.setattr(model.ept, "draw_deep_dropout", lambda: dropout)
+    monkeypatch.setattr(model.ept, "layer_updates", lambda: updates)
     got = model(input_ids=text).logits
     for row in range(2):
         want = by_hand(model, text[row : row + 1], dropout).logits[:, 5:]

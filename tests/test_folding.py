@@ -13,8 +13,9 @@ import ept_kernels
 import tiny_text
 from ept import EPTConfig, EPTModel
 from ept.cli import main
-from ept.folding import FoldedLayer, embedding_table, fold_layer, prompt_hash
-from ept.training import parameter_groups
+from ept.layer.folded import FoldedLayer, fold_layer, prompt_hash
+from ept.model.embedding_table import embedding_table
+from ept.training.rates import parameter_groups
 from tiny_models import all_parts, backbone, ids, mean_pooling, padded, wrapped
 
 SEQ = hf.AutoModelForSequenceClassification

@@ -8,9 +8,10 @@ import torch
 import transformers as hf
 
 import tiny_text
-from ept import EPTConfig, doctor
+from ept import EPTConfig
 from ept.cli import main
-from ept.inspection import examine, method_of
+from ept.inspect import self_test
+from ept.inspect.findings import examine, method_of
 from tiny_models import all_parts, wrapped
 
 AUTO = hf.AutoModelForSequenceClassification
@@ -95,7 +96,7 @@ def test_the_method_is_named_by_its_parts():
 
 def test_the_doctor_says_which_implementation_runs_and_why(capsys, monkeypatch):
     monkeypatch.setattr(
-        doctor, "_in_the_interpreter", lambda: {"result": (0.0, 1.0)}
+        self_test, "_in_the_interpreter", lambda: {"result": (0.0, 1.0)}
     )  # by tests/test_triton_interpreter.py
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
@@ -105,10 +106,10 @@ def test_the_doctor_says_which_implementation_runs_and_why(capsys, monkeypatch):
 
 
 def test_a_wrong_implementation_is_found_and_the_exit_code_is_1(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_in_the_interpreter", lambda: {"result": (0.0, 1.0)})
-    right = doctor.ept_kernels.prompt_embed
+    monkeypatch.setattr(self_test, "_in_the_interpreter", lambda: {"result": (0.0, 1.0)})
+    right = self_test.ept_kernels.prompt_embed
     monkeypatch.setattr(
-        doctor.ept_kernels,
+        self_test.ept_kernels,
         "prompt_embed",
         lambda *a, impl, **k: right(*a, impl=impl, **k) * (1 + 1e-5 * (impl == "torch")),
     )
@@ -119,8 +120,8 @@ def test_a_wrong_implementation_is_found_and_the_exit_code_is_1(capsys, monkeypa
 
 
 def test_an_installed_version_below_the_declared_one_is_a_problem(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_self_tests", lambda problems: [])
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ["torch>=99", "numpy>=1"])
+    monkeypatch.setattr(self_test, "_self_tests", lambda problems: [])
+    monkeypatch.setattr(self_test.importlib.metadata, "requires", lambda name: ["torch>=99", "numpy>=1"])
     with pytest.raises(SystemExit):
         main(["doctor"])
     assert (

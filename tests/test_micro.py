@@ -9,7 +9,7 @@ from bench import gpu, micro, records
 from bench.__main__ import main
 from bench.everything import timed_entry
 from bench.slower import compare
-from ept_kernels import traffic
+from ept_kernels.prompt_embed import traffic
 
 TINY = dict(batch=2, length=6, d=16, s=3, n=8, r=2, k=2, h=2, q=2)
 

@@ -88,7 +88,7 @@ def test_sequence_lengths_embeddings_and_kept_logits_say_the_same_as_positions_a
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
 def test_an_encoders_tokens_are_told_apart_too(name):
     model = wrapped(backbone(name, hf.AutoModelForTokenClassification, num_labels=4))
-    first = model._first_position
+    first = model.traits.first_position
     row, positions = packed(EXAMPLES)
     labels = torch.randint(4, row.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -5,8 +5,9 @@ import torch
 import transformers as hf
 
 from ept import MeanPoolingForSequenceClassification
-from ept.fitting import fit, predict_logits
-from ept.peers import ABLATIONS, METHODS, TRAIN_THE_BACKBONE, adapt
+from ept.compare.fit import fit
+from ept.compare.methods import ABLATIONS, METHODS, TRAIN_THE_BACKBONE, adapt
+from ept.tasks.predicting import predict_logits
 from tiny_models import WIDTH, backbone, ids
 from tiny_text import tokenizer
 

@@ -8,7 +8,7 @@ import transformers as hf
 
 from ept import EPTConfig, get_ept_model
 from ept.cli import main
-from ept.plan import StorageCounter, gpu_memory, plan_step
+from ept.inspect.memory import StorageCounter, gpu_memory, plan_step
 from tiny_models import CONFIGS, VOCAB, all_parts, ids
 
 AUTO = {

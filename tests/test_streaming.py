@@ -12,9 +12,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from ept.cli import main
-from ept.data import Columns, Labels
-from ept.streaming import RowStream, StreamError, TokenStream
-from ept.training import EPTTrainer
+from ept.data.labels import Labels
+from ept.data.streaming import RowStream, StreamError, TokenStream
+from ept.data.tables import Columns
+from ept.training.trainer import EPTTrainer
 from tiny_text import reviews, save_model, tokenizer, write_csv
 
 

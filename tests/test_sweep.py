@@ -7,8 +7,8 @@ import pytest
 import transformers as hf
 
 from ept.cli import main
-from ept.report import table
-from ept.sweep import KEY, finished
+from ept.compare.report import table
+from ept.compare.sweep import KEY, finished
 from tiny_text import reviews, save_model, write_csv
 
 

@@ -14,14 +14,9 @@ from safetensors.torch import load_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ept import EPTModel, get_ept_model
-from ept.training import (
-    EPTSeq2SeqTrainer,
-    EPTSeq2SeqTrainingArguments,
-    EPTTrainer,
-    EPTTrainingArguments,
-    last_checkpoint,
-    parameter_groups,
-)
+from ept.training.checkpoints import last_checkpoint
+from ept.training.rates import EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
+from ept.training.trainer import EPTSeq2SeqTrainer, EPTTrainer
 from killed_run import STEPS, Tokenizer
 from tiny_models import VOCAB, all_parts, backbone, ids, mean_pooling, padded, wrapped
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ept.compare.methods import adapt
 from ept.machine import describe
-from ept.peers import adapt
 
 from ..fit import load, quiet
 from ..step_time import interleaved_seconds, quartiles

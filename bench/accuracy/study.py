@@ -28,10 +28,10 @@ from transformers import (
 )
 
 from ept import EPTModel, MeanPoolingForSequenceClassification
+from ept.compare.methods import adapt
 from ept.machine import describe
-from ept.peers import adapt
-from ept.start_values import token_counts
-from ept.training import gate_health
+from ept.model.start_values import token_counts
+from ept.training.trainer import gate_health
 
 from ..fit import fit, load, predict, quiet, score
 from ..real_text import Task, load_task, minilm, smollm2

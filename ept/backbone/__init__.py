@@ -1,0 +1,1 @@
+"""Facts about backbones, and how they are loaded."""

@@ -1,0 +1,108 @@
+"""What EPT must know of a backbone: its kind, its head, its positions, and whether EPT can be right on it."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ept.backbone.embeddings import weight_of
+
+__all__ = ["check_inputs_embeds", "evaluating", "keep_4_bits_differentiable", "refuse_unsupported"]
+
+
+def refuse_unsupported(model: Any) -> None:
+    name = type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise TypeError(f"{name} already carries a PEFT adapter: merge or unload it first (model.unload())")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"{name} is not a transformers PreTrainedModel: EPT needs its config and input embeddings")
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise TypeError(f"{name} reads {model.main_input_name}, not input_ids: EPT needs a text model")
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        raise TypeError(f"{name}.forward takes no inputs_embeds: EPT cannot put a prompt before its text")
+    if model.config.is_encoder_decoder and "ForSequenceClassification" in name:
+        raise TypeError(
+            f"{name} finds its sentence by input_ids' end tokens: use the encoder or the text-to-text model"
+        )
+    if any(
+        kind in name
+        for kind in ("ForMultipleChoice", "ForQuestionAnswering", "ForNextSentencePrediction", "DoubleHeads")
+    ):
+        raise TypeError(f"{name} is not supported: its inputs or labels are not one row of text with its label")
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise TypeError(f"{name} looks up embeddings for every layer by input_ids, which a soft prompt does not have")
+
+
+def keep_4_bits_differentiable(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights on a CPU for its inference kernel, which it does at the first pass
+    without gradients: that kernel has no backward, and gradients through it come out as zero.
+
+    Raises:
+        ValueError: it has done so already.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"bitsandbytes has packed the 4-bit weights of {name} for inference on a CPU, which has no gradient: "
+                    "load the model again and wrap it before it runs"
+                )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
+    """Runs four tokens through the model by ids, by embeddings and beside padding: EPT is right only where all agree."""
+    embedding, name = model.get_input_embeddings(), type(model).__name__
+    if any(p.is_meta for p in model.parameters()):
+        return
+    probed = model.get_encoder() if kind == "seq2seq" else model
+    weight = weight_of(embedding)
+    ids = torch.arange(len(weight), device=weight.device)[-4:].unsqueeze(0)
+    mask = torch.ones_like(ids)
+    try:
+        with evaluating(model):
+            embeds = embedding(ids)
+            by_ids = probed(input_ids=ids, attention_mask=mask, return_dict=True)
+            by_embeds = probed(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
+            beside_padding = by_embeds
+            if not kind.startswith("causal"):
+                beside_padding = probed(
+                    inputs_embeds=torch.cat([embeds, embeds], 1),
+                    attention_mask=torch.cat([mask, 0 * mask], 1),
+                    return_dict=True,
+                )
+            key = "logits" if "logits" in by_ids else "last_hidden_state"
+            want, got, padded = (out[key].float() for out in (by_ids, by_embeds, beside_padding))
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise TypeError(f"{name} cannot run on inputs_embeds, which EPT needs: {error}") from error
+    # The passes do the same arithmetic; what differs is a factor or a term that one of them lacks.
+    close = functools.partial(torch.allclose, rtol=1e-2, atol=1e-2 * want.abs().max().item(), equal_nan=True)
+    if not close(want, got):
+        raise TypeError(
+            f"{name} gives other results for inputs_embeds than for input_ids "
+            "(it needs the ids for more than the look-up): EPT would be wrong on it"
+        )
+    if not close(want, padded if want.dim() == 2 else padded[:, : want.shape[1]]):
+        raise TypeError(
+            f"{name} lets padding change the text's results (it ignores attention_mask): EPT cannot mend that"
+        )

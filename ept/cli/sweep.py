@@ -1,0 +1,76 @@
+"""`ept sweep`: every method on every task, with several rates and seeds."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ept.cli.options import OptionParser, option
+from ept.compare.methods import ABLATIONS, METHODS
+from ept.compare.sweep import ENGINES, Unfit, _data, _grid, _keep, _key, _name, _problem, _with_ray, finished, run_job
+from ept.console import bad_input_is_one_line, say
+
+__all__ = ["SweepArguments", "run"]
+
+
+@dataclass
+class SweepArguments:
+    _argument_group_name = "sweep"
+
+    model_name_or_path: str = field(metadata={"help": "Hub name or directory of the pretrained model."})
+    tasks: list[str] = field(metadata={
+        "help": "Names of GLUE's and SuperGLUE's tasks (ept train --help lists them), and directories: with own train, "
+        "validation and test files (csv, tsv, jsonl or parquet), or with a task's published files, by its name."
+    })  # fmt: skip
+    results: str = field(metadata={"help": "File for the runs' JSON lines; what stands there is not run again."})
+    data_dir: str | None = option("Where the named tasks' directories are; without it they come from the hub.")
+    methods: list[str] = field(
+        default_factory=lambda: [*METHODS, *ABLATIONS],
+        metadata={"help": f"Of {', '.join([*METHODS, *ABLATIONS])}; by default all."},
+    )
+    learning_rates: list[float] = field(default_factory=list, metadata={
+        "help": "Factors on EPT's rates, or a peer's rates themselves; by default three of each method's own."
+    })  # fmt: skip
+    middle_rate: bool = option("Of each method's own three learning rates only the middle one.", False)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; by default 0 1 2."})
+    max_steps: int = option("Updates of a run.", 1000)
+    batch_size: int = option("Rows of an update.", 32)
+    max_seq_length: int = option("Cut texts to this many tokens.", 256)
+    budget: int | None = option("Trained parameters without the head; by default those of a 100-token prompt.")
+    dtype: str = option(
+        "Type of the frozen weights; auto: as saved. What is trained is float32: BitFit and full always load that.",
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    engine: str = option(
+        "Runs one after the other, or through Ray Tune on all of its devices.", "process", choices=ENGINES
+    )
+    cpus_per_run: float = option("CPU cores that Ray gives each run.", 1.0)
+    gpus_per_run: float = option("GPUs that Ray gives each run; a part lets several share one.", 0.0)
+
+
+def run(argv: list[str]) -> None:
+    """`ept sweep`: the grid's missing runs."""
+    with bad_input_is_one_line("sweep"):
+        (options,) = OptionParser("sweep", "Trains every method on every task; ept report makes the table.",
+                                  SweepArguments).parse(argv)  # fmt: skip
+        jobs = _grid(options)
+        for task in options.tasks:  # unreadable data is said first
+            _problem(options.model_name_or_path, _name(task), _data(task, options.data_dir))
+        path = Path(options.results)
+        done = {_key(record) for record in finished(path)}
+        missing = [job for job in jobs if _key(job) not in done]
+        say(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished in {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if options.engine == "ray":
+            return _with_ray(missing, options, path)
+    unfit: dict[str, str] = {}
+    for job in missing:
+        if job["method"] in unfit:
+            continue
+        try:
+            _keep(path, run_job(job))
+        except Unfit as error:
+            unfit[job["method"]] = str(error)
+    if unfit:
+        with bad_input_is_one_line("sweep"):
+            reasons = "; ".join(f"{method}: {reason}" for method, reason in unfit.items())
+            raise ValueError(f"not run, since the model cannot have it: {reasons}")

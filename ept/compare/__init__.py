@@ -1,0 +1,1 @@
+"""The methods that EPT is compared with."""

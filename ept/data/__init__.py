@@ -1,0 +1,1 @@
+"""Rows of text and labels, from files and from the hub."""

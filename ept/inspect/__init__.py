@@ -1,0 +1,1 @@
+"""Looking into an adapter, a training step's memory, and an installation."""

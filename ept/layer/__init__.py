@@ -1,0 +1,1 @@
+"""The EPT layer: its tensors and formulas."""

@@ -1,0 +1,97 @@
+"""What a live and a folded adapter have in common: the interface that a model calls."""
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+import ept_kernels
+from ept.config import EPTConfig
+
+__all__ = ["AdapterLayer", "LayerUpdates", "PromptShape"]
+
+
+class PromptShape(NamedTuple):
+    """How many rows a prompt has, and the text column at which it stands."""
+
+    length: int
+    start: int
+
+
+class LayerUpdates(NamedTuple):
+    """The updates in the layers after the first: one entry a layer, in order (step 8 of docs/method.md).
+
+    down, up: D_l/h_l and W_l·h_l, [q, d] each: in the hidden states' own size, so that the kernel need not know h_l.
+    """
+
+    down: tuple[Tensor, ...]
+    up: tuple[Tensor, ...]
+    activation: str
+    impl: str
+
+    def apply(self, number: int, hidden: Tensor) -> Tensor:
+        """Hidden states [batch, columns, d] at the input of the layer `number` after the first, updated."""
+        if number >= len(self.down):
+            return hidden
+        down, up = self.down[number].to(hidden.device), self.up[number].to(hidden.device)
+        return ept_kernels.layer_update(hidden, down, up, activation=self.activation, impl=self.impl)
+
+
+class AdapterLayer(nn.Module):
+    """An adapter's tensors and formulas, without a backbone: `EPTLayer` trains, `FoldedLayer` is for inference.
+
+    Attributes: `config` (an EPTConfig), `embed_dim` (d), `prompt_start` (the text column of the prompt), `embed_scale`
+    (e), `prompt` (a tensor [s, d]), `trainable`.
+    """
+
+    prompt: Tensor
+    trainable: bool
+
+    def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int):
+        super().__init__()
+        self.config, self.embed_dim, self.prompt_start = config, embed_dim, prompt_start
+        self.embed_scale = config.known_embed_scale
+
+    @property
+    def prompt_shape(self) -> PromptShape:
+        return PromptShape(self.config.prompt_length, self.prompt_start)
+
+    @property
+    def layer_impl(self) -> str:
+        """The implementation of the updates in the layers; they have no kernel of their own yet."""
+        return "auto" if self.config.impl == "triton" else self.config.impl
+
+    @abstractmethod
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        embedding_weight: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The backbone's input [batch, s + L, d] from `input_ids` and E, or from `inputs_embeds` [batch, L, d]."""
+
+    @abstractmethod
+    def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor | None) -> Tensor:
+        """[batch, n, d] embeddings of text that follows a cached prefix, updated for their positions [batch, n].
+
+        -1 is padding. None is text without padding that starts at position 0.
+        """
+
+    @abstractmethod
+    def layer_updates(self) -> LayerUpdates | None:
+        """The updates in the layers for one pass; None where there are none. In training mode their dropout is drawn."""
+
+    @abstractmethod
+    def reconstruct(self) -> tuple[Tensor, Tensor]:
+        """P* [s, d] in the backbone's own size, and the gate's weights [s, K]."""
+
+    def facts(self) -> dict[str, Any]:
+        """What adapter_config.json says beside the settings."""
+        return {}
+
+    def _ids_and_table(self, input_ids: Tensor | None, embedding_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both, which belong together; ValueError where one is missing."""
+        if input_ids is None or embedding_weight is None:
+            raise ValueError("give input_ids with embedding_weight, or inputs_embeds")
+        return input_ids, embedding_weight

@@ -1,0 +1,139 @@
+"""Folding: the trained tensors become the constants that inference needs.
+
+P* and C = e·c·A·B do not depend on the batch (docs/method.md, Inference). A folded adapter holds them, and D and W of
+the token-conditioned update, which can also become a new table of embeddings. It is for inference only.
+"""
+
+import copy
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ept_kernels
+from ept.config import EPTConfig
+from ept.layer.base import AdapterLayer, LayerUpdates
+from ept.layer.layer import EPTLayer
+from ept.parts import PARTS, folded_tensors_of
+from ept_kernels import insert_prompt, text_positions
+
+__all__ = ["FoldedLayer", "fold_layer", "prompt_hash"]
+
+
+class FoldedLayer(AdapterLayer):
+    """What inference needs of an EPTLayer, as buffers; it stands in an EPTModel where the EPTLayer stood.
+
+    Buffers, None for parts that are off: `prompt` P* [s, d] and `text_update` C = e·c·A·B [N, d] in the backbone's own
+    size, `token_down`, `token_up` [q, d] in units of e, `deep_down`, `deep_up` [layers, q, d] in the hidden states' own
+    size. `sha256` is `prompt_hash` of P* and the deep updates as they were folded.
+
+    Args:
+        config: of the EPTLayer. embed_dim: d. prompt_start: text column of the prompt.
+    """
+
+    prompt: Tensor
+    text_update: Tensor | None
+    token_down: Tensor | None
+    token_up: Tensor | None
+    deep_down: Tensor | None
+    deep_up: Tensor | None
+    trainable = False
+
+    def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
+        super().__init__(config, embed_dim, prompt_start)
+        for tensor in (tensor for part in PARTS for tensor in part.folded):
+            self.register_buffer(tensor.name, None)
+        for tensor in folded_tensors_of(config):
+            self.register_buffer(tensor.name, torch.zeros(tensor.shape(config, embed_dim)))
+        self.sha256: str | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        embedding_weight: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The backbone's input [batch, s + L, d], as EPTLayer.forward."""
+        if inputs_embeds is None:
+            inputs_embeds = F.embedding(*self._ids_and_table(input_ids, embedding_weight))
+        positions = None if attention_mask is None else text_positions(attention_mask)
+        text = self.continue_text(inputs_embeds, positions)
+        return insert_prompt(self.prompt.to(text.dtype), text, self.prompt_start)
+
+    def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor | None) -> Tensor:
+        total = inputs_embeds.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
+        if self.token_down is not None:
+            total = ept_kernels.text_update(
+                total, text_positions, None, None, scale=0.0, embed_scale=self.embed_scale,
+                token_down=self.token_down, token_up=self.token_up, activation=self.config.activation,
+            )  # fmt: skip
+        if self.text_update is not None:
+            beyond, length = len(self.text_update), inputs_embeds.shape[1]
+            if text_positions is None:
+                total = total + F.pad(self.text_update[:length], (0, 0, 0, max(0, length - beyond)))
+            else:  # one more row, of zeros, stands behind the last position and, as number -1, for padding
+                rows = F.pad(self.text_update, (0, 0, 0, 1))
+                total = total + rows[text_positions.clamp(-1, beyond)]
+        return total.to(inputs_embeds.dtype)
+
+    def layer_updates(self) -> LayerUpdates | None:
+        if self.deep_down is None or self.deep_up is None:
+            return None
+        return LayerUpdates(self.deep_down.unbind(), self.deep_up.unbind(), self.config.activation, self.layer_impl)
+
+    def reconstruct(self) -> tuple[Tensor, Tensor]:
+        """P* [s, d] and no gate weights [s, 0]: the gate is folded into P*."""
+        return self.prompt, self.prompt.new_zeros(len(self.prompt), 0)
+
+    def facts(self) -> dict[str, Any]:
+        return {"folded": True, "prompt_sha256": self.sha256}
+
+    def extra_repr(self) -> str:
+        return f"folded, prompt sha256 {self.sha256}"
+
+
+@torch.no_grad()
+def fold_layer(layer: AdapterLayer) -> FoldedLayer:
+    """The folded form of a layer; the layer itself stays as it is.
+
+    P* and C are computed by the specification in float64 on the CPU and rounded once to fp32, so that the bits, and
+    with them the hash, do not depend on the device, on the implementation or on the dtype of the backbone.
+    """
+    if isinstance(layer, FoldedLayer):
+        return layer
+    assert isinstance(layer, EPTLayer)
+    config, device = layer.config, layer.prompt.device
+    exact = copy.deepcopy(layer).to("cpu", torch.float64)
+    exact.config = EPTConfig.from_dict(config.to_dict() | {"impl": "reference"})
+    folded = FoldedLayer(config, layer.embed_dim, layer.prompt_start)
+    folded.prompt.copy_(exact.reconstruct()[0])
+    deep: list[Tensor] = []
+    if folded.deep_down is not None and folded.deep_up is not None:
+        assert exact.deep_down is not None and exact.deep_up is not None and exact.deep_scale is not None
+        scale = exact.deep_scale[:, None, None]
+        folded.deep_down.copy_(exact.deep_down / scale)
+        folded.deep_up.copy_(exact.deep_up * scale)
+        deep = [folded.deep_down, folded.deep_up]
+    folded.sha256 = prompt_hash(folded.prompt, *deep)
+    if folded.text_update is not None and exact.lowrank_a is not None and exact.lowrank_b is not None:
+        folded.text_update.copy_(layer.embed_scale * config.scale * exact.lowrank_a @ exact.lowrank_b)
+    for mine, theirs in ((folded.token_down, layer.token_down), (folded.token_up, layer.token_up)):
+        if mine is not None and theirs is not None:
+            mine.copy_(theirs)
+    return folded.to(device)
+
+
+def prompt_hash(prompt: Tensor, *deep: Tensor) -> str:
+    """SHA-256, in hex, of a prompt P* [s, d], its shape and its values as little-endian fp32, and then in the same way
+    of D and W of the deep updates, [layers, q, d] each, if there are any. A key for prefix caches."""
+    digest = hashlib.sha256()
+    for tensor in (prompt, *deep):
+        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4")
+        digest.update("x".join(map(str, values.shape)).encode() + b":" + values.tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- ept fold

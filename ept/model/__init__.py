@@ -1,0 +1,1 @@
+"""A frozen transformers model behind an EPT layer."""

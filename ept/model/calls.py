@@ -1,0 +1,171 @@
+"""What a call of an EPTModel means to the hooks on the modules that it runs.
+
+Nothing on a shared module changes during a call. A call enters a `Call`, which is thread-local and re-entrant: a hook
+reads the one that its own thread entered last. Within `BARE`, or outside of any, the hooks do nothing.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ept.layer.base import LayerUpdates
+from ept.model.routing import Routing
+
+__all__ = ["BARE", "Call", "Decoding", "Disabled", "bare", "begin", "current", "end", "entered"]
+
+
+class Decoding(Protocol):
+    """What changes the arguments of the wrapped model's forward while it generates."""
+
+    def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: the adapters that its rows belong to, and the modules that it runs.
+
+    Attributes:
+        routing: the rows by adapter; None within the bare backbone.
+        entries: the modules by which the wrapped model is entered, the outermost first: itself, whose forward
+            `decoding` changes, and the encoder of an encoder-decoder.
+        layers: the layers after the first that updates act on, in order.
+        updates: each adapter's updates in these layers, in the order of `routing`; None for one without.
+        heads: for each head of the backbone that is not the rows' own, those of `routing`'s adapters.
+        decoding: what embeds the new tokens while the model generates.
+    """
+
+    routing: Routing | None = None
+    entries: tuple[nn.Module, ...] = ()
+    layers: tuple[nn.Module, ...] = ()
+    updates: tuple[LayerUpdates | None, ...] = ()
+    heads: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    decoding: Decoding | None = None
+
+    def updates_layer(self, number: int, layer: nn.Module) -> bool:
+        """Whether the call has an update for this layer, the one of that number after the first."""
+        if number >= len(self.layers) or self.layers[number] is not layer:
+            return False  # a layer that was put into another module since leaves the work to that one
+        return any(updates is not None and number < len(updates.down) for updates in self.updates)
+
+    def update(self, number: int, hidden: Tensor) -> Tensor:
+        """Hidden states [batch, columns, d] at the input of the layer `number` after the first, updated row by row."""
+        assert self.routing is not None
+        routing = self.routing.for_rows(len(hidden))
+        parts = routing.split(hidden)
+        return routing.join(
+            [
+                part if updates is None else updates.apply(number, part)
+                for part, updates in zip(parts, self.updates, strict=True)
+            ]
+        )
+
+
+BARE = Call()
+
+
+@dataclass
+class _Frame:
+    """A call that a thread has entered.
+
+    running: which of the call's entries are being run.
+    foreign: the module for whose sake a bare frame was opened, and `depth` how often it has been entered within.
+    """
+
+    call: Call
+    running: list[nn.Module] = field(default_factory=list)
+    foreign: nn.Module | None = None
+    depth: int = 0
+
+
+_thread = threading.local()
+
+
+def _frames() -> list[_Frame]:
+    """What this thread has entered, the innermost last."""
+    if not hasattr(_thread, "frames"):
+        _thread.frames = []
+    return _thread.frames
+
+
+def current() -> Call:
+    """The call that this thread entered last; `BARE` outside of any."""
+    frames = _frames()
+    return frames[-1].call if frames else BARE
+
+
+@contextlib.contextmanager
+def entered(call: Call) -> Iterator[None]:
+    """Within, the hooks act for this call."""
+    frames = _frames()
+    depth = len(frames)
+    frames.append(_Frame(call))
+    try:
+        yield
+    finally:
+        del frames[depth:]
+
+
+def bare() -> contextlib.AbstractContextManager[None]:
+    """Within, the hooks do nothing: what runs is the bare backbone."""
+    return entered(BARE)
+
+
+def begin(module: nn.Module) -> None:
+    """Notes that an entry of the current call starts to run.
+
+    One that starts while it runs already was called by somebody else, from a hook within the pass, say: until it ends,
+    the call is a bare one.
+    """
+    frames = _frames()
+    if not frames:
+        return
+    frame = frames[-1]
+    if frame.foreign is module:
+        frame.depth += 1
+    elif module in frame.call.entries:
+        order = frame.call.entries.index
+        if any(order(other) >= order(module) for other in frame.running):
+            frames.append(_Frame(BARE, foreign=module, depth=1))
+        else:
+            frame.running.append(module)
+
+
+def end(module: nn.Module) -> None:
+    """Notes that what `begin` noted has ended, by an error or not."""
+    frames = _frames()
+    if not frames:
+        return
+    frame = frames[-1]
+    if frame.foreign is module:
+        frame.depth -= 1
+        if not frame.depth:
+            frames.pop()
+    elif module in frame.running:
+        frame.running.remove(module)
+
+
+class Disabled:
+    """Whether a model's adapter is switched off, thread by thread. Copies and pickles start with it on."""
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+
+    def __reduce__(self) -> tuple[type["Disabled"], tuple[()]]:
+        return Disabled, ()
+
+    def here(self) -> bool:
+        """Whether it is in this thread."""
+        return getattr(self._thread, "depth", 0) > 0
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Within, it is off for this thread."""
+        self._thread.depth = getattr(self._thread, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            self._thread.depth -= 1

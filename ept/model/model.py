@@ -1,0 +1,510 @@
+"""EPTModel: a frozen transformers model behind an EPT layer.
+
+The wrapped model runs on `inputs_embeds`; nothing in it is replaced. What depends on where a row's padding stands is
+made independent of it: encoders get their rows right-padded, causal models get positions counted from the mask.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ept.backbone.fingerprint import backbone_fingerprint
+from ept.backbone.heads import in_float32
+from ept.backbone.layers import path_of_layers
+from ept.backbone.probes import check_inputs_embeds, keep_4_bits_differentiable, refuse_unsupported
+from ept.backbone.traits import traits_of
+from ept.config import EPTConfig
+from ept.files.adapter_dir import write_adapter
+from ept.layer.base import AdapterLayer
+from ept.layer.folded import fold_layer
+from ept.model.adapters import (
+    Adapter,
+    Labels,
+    SavedAdapter,
+    copy_tensors,
+    new_heads,
+    new_layer,
+    tensors_of_adapter,
+)
+from ept.model.backbone import Backbone
+from ept.model.calls import BARE, Call, Decoding, Disabled, entered
+from ept.model.generation import GenerationSettings, outside_the_call
+from ept.model.hooks import hook_entries, hook_head
+from ept.model.inputs import Inputs, check_inputs
+from ept.model.lock import lock_of
+from ept.model.packing import Packing
+from ept.model.routing import Member, OneAdapter, Routing, route
+from ept.model.start_values import init_prompt
+from ept.model.training_mode import enable_checkpointing, freeze_dropout
+from ept.plots import plot_gates
+from ept.sharding import whole
+
+__all__ = ["EPTModel"]
+
+# What runs the wrapped model by other ways than the forward that EPT stands before.
+NOT_PASSED_ON = ("generate_batch", "continuous_batching_context_manager", "init_continuous_batching", "push_to_hub")
+
+
+class EPTModel(nn.Module):
+    """A frozen transformers model behind an EPT layer; made by `get_ept_model` or `EPTModel.from_pretrained`.
+
+    `forward` takes what the wrapped model's forward takes. Its outputs have the wrapped model's shapes: token-level
+    `logits` and `last_hidden_state` [batch, L, …] come without the prompt's rows, in the caller's column order, and
+    `labels` line up with them. `hidden_states`, `attentions`, `past_key_values` and `encoder_last_hidden_state` are
+    the backbone's own and include the prompt's s rows. The loss is the wrapped model's, on these logits and labels: a
+    causal LM's first column is predicted by nothing the caller sees and does not count, as in the wrapped model.
+
+    In a causal model the prompt stands directly before a row's first text token, after any padding on the left, so that
+    distances and attention windows are those of the row alone. What stands in padding columns of an output is undefined.
+
+    Rows with several examples are right where `position_ids` restart (or `cu_seq_lens_q` says so): each example has a
+    prompt of its own. `adapter_ids` names an adapter per row; see docs/generation.md for both.
+
+    Any number of threads may call one model at once, each with its own `adapter_ids` and `disable_adapter`. Adding,
+    removing and switching adapters waits until no other thread is in a call; inside a call it raises RuntimeError.
+
+    Attributes: `base_model` (the wrapped model), `ept` (the active adapter's layer), `ept_config` (its settings);
+    `config` is the wrapped model's.
+    """
+
+    is_quantized = False  # transformers' Trainer refuses to train quantised weights: here they stay frozen
+
+    ept: AdapterLayer
+    base_model: PreTrainedModel
+    inactive_adapters: nn.ModuleList  # of Adapter
+
+    def __init__(self, model: PreTrainedModel, config: EPTConfig, adapter_name: str = "default"):
+        super().__init__()
+        if isinstance(model, EPTModel):
+            raise TypeError("the model is already an EPTModel: wrap its base_model, or train the adapter that it has")
+        refuse_unsupported(model)
+        self.base_model, self.config = model, model.config
+        self.traits = traits_of(model)
+        keep_4_bits_differentiable(model)
+        check_inputs_embeds(model, self.traits.kind.name)
+        self._lock, self._disabled = lock_of(model), Disabled()
+        self._packing = Packing(model, self.traits)
+        self._path_of_layers: str | None = None  # known once any adapter has updates in the layers
+        self._adapter_names: list[str] = []
+        self._check_new_name(adapter_name)
+        self._adapter_names.append(adapter_name)
+        self._active_adapter, self.inactive_adapters = adapter_name, nn.ModuleList()
+        with self._lock.changing("wrapping a model"):
+            self.ept = self._knowing_layers(new_layer(model, self.traits, config))
+            model.requires_grad_(False)
+            for head in self._heads():
+                head.requires_grad_(True)
+                in_float32(head)
+                hook_head(head)
+            hook_entries(model)
+        self.train(model.training)
+
+    # ------------------------------------------------------------------ running
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Any | None = None,
+        return_dict: bool | None = None,
+        adapter_ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        inputs = Inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels)
+        with self._lock.calling():
+            if self._disabled.here():
+                return self._bare_forward(inputs, past_key_values, return_dict, kwargs)
+            check_inputs(self.traits, inputs, kwargs)
+            routing = self._route(inputs, adapter_ids, kwargs)
+            plan = self._backbone.lay_out(inputs, routing, past_key_values, kwargs)
+            with entered(self._call(routing)):
+                outputs = self.base_model(**plan.given(), **kwargs, return_dict=True)
+            outputs = plan.bring_back(outputs)
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    @property
+    def _backbone(self) -> Backbone:
+        """The wrapped model as a call runs it; asked anew each time, since copies of a model have their own."""
+        return Backbone(self.base_model, self.traits, self._packing, self._path_of_layers)
+
+    def _call(self, routing: Routing, decoding: Decoding | None = None) -> Call:
+        """What the hooks are to know of a call."""
+        return self._backbone.call(routing, self._member(self._active_adapter), decoding)
+
+    def _bare_forward(self, inputs: Inputs, past_key_values: Any, return_dict: bool | None, kwargs: Any) -> Any:
+        """The wrapped model's own forward."""
+        others = {"past_key_values": past_key_values, "return_dict": return_dict}
+        arguments = inputs.present() | {name: value for name, value in others.items() if value is not None}
+        with entered(BARE):
+            return self.base_model(**arguments, **kwargs)
+
+    def _route(self, inputs: Inputs, adapter_ids: list[str] | None, kwargs: dict[str, Any]) -> Routing:
+        """The rows by adapter."""
+        if adapter_ids is None:
+            return OneAdapter(self._member(self._active_adapter))
+        text = kwargs["encoder_outputs"][0] if kwargs.get("encoder_outputs") is not None else inputs.text
+        routing = route(adapter_ids, len(text), self._member, text.device)
+        if inputs.labels is not None and self.head_names and any(layer is not self.ept for layer in routing.layers):
+            raise ValueError("labels need the active adapter's head: set_adapter first, and leave adapter_ids out")
+        return routing
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        adapter_ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The wrapped model's `generate`; the prompt's rows are not tokens: they do not count and are not returned.
+
+        Args:
+            input_ids: [batch, L] (also as `inputs`), or `inputs_embeds` [batch, L, d], which gives the same tokens and
+                returns the new ones alone. Causal models want their padding on the left.
+            attention_mask: [batch, L], 1 on text; None: transformers' rule, padding by its id.
+            adapter_ids: each row's adapter by name; None: the active one for all.
+            kwargs: everything that `generate` of the wrapped model takes. With `past_key_values` of an earlier turn the
+                whole text goes in again, as in transformers; only what the cache lacks is computed.
+
+        Raises:
+            ValueError, TypeError: what cannot be right is refused with the reason.
+        """
+        backbone: Any = self.base_model  # its class has `generate`; PreTrainedModel alone has not
+        with self._lock.calling():
+            if self._disabled.here():
+                with entered(BARE):
+                    return backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+            embeds = kwargs.pop("inputs_embeds", None)
+            if input_ids is None and embeds is None:
+                raise ValueError("generate needs input_ids or inputs_embeds")
+            settings = GenerationSettings(backbone, self.traits, kwargs)
+            settings.refuse_unsupported()
+            inputs = Inputs(input_ids if embeds is None else None, embeds, attention_mask)
+            check_inputs(self.traits, inputs, kwargs)
+            routing = self._route(inputs, adapter_ids, {})
+            plan, decoding = self._backbone.start_of_text(inputs, routing, settings)
+            if input_ids is not None and not self.traits.kind.encoder_decoder:
+                plan = plan.with_arguments(input_ids=input_ids)  # returned with what is written
+            with entered(self._call(routing, decoding)):
+                return backbone.generate(**plan.given(), **outside_the_call(settings.arguments))
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within, the calls of this thread run the wrapped model without EPT (a trained head stays)."""
+        with self._disabled.entered():
+            yield
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, mode: bool = True) -> "EPTModel":
+        """Training mode; the frozen backbone's dropout stays off unless `backbone_dropout` is set."""
+        super().train(mode)
+        if mode and not self.ept_config.backbone_dropout:
+            freeze_dropout(self.base_model, self._heads())
+        return self
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **settings: Any
+    ) -> None:
+        """The wrapped model's; dropout that its layers apply themselves is set to zero with it if dropout is off."""
+        keeps_dropout = self.ept_config.backbone_dropout
+        enable_checkpointing(self.base_model, activation_checkpointing_kwargs, keeps_dropout=keeps_dropout, **settings)
+        self.train(self.training)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **settings: Any) -> None:
+        """transformers' older name for `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **settings)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss divides by the Trainer's `num_items_in_batch`, which transformers asks."""
+        return self.traits.takes_loss_kwargs
+
+    # ------------------------------------------------------------------ several adapters
+
+    @property
+    def ept_config(self) -> EPTConfig:
+        """The active adapter's settings."""
+        return self.ept.config
+
+    @property
+    def head_names(self) -> list[str]:
+        """The wrapped model's children that train, in order."""
+        return list(self.traits.head_names)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the adapter that runs where no `adapter_ids` are given, trains, and is saved."""
+        return self._active_adapter
+
+    def list_adapters(self) -> list[str]:
+        """The adapters' names in the order in which they came."""
+        return list(self._adapter_names)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: EPTConfig | None = None,
+        *,
+        num_labels: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        token_counts: Tensor | None = None,
+        soft_prompt: Tensor | None = None,
+    ) -> None:
+        """Adds a fresh adapter beside the others; `set_adapter` makes it the active one.
+
+        Args:
+            adapter_name: any new name.
+            num_labels: labels of its head, where the model has one; None: as many as the active adapter's.
+            config, tokenizer, token_counts, soft_prompt: as in `get_ept_model`.
+        """
+        with self._lock.changing("adding an adapter"):
+            self._check_new_name(adapter_name)
+            layer = new_layer(self.base_model, self.traits, EPTConfig() if config is None else config)
+            labels = Labels.of(self.config)
+            if num_labels is not None:
+                if not self.head_names:
+                    raise ValueError(f"num_labels={num_labels}: {self.traits.name} has no head to train")
+                labels = labels.with_count(num_labels)
+            init_prompt(self.base_model.get_input_embeddings(), layer, tokenizer, token_counts, soft_prompt)
+            self._put(self._new_adapter(adapter_name, self._knowing_layers(layer), labels, fresh=True))
+
+    def load_adapter(
+        self, path: str | os.PathLike, adapter_name: str, *, ignore_backbone_mismatch: bool = False
+    ) -> None:
+        """Adds the adapter of a directory that `save_pretrained` wrote; errors as in `EPTModel.from_pretrained`."""
+        with self._lock.changing("loading an adapter"):
+            self._check_new_name(adapter_name)
+            saved = SavedAdapter.read(path, self.base_model, ignore_backbone_mismatch=ignore_backbone_mismatch)
+            layer = self._knowing_layers(saved.new_layer(self.base_model, self.traits))
+            labels = Labels.of(self.config)
+            labels = saved.labels(labels) if self.head_names else labels
+            adapter = self._new_adapter(adapter_name, layer, labels, fresh=False)
+            saved.copy_into(adapter.tensors(self.traits.head_names))
+            self._put(adapter)
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Makes an adapter the active one; the one before keeps its tensors and stops training."""
+        with self._lock.changing("switching adapters"):
+            if adapter_name == self._active_adapter:
+                return
+            incoming = self._inactive(adapter_name)
+            outgoing = Adapter(self._active_adapter, self.ept, self._heads(), Labels.of(self.config))
+            others = [adapter for adapter in self.inactive_adapters if adapter is not incoming]
+            self.inactive_adapters = nn.ModuleList([*others, outgoing])
+            self._active_adapter, self.ept = adapter_name, incoming.layer
+            for name, head in zip(self.head_names, incoming.heads, strict=True):
+                setattr(self.base_model, name, head)
+            if self.head_names:
+                incoming.labels.put_on(self.base_model)
+            if self.ept.trainable:
+                for module in (self.ept, *self._heads()):
+                    module.requires_grad_(True)
+            self.train(self.training)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter that is not the active one."""
+        with self._lock.changing("deleting an adapter"):
+            if adapter_name == self._active_adapter:
+                raise ValueError(f"{adapter_name!r} is the active adapter: make another one active first (set_adapter)")
+            gone = self._inactive(adapter_name)
+            self.inactive_adapters = nn.ModuleList([a for a in self.inactive_adapters if a is not gone])
+            self._adapter_names.remove(adapter_name)
+
+    def fold(self) -> "EPTModel":
+        """Puts the constants P* and C in the EPT layer's place: from now on for inference only. Returns self."""
+        with self._lock.changing("folding"):
+            self.ept = fold_layer(self.ept)
+            self.requires_grad_(False)
+        return self
+
+    def _member(self, adapter_name: str) -> Member:
+        """An adapter as a batch uses it."""
+        if adapter_name == self._active_adapter:
+            return Member(self.ept, self._heads())
+        adapter = self._inactive(adapter_name)
+        return Member(adapter.layer, list(adapter.heads))
+
+    def _inactive(self, adapter_name: str) -> Adapter:
+        for adapter in self.inactive_adapters:
+            if isinstance(adapter, Adapter) and adapter.name == adapter_name:
+                return adapter
+        raise ValueError(f"there is no adapter {adapter_name!r}: there are {', '.join(map(repr, self._adapter_names))}")
+
+    def _heads(self) -> list[nn.Module]:
+        return [self.base_model.get_submodule(name) for name in self.head_names]
+
+    def _new_adapter(self, name: str, layer: AdapterLayer, labels: Labels, *, fresh: bool) -> Adapter:
+        heads = new_heads(self._heads(), self.config, len(labels.id2label), fresh=fresh) if self.head_names else []
+        return Adapter(name, layer, heads, labels)
+
+    def _put(self, adapter: Adapter) -> None:
+        self.inactive_adapters.append(adapter.train(self.training))
+        self._adapter_names.append(adapter.name)
+
+    def _knowing_layers(self, layer: AdapterLayer) -> AdapterLayer:
+        """The layer; the backbone's layers have their hooks then, if it has updates for them."""
+        if layer.config.deep_layers:
+            self._path_of_layers = path_of_layers(self.base_model)
+            self._backbone.hooked_layers()
+        return layer
+
+    def _check_new_name(self, adapter_name: str) -> None:
+        if not isinstance(adapter_name, str) or not adapter_name:
+            raise TypeError(f"adapter_name={adapter_name!r} must be a string that is not empty")
+        if adapter_name in self._adapter_names:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it first, or give another name")
+
+    # ------------------------------------------------------------------ looking at it
+
+    def trainable_parameters(self) -> dict[str, int]:
+        """Trained parameters by part, the head last."""
+        parts = self.ept_config.parameters_by_part(self.ept.embed_dim)
+        head = sum(p.numel() for module in self._heads() for p in module.parameters())
+        return parts | ({"head": head} if head else {})
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the counts as PEFT does, and by part."""
+        parts = self.trainable_parameters()
+        trained, total = sum(parts.values()), sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
+        print("  " + ", ".join(f"{part}: {count:,}" for part, count in parts.items()))
+
+    @torch.no_grad()
+    def prompt_embeds(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """What the backbone (a T5's encoder) reads in place of the text: [batch, s + L, d] in the embeddings' dtype.
+
+        For vLLM's `prompt_embeds` and for any other program that takes embeddings (docs/vllm.md). Rows of an encoder
+        come padded on the right. A causal model's padding stays on its side, the prompt directly before the text.
+
+        Args:
+            input_ids: [batch, L], or `inputs_embeds` [batch, L, d] in their place.
+            attention_mask: [batch, L], 1 on text; None where there is no padding.
+
+        Raises:
+            ValueError: the adapter has deep updates, which no input can carry.
+        """
+        if self.ept_config.deep_layers:
+            raise ValueError(
+                "the adapter's deep updates act inside the backbone, where no input reaches: train one with deep_layers=0 "
+                "to use its embeddings elsewhere"
+            )
+        inputs = Inputs(input_ids, inputs_embeds, attention_mask)
+        with self._lock.calling():
+            check_inputs(self.traits, inputs, {})
+            routing = OneAdapter(self._member(self._active_adapter))
+            return self._backbone.lay_out_rows(inputs, routing).arguments["inputs_embeds"]
+
+    @torch.no_grad()
+    def gate_weights(self) -> Tensor:
+        """The gate's weights [s, K]: one row per prompt row, each summing to 1. Empty where the spaces are off or folded."""
+        return self.ept.reconstruct()[1]
+
+    def plot_gates(self, path: str | os.PathLike | None = None, before: Tensor | None = None) -> Any:
+        """Heat map of `gate_weights()`, prompt rows × spaces, beside `before` [s, K] if given. Returns the figure."""
+        return plot_gates(self.gate_weights(), before, path)
+
+    # ------------------------------------------------------------------ files
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, adapter_name: str | None = None
+    ) -> None:
+        """Writes adapter_config.json and adapter_model.safetensors: an adapter and its head, never the backbone.
+
+        The active adapter, or the one named. Where the model is spread over processes, every one of them calls this,
+        and one has `is_main_process`. Raises FloatingPointError, and writes nothing, if a tensor holds NaN or infinity.
+        """
+        adapter = None if adapter_name in (None, self._active_adapter) else self._inactive(adapter_name)
+        layer, labels = (self.ept, Labels.of(self.config)) if adapter is None else (adapter.layer, adapter.labels)
+        tensors = self.adapter_tensors(adapter_name)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} holds NaN or infinity: the training diverged, lower the learning rate"
+                )
+        names = labels.names if self.head_names else None
+        settings = layer.config.to_dict() | {
+            "method": "EPT",
+            "base_model_name_or_path": getattr(self.config, "_name_or_path", "") or None,
+            "base_model_class": self.traits.name,
+            "head": self.head_names,
+            "num_labels": len(names) if names else None,
+            "label_names": names or None,
+            "problem_type": labels.problem_type if self.head_names else None,
+            "backbone": backbone_fingerprint(self.config, self.base_model.get_input_embeddings()),
+        }
+        settings |= layer.facts()
+        if is_main_process:
+            write_adapter(save_directory, settings, tensors)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        path: str | os.PathLike,
+        adapter_name: str = "default",
+        *,
+        ignore_backbone_mismatch: bool = False,
+    ) -> "EPTModel":
+        """The adapter in the directory `path` on the backbone `model`; it can be used and (unless folded) trained on.
+
+        Raises:
+            FileNotFoundError, ValueError: the directory is incomplete or damaged, or belongs to another backbone
+                (`ignore_backbone_mismatch=True` loads it all the same where the shapes fit).
+        """
+        saved = SavedAdapter.read(path, model, ignore_backbone_mismatch=ignore_backbone_mismatch)
+        wrapped = cls(model, saved.config, adapter_name)
+        if saved.facts["folded"]:
+            wrapped.ept = saved.new_layer(model, wrapped.traits)
+            wrapped.requires_grad_(False)
+        saved.copy_into(wrapped._adapter_tensors())
+        return wrapped
+
+    def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """What is saved: the EPT tensors by name, the head's under "head.". Whole, also where they are sharded."""
+        return {name: whole(tensor).detach() for name, tensor in self._adapter_tensors(adapter_name).items()}
+
+    def load_adapter_tensors(self, tensors: dict[str, Tensor], source: str = "the given tensors") -> None:
+        """Copies tensors into the active adapter. ValueError if any is missing, extra or of another shape."""
+        with self._lock.changing("loading tensors"):
+            copy_tensors(tensors, self._adapter_tensors(), source)
+
+    def __getattr__(self, name: str) -> Any:
+        """What EPTModel does not have is asked of the wrapped model (device, dtype, generation_config, …)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            if name in NOT_PASSED_ON:
+                raise AttributeError(
+                    f"EPTModel has no {name}: the wrapped model's would leave the adapter out"
+                ) from None
+            return getattr(self.base_model, name)
+
+    def _get_name(self) -> str:
+        """The wrapped model's class: transformers' Trainer knows by it whether labels are shifted."""
+        return type(self.base_model).__name__
+
+    def _adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """An adapter's parameters (of a folded one its buffers) as this process holds them."""
+        if adapter_name is not None and adapter_name != self._active_adapter:
+            return self._inactive(adapter_name).tensors(self.traits.head_names)
+        return tensors_of_adapter(self.ept, dict(zip(self.head_names, self._heads(), strict=True)))

@@ -1,0 +1,1 @@
+"""Kinds of tasks and the paper's thirteen."""

@@ -1,0 +1,16 @@
+"""Training through transformers' Trainer."""
+
+from ept.training.checkpoints import last_checkpoint
+from ept.training.rates import EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
+from ept.training.trainer import EPTContinuationTrainer, EPTSeq2SeqTrainer, EPTTrainer, gate_health
+
+__all__ = [
+    "EPTContinuationTrainer",
+    "EPTSeq2SeqTrainer",
+    "EPTSeq2SeqTrainingArguments",
+    "EPTTrainer",
+    "EPTTrainingArguments",
+    "gate_health",
+    "last_checkpoint",
+    "parameter_groups",
+]

@@ -1,0 +1,281 @@
+"""Training through transformers' Trainer: the optimiser's learning rates, adapter checkpoints, the gate's health.
+
+`EPTTrainer` and `EPTSeq2SeqTrainer` are transformers' trainers with three differences: every part of EPT has its own
+learning rate, checkpoints hold the adapter instead of the backbone, and each evaluation logs the gate.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ept.files.adapter_dir import read_adapter
+from ept.model.model import EPTModel
+from ept.sharding import load_optimizer_state, whole_optimizer_state
+from ept.tasks.continuation import ContinuationCollator, label_scores
+from ept.training.checkpoints import last_checkpoint
+from ept.training.rates import EPTArguments, EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
+
+__all__ = ["EPTContinuationTrainer", "EPTSeq2SeqTrainer", "EPTTrainer"]
+
+
+class _EPTTrainerMixin(Trainer):
+    """What both trainers add to transformers' own."""
+
+    model: EPTModel
+    args: EPTTrainingArguments | EPTSeq2SeqTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.model, EPTModel):
+            raise TypeError(
+                f"{type(self).__name__} trains an EPTModel, not {type(self.model).__name__}: see get_ept_model"
+            )
+        if not isinstance(self.args, EPTArguments):
+            raise TypeError(
+                f"{type(self).__name__} needs EPT's learning rates: give it EPTTrainingArguments (or the Seq2Seq form), "
+                f"not {type(self.args).__name__}"
+            )
+        if self.args.bf16_full_eval or self.args.fp16_full_eval:
+            raise ValueError(
+                "bf16_full_eval and fp16_full_eval would round the trained tensors: load the backbone in half precision "
+                "instead, what is trained stays fp32"
+            )
+        self._stop = _StopOnSignal()
+        self.add_callback(self._stop)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser that `args.optim` names, over `parameter_groups`."""
+        if self.optimizer is None:
+            model_here: Any = self.model  # not a PreTrainedModel, but asked for its modules alone
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model_here)
+            rates = {
+                name: getattr(self.args, name) for name in EPTArguments.__dataclass_fields__ if name.endswith("rate")
+            }
+            groups = parameter_groups(self.model, **rates, weight_decay=self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `train`; True resumes from the last whole checkpoint, passing over one that a kill cut short.
+
+        SIGTERM ends the training after the step that it falls into, with a checkpoint; `terminated` says so then.
+        Raises OSError if a checkpoint cannot be written; nothing of it is left, and older ones are as they were.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self._directory)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self._directory} holds no whole checkpoint to resume from: train from the start")
+        with self._stop_on_sigterm():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _directory(self) -> str:
+        return cast(str, self.args.output_dir)  # None only until the arguments have seen to it themselves
+
+    @property
+    def terminated(self) -> bool:
+        """Whether SIGTERM ended the training."""
+        return self._stop.came
+
+    @contextlib.contextmanager
+    def _stop_on_sigterm(self) -> Iterator[None]:
+        self._stop.came = False
+        if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._stop.note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _LengthGroupedByEpoch(sampler, seed, self.args.world_size)
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        # In the rows' order: some metrics belong to groups of rows, and transformers' order by length loses them.
+        if not hasattr(eval_dataset, "__len__") or self.args.world_size > 1:
+            return None
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # A data loader draws a seed: kept apart, evaluating more or less often does not change the training, and a
+        # run that resumes past an evaluation has the random state of one that evaluated.
+        with torch.random.fork_rng(devices=[]):
+            metrics = super().evaluate(*args, **kwargs)
+        metrics.pop("num_input_tokens_seen", None)  # of the training, put in by its log
+        health = gate_health(self.model.gate_weights())
+        if health:
+            self.log(health)
+        return metrics | health
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Its presence says that a checkpoint is whole: it must not be there while an old checkpoint is written over.
+        directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        (directory / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:  # torch.save says of a full disk with a RuntimeError
+            if self.args.should_save:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise OSError(
+                f"{directory} could not be written ({error}): nothing of it is left; make room and go on from the "
+                "checkpoint before it, with resume_from_checkpoint"
+            ) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter; every process calls it, one writes."""
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        output_dir = self._directory if output_dir is None else output_dir
+        self.model.save_pretrained(output_dir, is_main_process=self.args.should_save)
+        if not self.args.should_save:
+            return
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # One form for any number of processes and any sharding: transformers would write a sharded backbone, too, and
+        # an optimiser that only as many processes can read.
+        if self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)  # its own files, which hold the backbone's shards, too
+            return
+        optimizer, schedule = self._optimizer_and_schedule()
+        state = whole_optimizer_state(optimizer)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(schedule.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_deepspeed_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        files = [os.path.join(checkpoint, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
+        if all(map(os.path.isfile, files)):  # not there with save_only_model
+            optimizer, schedule = self._optimizer_and_schedule()
+            saved, saved_schedule = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+            load_optimizer_state(optimizer, saved)
+            schedule.load_state_dict(saved_schedule)
+
+    def _optimizer_and_schedule(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        if self.optimizer is None or self.lr_scheduler is None:
+            raise RuntimeError("there is no optimiser yet: train makes it")
+        return self.optimizer, self.lr_scheduler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            self._load_adapter(self.state.best_model_checkpoint)
+
+    def _load_adapter(self, directory: str) -> None:
+        self.model.load_adapter_tensors(read_adapter(directory)[1], source=directory)
+
+
+class _StopOnSignal(TrainerCallback):
+    """Once a signal came to any process, all save a checkpoint after the same step and stop."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def note(self, number: int, frame: Any) -> None:
+        self.came = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:  # a process that stopped alone would leave the others waiting for it
+            came = torch.tensor(int(self.came), device=args.device)
+            torch.distributed.all_reduce(came, torch.distributed.ReduceOp.MAX)
+            self.came = bool(came)
+        if self.came:
+            control.should_save = control.should_training_stop = True
+
+
+class _LengthGroupedByEpoch(LengthGroupedSampler):
+    """transformers' sampler with its order a function of seed and epoch, so that a resumed epoch has the same batches.
+
+    transformers draws the order from the global random state, which is another one after a resume, and takes the batch
+    of one process; here it is that of all processes, so that the order is that of one with their batches together.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, processes: int):
+        super().__init__(sampler.batch_size * processes, lengths=sampler.lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class EPTTrainer(_EPTTrainerMixin, Trainer):
+    """transformers' Trainer for an EPTModel; use it with EPTTrainingArguments."""
+
+
+class EPTSeq2SeqTrainer(_EPTTrainerMixin, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer for an EPTModel; use it with EPTSeq2SeqTrainingArguments."""
+
+
+class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
+    """Trains a causal model on its rows' label words; evaluation predicts every label's score [rows, labels].
+
+    Its `data_collator` is a ContinuationCollator.
+    """
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """No loss, the scores of all labels, and the rows' class numbers."""
+        collate = self.data_collator
+        if not isinstance(collate, ContinuationCollator):
+            raise TypeError(f"data_collator must be a ContinuationCollator, not {type(collate).__name__}")
+        contexts, classes = collate.separate(inputs)
+        scores = label_scores(model.eval(), contexts, collate)
+        return None, scores.to(self.args.device), torch.tensor(classes, device=self.args.device)
+
+
+def gate_health(gate: Tensor) -> dict[str, float]:
+    """Mean weight of each space over the prompt rows, and the rows' mean entropy over ln K (1: uniform, 0: one space).
+
+    A space whose mean weight goes to 0 is dead. Empty for an adapter without spaces.
+    """
+    num_spaces = gate.shape[1]
+    if num_spaces == 0:
+        return {}
+    health = {f"gate_mean_{k}": mean for k, mean in enumerate(gate.mean(0).tolist())}
+    if num_spaces > 1:
+        entropy = -(gate * gate.clamp_min(1e-12).log()).sum(1).mean() / torch.tensor(float(num_spaces)).log()
+        health["gate_entropy"] = entropy.item()
+    return health

@@ -1,0 +1,1 @@
+"""What every stem of kernels uses. Only the files named triton_* import Triton."""

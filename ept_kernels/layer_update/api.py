@@ -1,0 +1,63 @@
+"""The public function: checks the arguments, chooses an implementation, fixes the dtype of computation and result."""
+
+import torch
+from torch import Tensor
+
+from ..availability import resolve
+from ..common.dtypes import widest
+from . import eager, reference
+from .checks import check_update
+
+__all__ = ["layer_update"]
+
+
+def layer_update(
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    hidden_scale: float | Tensor = 1.0,
+    activation: str = "silu",
+    adapter_index: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The hidden states that a layer reads, updated token by token (step 8 of docs/method.md).
+
+        out = hidden + h·σ((hidden/h)·downᵀ)·up
+
+    With `adapter_index` each batch row is updated by an adapter of its own.
+
+    Args:
+        hidden: H [batch, columns, d], of any strides. It is never changed; the result is a new tensor.
+        down, up: D and W, [q, d] each; with `adapter_index` [adapters, q, d] each.
+        hidden_scale: h, the size of the hidden states, a constant: a number, or a 0-d tensor; with `adapter_index`
+            also a tensor [adapters].
+        activation: σ, one of "silu", "relu", "gelu", "identity".
+        adapter_index: [batch] integers: the adapter of each row, -1 for a row that stays as it is.
+        impl: "reference" (the specification), "torch", "triton", or "auto".
+
+    Returns:
+        [batch, columns, d] in the dtype of `hidden`. "torch" computes in fp32 at least and rounds once beside bf16 and
+        fp16; autocast does not reach inside. Gradients go to `hidden`, `down` and `up`. A row of a mixed batch equals
+        the same row updated alone up to the order of the sums, which the batched product may change.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or value; the message names it.
+        IndexError: an index names no adapter (checked on CPU, where it costs nothing).
+    """
+    if impl == "triton":
+        raise RuntimeError('impl="triton" cannot run: layer_update has no fused kernel. Use impl="torch"')
+    if impl == "auto":
+        impl = "torch"
+    impl = resolve(impl, hidden.device)
+    check_update(hidden, down, up, hidden_scale, activation, adapter_index)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if impl == "torch":
+            return eager.layer_update(hidden, down, up, hidden_scale, activation, adapter_index)
+        dtype = widest(hidden, down, up)
+        if isinstance(hidden_scale, Tensor):
+            hidden_scale = hidden_scale.detach().to(dtype)
+        wide = (hidden.to(dtype), down.to(dtype), up.to(dtype), hidden_scale, activation)
+        if adapter_index is None:
+            return reference.layer_update(*wide).to(hidden.dtype)
+        return reference.layer_update_by_row(*wide, adapter_index).to(hidden.dtype)

@@ -1,0 +1,125 @@
+"""The kernels as operators that autograd, torch.compile and opcheck know.
+
+    ept_kernels::prompt_embed             triton_forward.forward
+    ept_kernels::prompt_embed_backward    triton_backward.backward
+
+torch.library wants flat arguments, which only this file packs and unpacks. An ordinary eager call goes past the
+operators, to the same functions and the same formula of autograd: the dispatcher would take longer than the kernels.
+
+Saved for the backward beside the inputs, in bytes (4 per number, 8 in float64): (batch·L + batch) for the slots where
+there is a mask, batch·L·q for the token-conditioned update, s·(2·(r + K·h) + K + 2) for the prompt.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..common.operators import is_eager, schema_of, unflatten
+from . import triton_backward, triton_forward
+from .arguments import Settings, Text, Weights
+from .triton_forward import Kept
+
+FORWARD = (Text, Weights, Settings)
+BACKWARD = (Text, Weights, Kept, Settings)
+Flat = tuple[Tensor, ...]
+
+SAVE = dict(save=bool)
+GRADS = dict(input_grad=bool, grad_out=Tensor, grad_gate=Tensor | None)
+
+
+def _flat_results(results: triton_forward.Results) -> Flat:
+    return results.out, results.gate, *results.kept
+
+
+@torch.library.custom_op(
+    "ept_kernels::prompt_embed", mutates_args=(),
+    schema=schema_of(*FORWARD, returns=2 + len(Kept._fields), **SAVE),
+)  # fmt: skip
+def prompt_embed_op(*flat: Any) -> Flat:
+    """X, the gate and what is kept, for the fields of FORWARD and `save`."""
+    return _flat_results(triton_forward.forward(*unflatten(flat, *FORWARD)))
+
+
+@prompt_embed_op.register_fake
+def _(*flat: Any) -> Flat:
+    return _flat_results(triton_forward.empty_results(*unflatten(flat, *FORWARD)))
+
+
+@torch.library.custom_op(
+    "ept_kernels::prompt_embed_backward", mutates_args=(),
+    schema=schema_of(*BACKWARD, returns=len(Weights._fields) + 1, **GRADS),
+)  # fmt: skip
+def prompt_embed_backward_op(*flat: Any) -> Flat:
+    """The gradients of the weights and of the source, for the fields of BACKWARD and those of GRADS."""
+    text, weights, kept, settings, input_grad, grad_out, grad_gate = unflatten(flat, *BACKWARD)
+    return triton_backward.backward(grad_out, grad_gate, text, weights, kept, settings, input_grad).flat
+
+
+@prompt_embed_backward_op.register_fake
+def _(*flat: Any) -> Flat:
+    text, weights, _, _, input_grad, *_ = unflatten(flat, *BACKWARD)
+    return triton_backward.empty_grads(text, weights, input_grad).flat
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Flat) -> None:
+    text, weights, settings, _ = unflatten(inputs, *FORWARD)
+    out, _, *kept = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(text.ids, text.source, *weights, *kept)
+    ctx.settings, ctx.out_shape = settings, out.shape
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_gate: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    ids, source, *tensors = ctx.saved_tensors
+    weights, kept = unflatten(tensors, Weights, Kept)
+    text, settings = Text(ids, source, None), ctx.settings
+    grad_out = source.new_zeros(ctx.out_shape) if grad_out is None else grad_out.contiguous()
+    grad_gate = None if grad_gate is None else grad_gate.contiguous()
+    _, input_grad, _, *needed = ctx.needs_input_grad
+    # Where somebody means to go backward through this, the operator is what refuses it.
+    if not torch.is_grad_enabled() and is_eager(grad_out, grad_gate):
+        flat = triton_backward.backward(grad_out, grad_gate, text, weights, kept, settings, input_grad).flat
+    else:
+        flat = prompt_embed_backward_op(*text, *weights, *kept, *settings, input_grad, grad_out, grad_gate)
+    *weight_grads, source_grad = flat
+    of_weights = [grad if need else None for grad, need in zip(weight_grads, needed, strict=False)]
+    return None, source_grad if input_grad else None, None, *of_weights, *[None] * len(settings), None
+
+
+def _refuse_double_backward(ctx: Any, *grads: Any) -> NoReturn:
+    raise RuntimeError('impl="triton" has no second derivative: use impl="torch" for a backward through the backward')
+
+
+prompt_embed_op.register_autograd(_backward, setup_context=_setup_context)
+prompt_embed_backward_op.register_autograd(_refuse_double_backward)
+
+
+class PromptEmbed(torch.autograd.Function):
+    """prompt_embed_op for eager calls."""
+
+    @staticmethod
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
+        output = _flat_results(triton_forward.forward(*unflatten(flat, *FORWARD)))
+        _setup_context(ctx, flat, output)
+        return output[0], output[1]
+
+    backward = staticmethod(_backward)
+
+
+def prompt_embed(text: Text, weights: Weights, settings: Settings) -> tuple[Tensor, Tensor]:
+    """X [batch, s + L, d] and the gate [s, K]."""
+    ids, source, mask = text
+    if ids is None or source.stride(-1) != 1:
+        source = source.contiguous()
+    text = Text(None if ids is None else ids.contiguous(), source, None if mask is None else mask.contiguous())
+    weights = weights.contiguous()
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, *weights))
+    if not is_eager(*text, *weights):
+        out, gate, *_ = prompt_embed_op(*text, *weights, *settings, save)
+    elif save:
+        out, gate = PromptEmbed.apply(*text, *weights, *settings, save)
+    else:
+        out, gate, _ = triton_forward.forward(text, weights, settings, save)
+    return out, gate
