@@ -12,7 +12,7 @@ from ept.cli.errors import bad_input_is_one_line
 from ept.cli.options import DATA_DIR_HELP, TASK_HELP, AdapterDirArguments, ColumnArguments
 from ept.cli.parser import OptionParser, option
 from ept.cli.shared import check_prompt_start
-from ept.data.columns import Columns, choose_columns
+from ept.data.columns import Columns
 from ept.data.labels import Labels
 from ept.data.tables import read_file, read_hub
 from ept.pretrained import SavedAdapter
@@ -50,7 +50,8 @@ def run(argv: list[str]) -> None:
         )
         place, data, columns = parser.parse(argv)
         saved = SavedAdapter.open(place.adapter)
-        tables, chosen = _read_tables(data, columns, saved.record)
+        kind_class = type(saved.kind())
+        tables, chosen = _read_tables(data, columns, saved.record, kind_class)
         model, tokenizer, kind = saved.load(place.model_name_or_path, dtype=place.dtype)
         task = _task(kind, data.task_name, chosen)
         max_length = columns.max_seq_length or saved.max_length
@@ -63,17 +64,20 @@ def run(argv: list[str]) -> None:
             check_prompt_start(model, split.data, split.source)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         model.gate_weights()  # an implementation that cannot run here says so
-    predictor = kind.predictor(model, tokenizer, columns.max_target_length)
+    predictor = kind.predictor(model, tokenizer, kind.target_limit(max_length, columns.max_target_length))
     metrics: dict[str, Any] = {}
     for split in splits.values():
         predictions = predict(predictor, split.data, data.batch_size, "Evaluating")
         suffix = "_mismatched" if metrics else ""  # MNLI's second part, after the one that the paper reports
         metrics |= {metric + suffix: value for metric, value in task.metrics(predictions, split).items()}
+        loss = kind.loss(model, tokenizer, split.data, data.batch_size)
+        if loss is not None:
+            metrics["loss" + suffix] = loss
     print(json.dumps(metrics | {"rows": sum(len(split.data) for split in splits.values())}))
 
 
 def _read_tables(
-    data: TestDataArguments, columns: ColumnArguments, record: dict[str, Any]
+    data: TestDataArguments, columns: ColumnArguments, record: dict[str, Any], kind: type[TaskKind]
 ) -> tuple[dict[str, tuple[Dataset | Rows, str]], Columns]:
     """The rows to evaluate on and their source by split, and their columns (of own files)."""
     if data.task_name is not None:
@@ -97,7 +101,7 @@ def _read_tables(
         columns.text_pair_column or trained_on.get("text_pair"),
         columns.label_column or trained_on.get("label"),
     )
-    return {split: (table, source)}, choose_columns(table, source, wanted)
+    return {split: (table, source)}, kind.choose_columns(table, source, wanted)
 
 
 def _read_benchmark(data: TestDataArguments) -> dict[str, tuple[Rows, str]]:

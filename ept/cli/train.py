@@ -99,14 +99,14 @@ def _prepare(options: TrainOptions) -> _Training:
         sizes["train"] = "streamed train rows"
     if checkpoint is not None:
         check_same_adapter(checkpoint, model)
-    _complete_arguments(options, data.task, resumes=checkpoint is not None)
+    _complete_arguments(options, data.task, max_length, resumes=checkpoint is not None)
     trainer = _trainer(model, options, data.task, splits, tokenizer)
     model.gate_weights()  # an implementation that cannot run here says so
     check_optimizer(trainer)
     if checkpoint is None and options.run.overwrite_output_dir and args.should_save:
         for old in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(old)
-    say(f"{data.task.kind.name}: {', '.join(sizes.values())}")
+    say(f"{data.task.kind.asked_as}: {', '.join(sizes.values())}")
     model.print_trainable_parameters()
     return _Training(trainer, data.task, checkpoint, splits.get("test"), _record(options, data.task, model, max_length))
 
@@ -174,8 +174,8 @@ def _fresh_model(
     return model
 
 
-def _complete_arguments(options: TrainOptions, task: Task, *, resumes: bool) -> None:
-    """Sets the training arguments that depend on the task, unless the user did."""
+def _complete_arguments(options: TrainOptions, task: Task, max_length: int | None, *, resumes: bool) -> None:
+    """Sets the training arguments that depend on the task, unless the user did; ValueError if one does not go with it."""
     args: Any = options.training
     if "metric_for_best_model" in options.explicit or args.load_best_model_at_end:
         metric, more_is_better = task.best_metric(options.explicit.get("metric_for_best_model"))
@@ -187,7 +187,11 @@ def _complete_arguments(options: TrainOptions, task: Task, *, resumes: bool) -> 
     if "predict_with_generate" not in options.explicit:
         args.predict_with_generate = task.kind.writes_text
     if args.generation_max_length is None:
-        args.generation_max_length = options.columns.max_target_length
+        args.generation_max_length = task.kind.target_limit(max_length, options.columns.max_target_length)
+    if args.generation_max_length > task.kind.target_limit(max_length, args.generation_max_length):
+        raise ValueError(
+            f"--generation_max_length {args.generation_max_length} does not fit in {max_length} tokens a row"
+        )
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("--use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it out")
 
@@ -213,9 +217,10 @@ def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int 
     """What run.json says of a run, but for what only its end shows."""
     return {
         "command": shlex.join(["ept", "train", *options.argv]),
-        "task": task.kind.name,
+        "task": task.kind.asked_as,
         "task_name": None if task.benchmark is None else task.benchmark.name,
         "label_words": task.kind.recorded_words,
+        "reads_chat": task.kind.reads_chat,
         "columns": dataclasses.asdict(task.columns),
         "no_header": options.columns.no_header,
         "max_seq_length": max_length,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ept.backbone.loading import DTYPES, HEADS
 from ept.cli.options import DATA_DIR_HELP, TASK_HELP, AdapterArguments, ColumnArguments
 from ept.cli.parser import ForeignOptions, OptionParser, option
-from ept.tasks.kinds import KINDS
+from ept.tasks.kinds import ASKED
 from ept.training.rates import EPTSeq2SeqTrainingArguments
 
 __all__ = ["DataArguments", "ModelArguments", "RunArguments", "TrainOptions", "parse_train_options"]
@@ -21,10 +21,11 @@ class ModelArguments:
         metadata={"help": "Hub name or directory of the pretrained model, which stays frozen."}
     )
     task: str | None = option(
-        "What to learn. By default text2text for an encoder-decoder; else regression where the labels are decimal "
-        "numbers, and classification. continuation: a causal model scores the labels' words after the text (its default "
+        "What to learn. By default text2text (to write) for an encoder-decoder, and for a causal model whose file has "
+        "prompt and completion, or messages; else regression where the labels are decimal numbers, and classification. "
+        "continuation: a causal model scores the labels' words after the text (its default "
         "with --task_name).",
-        choices=tuple(KINDS),
+        choices=ASKED,
         aliases=["--problem_type"],
     )
     head: str = option(

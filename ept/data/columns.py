@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 
 from datasets import ClassLabel, Dataset
 
+from ept.data.chats import ends_with_answer, is_chat
 from ept.data.rows import listed
 
-__all__ = ["Columns", "choose_columns", "label_strings", "texts_of"]
+__all__ = ["Columns", "choose_columns", "choose_writing_columns", "holds_text_to_write", "label_strings", "texts_of"]
 
 # What is guessed: a label column by these names, and, once it and a row number are set aside, a lone text column or
 # one of these pairs. Whatever else a file holds must be said.
@@ -68,6 +69,39 @@ def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
     raise ValueError(
         f"{source}: say which column is the text with `Columns.text` (and the second with `Columns.text_pair`); {there}"
     )
+
+
+def choose_writing_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
+    """As `choose_columns`, for texts and the answers to them; `label` is None where conversations hold both.
+
+    By themselves are found `prompt` and `completion`, and `messages`.
+    """
+    if wanted.text_pair is not None:
+        raise ValueError(
+            f"{source}: a causal model that writes reads one text, not a pair: put both into one column and leave out "
+            "`Columns.text_pair`"
+        )
+    names = table.column_names
+    text, label = wanted.text, wanted.label
+    if text is None and label is None and _has_messages(table) and "completion" not in names:
+        return Columns("messages")
+    if text in names and label is None and ends_with_answer(table[0][text]):
+        return Columns(text)
+    if text is None and "prompt" in names:
+        text = "prompt"
+    if label is None and "completion" in names:
+        label = "completion"
+    return choose_columns(table, source, Columns(text, None, label))
+
+
+def holds_text_to_write(table: Dataset) -> bool:
+    """Whether a table has the columns of texts and answers, prompt and completion or messages, and none of labels."""
+    names = set(table.column_names)
+    return names.isdisjoint(LABEL_NAMES) and ({"prompt", "completion"} <= names or _has_messages(table))
+
+
+def _has_messages(table: Dataset) -> bool:
+    return "messages" in table.column_names and is_chat(table[0]["messages"])
 
 
 def texts_of(table: Dataset, source: str, column: str) -> list[str]:

@@ -461,7 +461,7 @@ class EPTModel(nn.Module):
             "base_model_class": self.traits.name,
             "head": self.head_names,
             "num_labels": len(names) if names else None,
-            "label_names": names or None,
+            "label_names": names or [],
             "problem_type": labels.problem_type if self.head_names else None,
             "backbone": backbone_fingerprint(self.config, self.base_model.get_input_embeddings()),
         }

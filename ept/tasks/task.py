@@ -3,6 +3,7 @@
 One `Task` for own files and for the benchmarks' tasks, in `ept train`, `ept eval` and `ept sweep` alike.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ept.console import say
-from ept.data.columns import Columns, choose_columns
+from ept.data.columns import Columns
 from ept.data.labels import Labels
 from ept.data.streaming import RowStream
 from ept.tasks.fitting_text import fit_texts
@@ -21,6 +22,9 @@ from ept.tasks.kinds import KINDS, Classification, Regression
 from ept.tasks.metrics import is_better_higher
 
 __all__ = ["Split", "Task"]
+
+
+FEWEST_TO_DOUBT = 10  # rows, below which labels that occur once say nothing
 
 
 @dataclass
@@ -65,14 +69,16 @@ class Task:
             kind: a name in `KINDS`; None takes classification or regression, as the labels suggest.
             stream: where `table` holds only its first rows, the stream, whose other rows are asked for their labels.
         """
-        columns = choose_columns(table, source, wanted)
         kind_class = None if kind is None else KINDS[kind]
+        columns = (kind_class or Classification).choose_columns(table, source, wanted)
         if kind_class is not None and kind_class.label_form is None:
-            return cls(kind_class(), columns)
+            return cls(kind_class.of_texts(table, columns), columns)
         if stream is not None and kind_class is not Regression:
             table = stream.distinct(columns.chosen_label)  # one pass over all rows: a class may come late
         label_form = None if kind_class is None else kind_class.label_form
         labels = Labels.of(table, source, columns.chosen_label, label_form)
+        if stream is None and labels.names is not None:
+            _speak_of_single_labels(table, source, columns.chosen_label, asked=kind is not None)
         if labels.names is None:
             return cls(Regression(), columns)
         return cls((kind_class or Classification)(labels.names), columns)
@@ -102,16 +108,16 @@ class Task:
         max_target_length: int,
     ) -> Split:
         """The rows as tokens in at most `max_length`; says once how many were cut, and how many have no label."""
-        limit = self.kind.text_limit(tokenizer, max_length)
+        max_target_length = self.kind.target_limit(max_length, max_target_length)
+        limit = self.kind.text_limit(tokenizer, max_length, max_target_length)
         rows: Rows | None = None
         columns = self.columns
         if isinstance(table, Rows):
             rows = _labelled(table, source)
             table, columns = self._as_table(rows, source, tokenizer, limit)
-        truth, labels = self.kind.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
-        data, cut = self.kind.tokens(table, source, columns, tokenizer, limit, labels)
-        if cut:
-            say(f"{source}: {cut} of {len(data)} rows were cut to {limit} tokens")
+        data, truth, remarks = self.kind.encode_table(table, source, columns, tokenizer, limit, max_target_length)
+        for remark in remarks:
+            say(f"{source}: {remark}")
         return Split(data, truth, rows, source)
 
     def _as_table(
@@ -170,6 +176,21 @@ class Task:
                 f"`metric_for_best_model`: {metric_for_best_model} is unknown: {self.benchmark.name} has {', '.join(choices)}"
             )
         return name, is_better_higher(name)
+
+
+def _speak_of_single_labels(table: Dataset, source: str, column: str, *, asked: bool) -> None:
+    """Says that nearly all labels occur once, as texts to be written do; ValueError where no kind was asked for."""
+    counts = Counter(map(str, table[column]))
+    once = sum(count == 1 for count in counts.values())
+    if len(table) < FEWEST_TO_DOUBT or once < 0.9 * len(table):
+        return
+    doubt = f"{source}: {once} of {len(table)} rows have a label ({column!r}) that no other row has"
+    if not asked:
+        raise ValueError(
+            f'{doubt}: are they texts to be written? `kind="text2text"` (with a model that writes); '
+            'if they are classes: `kind="classification"`'
+        )
+    say(f"{doubt}: texts to be written are learned with the task text2text")
 
 
 def _labelled(rows: Rows, source: str) -> Rows:
