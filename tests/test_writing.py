@@ -190,7 +190,8 @@ def test_the_loss_is_the_mean_over_the_answers_tokens_and_answers_do_not_depend_
         logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         expected -= sum(logits[i - 1, label].item() for i, label in enumerate(labels.tolist()) if label != -100)
     assert answer_loss(model, rows, collate, 1) == pytest.approx(expected / 5, rel=1e-5)
-    assert answer_loss(model, rows, collate, 2) == pytest.approx(expected / 5, rel=1e-5)
+    for words.padding_side in ("left", "right"):
+        assert answer_loss(model, rows, collate, 2) == pytest.approx(expected / 5, rel=1e-5)
     write = answer_predictor(model, words, 4)
     assert write(rows) == write(rows[:1]) + write(rows[1:])
     assert left_padded([[5], [6, 7]], 0)["input_ids"].tolist() == [[0, 5], [6, 7]]
@@ -273,3 +274,73 @@ def test_what_a_writing_causal_model_cannot_do_is_refused_before_training(more, 
         command("train", "--model_name_or_path", place / "llama", *data, "--output_dir", tmp_path / "out",
                 "--task", "text2text", "--max_steps", 1, *SMALL, *more)  # fmt: skip
     assert message in capsys.readouterr().err
+
+
+def predict(adapter, *options) -> int:
+    return command("predict", "--adapter", adapter, "--max_target_length", 4, *options)
+
+
+def test_answers_are_written_for_lines_tables_and_conversations(adapter, place, tmp_path, capsys):
+    texts = [json.loads(line)["prompt"] for line in (place / "rows.jsonl").read_text().splitlines()][:6]
+    (tmp_path / "lines.txt").write_text("".join(f"{text}\n" for text in texts))
+    assert predict(adapter, "--input_file", tmp_path / "lines.txt") == 0
+    written = capsys.readouterr()
+    lines = written.out.splitlines()
+    assert len(lines) == 6 and set(lines) == {"very positive", "very negative"} and "Predicting" in written.err
+    jsonl(tmp_path / "in.jsonl", [{"idx": f"n{i}", "prompt": text} for i, text in enumerate(texts)])
+    tiny_text.write_csv(tmp_path / "in.csv", [(text, "x") for text in texts], header=("prompt", "other"))
+    for name, ids in (("in.jsonl", [f"n{i}" for i in range(6)]), ("in.csv", [1, 2, 3, 4, 5, 6])):
+        out = tmp_path / f"{name}.out.jsonl"
+        assert predict(adapter, "--input_file", tmp_path / name, "--output_file", out) == 0
+        records = [json.loads(line) for line in out.read_text().splitlines()]
+        assert records == [{"id": id, "text": text} for id, text in zip(ids, lines, strict=True)]
+    jsonl(tmp_path / "chat.jsonl", [{"messages": [user(text), assistant("great")]} for text in texts])
+    assert predict(adapter, "--input_file", tmp_path / "chat.jsonl") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+def test_predictions_go_on_where_they_were_interrupted_with_what_one_run_would_have_written(
+    adapter, place, tmp_path, capsys, monkeypatch
+):
+    run = ["--input_file", place / "rows.jsonl", "--batch_size", 8]
+    for name in ("whole.jsonl", "whole.txt"):
+        out = tmp_path / name
+        assert predict(adapter, *run, "--output_file", out) == 0
+        whole = out.read_bytes()
+        part = tmp_path / f"part{out.suffix}"
+        part.write_bytes(b"".join(whole.splitlines(keepends=True)[:16]) + b'{"id": 17, "te')  # a kill in mid-line
+        capsys.readouterr()
+        assert predict(adapter, *run, "--output_file", part) == 0
+        assert part.read_bytes() == whole and "part" in capsys.readouterr().err
+    monkeypatch.setattr("ept.pretrained.SavedAdapter.load", None)  # nothing is left to do
+    assert predict(adapter, *run, "--output_file", tmp_path / "whole.jsonl") == 0
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--all_probabilities"], "--all_probabilities: text2text has no classes"),
+    (["--text_column", "body"], "has no column 'body' (--text_column); it has: prompt, completion"),
+    (["--id_column", "key"], "has no column 'key' (--id_column)"),
+    (["--text_pair_column", "completion"], "leave out --text_pair_column"),
+    (["--output_file", "other.jsonl"], "line 1 has the id 9, not 1"),
+    (["--output_file", "absent/out.txt"], "there is no such directory"),
+    (["--output_file", "."], "--output_file . is a directory"),
+    (["--input_file", "lines.txt", "--output_file", "lines.txt"], "is the --input_file"),
+    (["--input_file", "rows.jsonl"], "rows.jsonl, row 2: the text ('prompt') is missing"),
+    (["--input_file", "two.jsonl"], "say which column is the text with --text_column; it has: a, b"),
+    (["--input_file", "lines.txt", "--text_column", "a"], "--text_column is for tables"),
+    (["--input_file", "empty.csv"], "holds no rows"),
+])  # fmt: skip
+def test_bad_input_is_one_line_before_the_model_is_loaded(
+    options, message, adapter, place, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ept.pretrained.SavedAdapter.load", None)
+    jsonl(tmp_path / "rows.jsonl", [{"prompt": "the film"}, {"prompt": None}])
+    jsonl(tmp_path / "two.jsonl", [{"a": "the film", "b": "the plot"}])
+    jsonl(tmp_path / "other.jsonl", [{"id": 9, "text": "x"}])
+    (tmp_path / "lines.txt").write_text("the film\n")
+    (tmp_path / "empty.csv").write_text("prompt\n")
+    with pytest.raises(SystemExit):
+        predict(adapter, "--input_file", place / "rows.jsonl", *options)
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1

@@ -35,6 +35,7 @@ class TaskKind(ABC):
         has_head: whether the backbone has a head that is trained.
         writes_text: whether predictions are texts that the model generates.
         can_stream: whether a TokenStream can make its rows.
+        reads_one_text: whether a row has one text, or a conversation in its place, and no second.
 
     Attributes:
         reads_chat: whether texts are messages of a conversation, which a chat template writes.
@@ -47,6 +48,7 @@ class TaskKind(ABC):
     has_head: ClassVar[bool] = False
     writes_text: ClassVar[bool] = False
     can_stream: ClassVar[bool] = True
+    reads_one_text: ClassVar[bool] = False
 
     def __init_subclass__(cls, **settings: Any):
         super().__init_subclass__(**settings)

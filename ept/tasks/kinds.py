@@ -199,6 +199,7 @@ class CausalText2Text(Text2Text):
     asked_as = Text2Text.name
     evaluated = ("loss", "exact_match", "token_f1")
     can_stream = False
+    reads_one_text = True
 
     def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
         return load_causal(name_or_path, dtype)
@@ -412,7 +413,7 @@ def _label_lines(words: list[str], predictions: Tensor) -> Iterator[str]:
 def _label_records(words: list[str], predictions: Tensor) -> Iterator[dict[str, Any]]:
     """The likeliest `label` of each row, its `probability`, and all `probabilities` by name."""
     for row in predictions.softmax(-1).tolist():
-        best = max(range(len(row)), key=row.__getitem__)
+        best, row = max(range(len(row)), key=row.__getitem__), [round(value, 6) for value in row]
         yield {
             "label": words[best],
             "probability": row[best],
