@@ -73,7 +73,7 @@ ADAPTER_HELP = {
 
 
 def _adapter_help(name: str) -> str:
-    """What a setting does, and its value in the presets."""
+    """Returns what a setting does, and its value in the presets."""
     values = {preset: getattr(make(), name) for preset, make in PRESETS.items()}
     if values["default"] is None:
         return ADAPTER_HELP[name]
@@ -104,7 +104,7 @@ AdapterArguments = make_dataclass(
 
 
 def ept_config(adapter: Any, backbone: PreTrainedModel) -> EPTConfig:
-    """The settings that AdapterArguments say, for a backbone."""
+    """Makes the config that AdapterArguments say, for a backbone."""
     not_settings = ("preset", "budget", "soft_prompt")
     settings = {k: v for k, v in vars(adapter).items() if v is not None and k not in not_settings}
     if (settings.get("init") == "decompose") != (adapter.soft_prompt is not None):

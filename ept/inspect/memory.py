@@ -44,7 +44,7 @@ BYTES = ("weights", "adapter", "activations", "logits", "peak")
 
 
 def gpu_memory(gpu: str) -> int:
-    """Bytes of a GPU given by name ("h100") or by size ("24GB", "24GiB")."""
+    """Returns the bytes of a GPU given by name ("h100") or by size ("24GB", "24GiB")."""
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib)", gpu.strip().lower())
     if size:
         return int(float(size[1]) * (10**9 if size[2] == "gb" else 2**30))
@@ -64,7 +64,7 @@ def plan_step(
     dtype: str = "float32",
     checkpointing: bool = False,
 ) -> dict[str, Any]:
-    """Bytes of one training step of the model of `config` behind EPT; no weight is loaded or made.
+    """Predicts the bytes of one training step of the model of `config` behind EPT; no weight is loaded or made.
 
     Args:
         config: the backbone's.
@@ -96,7 +96,7 @@ def plan_step(
 
 
 def _run_on_fakes(model: EPTModel, batch: int, length: int, target_length: int) -> dict[str, Any]:
-    """What `plan_step` returns, from one step of a model on the meta device."""
+    """Runs one step of a model on the meta device; returns what `plan_step` does."""
     config = model.base_model.config
     per_token = "ForSequenceClassification" not in type(model.base_model).__name__
     labels_shape: tuple[int, ...] = (batch,)
@@ -125,7 +125,7 @@ def _run_on_fakes(model: EPTModel, batch: int, length: int, target_length: int) 
 def _without_weights(
     config: PreTrainedConfig, ept_config: EPTConfig, task: str | None, dtype: str, checkpointing: bool
 ) -> EPTModel:
-    """The wrapped model on the meta device, in training mode."""
+    """Builds the wrapped model on the meta device, in training mode."""
     if task is None:
         task = "classification" if architecture_of(config) == "encoder" else "text2text"
     if task == "text2text" and not (config.is_encoder_decoder or has_causal_form(config)):

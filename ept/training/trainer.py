@@ -55,7 +55,7 @@ class _EPTTrainerMixin(Trainer):
         self.add_callback(self._stop)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimiser that `args.optim` names, over `parameter_groups`."""
+        """Makes the optimiser that `args.optim` names, over `parameter_groups`."""
         if self.optimizer is None:
             model_here: Any = self.model  # not a PreTrainedModel, but asked for its modules alone
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model_here)
@@ -67,7 +67,7 @@ class _EPTTrainerMixin(Trainer):
         return self.optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `train`; True resumes from the last whole checkpoint, passing over one that a kill cut short.
+        """Trains; True resumes from the last whole checkpoint, passing over one that a kill cut short.
 
         SIGTERM ends the training after the step that it falls into, with a checkpoint; `terminated` says so then.
         Raises OSError if a checkpoint cannot be written; nothing of it is left, and older ones are as they were.
@@ -201,7 +201,7 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """No loss, the scores of all labels, and the rows' class numbers."""
+        """Returns no loss, the scores of all labels, and the rows' class numbers."""
         collate = self.data_collator
         if not isinstance(collate, ContinuationCollator):
             raise TypeError(f"data_collator must be a ContinuationCollator, not {type(collate).__name__}")
