@@ -63,9 +63,17 @@ def examine(directory: str, name_or_path: str | None = None, nearest: int = 3) -
     check_weights(directory)
     prompt, gate = layer.reconstruct()
     findings = Findings(
-        directory, saved_adapter.settings, saved_adapter.record, layer.config, layer.embed_dim, isinstance(layer, FoldedLayer), prompt,
-        gate if gate.shape[1] else None, _singular_values(layer), _attention(layer),
-    )  # fmt: skip
+        directory,
+        saved_adapter.settings,
+        saved_adapter.record,
+        layer.config,
+        layer.embed_dim,
+        isinstance(layer, FoldedLayer),
+        prompt,
+        gate if gate.shape[1] else None,
+        _singular_values(layer),
+        _attention(layer),
+    )
     if nearest > 0:
         try:
             embeddings, tokenizer = saved_adapter.load_embeddings(name_or_path)
