@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: worked-result demo test test-interop compare bench bench-gpu check-kernels gpu lint test-oldest clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.accuracy.demo
 
 # One thread for each of the two workers: with more they wait for each other, and the tests take nearly twice as long.
 test: $(INSTALLED)
@@ -26,7 +26,7 @@ test-interop:
 	.venv-interop/bin/python -m pytest tests/test_works_with.py tests/test_generation.py -k "trl or quantised"
 
 compare: $(INSTALLED)
-	$(BIN)/python -m bench.compare
+	$(BIN)/python -m bench.accuracy.compare
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench cpu
@@ -36,7 +36,7 @@ bench-gpu: $(INSTALLED)
 
 # Goes on where it was interrupted.
 worked-result: $(INSTALLED)
-	$(BIN)/python -m bench.export_tasks runs/worked
+	$(BIN)/python -m bench.accuracy.export_tasks runs/worked
 	OMP_NUM_THREADS=1 $(BIN)/ept sweep --model_name_or_path runs/worked/minilm --tasks runs/worked/movies \
 		runs/worked/tweets runs/worked/news --results bench/results/worked.jsonl --middle_rate --max_steps 60 \
 		--max_seq_length 48 --dtype bfloat16

@@ -1,93 +1,275 @@
-"""The clock of the microbenchmarks on a GPU: Triton's do_bench, with a cold L2 cache before every run.
+"""What `make bench-gpu` runs within eight minutes on one GPU, and the short table at its end.
 
-The second column, `graph`, is a replay of one captured CUDA graph: the time without what the host needs to launch. The
-backward of a graph is that of both ways less the forward's, because autograd runs a backward on the stream of its
-forward, which a capture on another stream may not touch.
+First the kernels of all parts are compiled on all cores. Then each part runs in a process of its own, which is ended
+when its time is over; what it has measured by then stands in the tables. Needs neither PEFT nor anything to download.
 """
 
-import contextlib
+import argparse
+import dataclasses
 import os
+import sys
+import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from . import micro
+from ept.machine import describe
 
-__all__ = ["Clock", "microbenchmarks", "triton_clock"]
+from .kernels.gpu_clock import triton_clock
+from .kernels.micro import Rows, microbenchmarks
+from .kernels.points import Point, points, points_of_presets
+from .kernels.work import work
+from .quiet import quiet
+from .steps.decoding import NEW_TOKENS, decoding
+from .steps.inference import mixed
+from .steps.methods import PROMPT_TUNING, build, is_here
+from .steps.shapes import GPU_SHAPES, SMALL_SHAPES, Shape, backbone, batch_of
+from .steps.step import training_step
+from .steps.training import PRESETS, captured_training, training
+from .tables import records
+from .tables.short import short_table
 
-WARMUP_MS, REPEAT_MS = 5, 10  # of the call itself; clearing the cache takes longer
+__all__ = ["PARTS", "on_gpu"]
+
+METHODS = (*PRESETS, PROMPT_TUNING, "LoRA")
+ADAPTERS = (8, 32)
 MOST_COMPILERS = 16  # processes, each with a context of its own on the GPU
-
-# Seconds of a call, as lower quartile, median and upper quartile, how often it ran, and of its captured graph.
-Clock = Callable[[Callable[[], Any], bool], dict[str, float]]
+COMPILING_SECONDS = 110
 
 
-def triton_clock(call: Callable[[], Any], captured: bool) -> dict[str, float]:
-    """Times of a call by do_bench; with `captured` also the median of its CUDA graph ("graph")."""
-    from triton.testing import do_bench
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where and on what a run measures; `small` takes tiny shapes, to try the script out."""
 
-    times = do_bench(call, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="all")
-    low, median, high = (
-        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
-    )
-    found = {"low": low / 1e3, "median": median / 1e3, "high": high / 1e3, "rounds": len(times)}
-    if captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        found["graph"] = do_bench(graph.replay, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median") / 1e3
-    return found
+    device: str
+    small: bool
+    directory: Path
+    machine: dict[str, Any]
 
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return SMALL_SHAPES if self.small else GPU_SHAPES
 
-def _compile(point: micro.Point) -> None:
-    """Leaves the point's kernels in Triton's cache on disk; what is wrong with it is said when it is timed."""
-    with contextlib.suppress(micro.WrongResult, micro.CannotRun):
-        micro.work(point, "cuda").check()
+    def keep(self, table: str, rows: Rows) -> None:
+        """Writes the rows at once, so that they survive whatever comes."""
+        if rows:
+            records.update(self.directory / f"{table}.csv", [row | self.machine for row in rows])
 
-
-def compile_ahead(points: list[micro.Point]) -> None:
-    """Compiles the kernels of the points on all cores: one after another they would take longer than all timing."""
-    ours = [point for point in points if point.impl == "triton"]
-    workers = min(len(ours), os.cpu_count() or 1, MOST_COMPILERS)
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            list(tqdm(pool.map(_compile, ours), total=len(ours), desc="compiling", unit="point"))
+    def many_rows(self, shape: Shape) -> Shape:
+        """The shape with a row for each of 32 adapters, of short texts."""
+        return dataclasses.replace(shape, batch=32, length=min(shape.length, 128))
 
 
-def microbenchmarks(
-    points: list[micro.Point], device: str, clock: Clock = triton_clock
-) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Rows of micro.csv, what was wrong and what was skipped, a line each. A point that is wrong has no row."""
-    rows, wrong, skipped = [], [], []
-    if device == "cuda":
-        from ept_kernels.common.triton_launch import Counters
+# ---------------------------------------------------------------------- parts
 
-        Counters.RESERVE = 2 * len(points)  # a capture beyond it would hold a memset beside the launch
-        compile_ahead(points)
-    bandwidth = micro.copy_bandwidth(device)
-    for point in tqdm(points, desc="microbenchmarks", unit="point"):
-        try:
-            work = micro.work(point, device)
-            error = work.check()
-        except micro.WrongResult as fault:
-            wrong.append(f"{point}: {fault}")
-            continue
-        except micro.CannotRun as reason:
-            skipped.append(f"{point}: {reason}")
-            continue
-        graphs: dict[str, float] = {}
-        for way in micro.WAYS:
-            row = micro.row(point, way, error, micro.launches(point, way, work, device), bandwidth)
-            times: dict[str, Any] = clock(work.call(way), device == "cuda" and way != "backward")
-            if "graph" in times:
-                graphs[way] = times.pop("graph")
-            rows.append(micro.timed(row, **times))
-        if graphs:
-            graphs["backward"] = graphs["both"] - graphs["forward"]
-            for row in rows[-len(micro.WAYS) :]:
-                row["graph_ms"] = 1e3 * graphs[row["way"]]
-    return rows, wrong, skipped
+
+def _stems(run: Run) -> int:
+    return _micro(run, points_of_presets(run.small))
+
+
+def _sweep(run: Run) -> int:
+    return _micro(run, points(run.device))
+
+
+def _micro(run: Run, chosen: list[Point]) -> int:
+    """Times the points. Returns 1 if a result was wrong."""
+    clock = triton_clock if run.device == "cuda" else _wall_clock
+    _, wrong, skipped = microbenchmarks(chosen, run.device, clock, lambda rows: run.keep("micro", rows))
+    for line in wrong + skipped:
+        print(line)
+    return int(bool(wrong))
+
+
+def _wall_clock(call: Callable[[], Any], captured: bool) -> dict[str, float]:
+    """Three rounds on the wall; nothing is captured on a CPU."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    low, median, high = sorted(seconds)
+    return {"low": low, "median": median, "high": high, "rounds": 3}
+
+
+def _steps(run: Run, shape: Shape) -> int:
+    for method in METHODS:
+        if not is_here(method):
+            print(f"{shape.name}: {method} is left out, PEFT is not installed")
+    rows, ratios = training(shape, run.device, shape.rounds, methods=METHODS)
+    run.keep("end_to_end", rows)
+    run.keep("ratios", ratios)
+    for rows, ratios, reason in captured_training(shape, run.device, shape.rounds):
+        run.keep("end_to_end", rows)
+        run.keep("ratios", ratios)
+        if reason is not None:
+            print(f"{shape.name}: {reason}")
+    return 0
+
+
+def _mixed(run: Run) -> int:
+    for shape in (run.shapes[0], run.shapes[-1]):
+        for preset in PRESETS:
+            run.keep("ratios", mixed(run.many_rows(shape), run.device, shape.rounds, counts=ADAPTERS, preset=preset))
+    return 0
+
+
+def _decoding(run: Run) -> int:
+    new_tokens = 3 if run.small else NEW_TOKENS
+    rows, ratios = decoding(run.many_rows(run.shapes[-1]), run.device, 3, new_tokens=new_tokens)
+    run.keep("decoding", rows)
+    run.keep("ratios", ratios)
+    return 0
+
+
+# Part -> its function, and the seconds that it has at most. "steps" is a part for each shape.
+PARTS: dict[str, tuple[Callable[..., int], int]] = {
+    "stems": (_stems, 70),
+    "steps": (_steps, 75),
+    "mixed": (_mixed, 45),
+    "decoding": (_decoding, 60),
+    "sweep": (_sweep, 420),
+}
+USUAL = ("stems", "steps", "mixed", "decoding")
+
+
+# ---------------------------------------------------------------------- compiling
+
+
+def _compile(run: Run, kind: str, what: Any, preset: str = "") -> None:
+    """Leaves the kernels of a point, or of a preset on a shape, in Triton's cache on disk."""
+    quiet()
+    if kind == "point":
+        work(what, run.device).call("both")()
+        return
+    shape = run.shapes[what]
+    if kind == "mixed":
+        mixed(run.many_rows(shape), run.device, 3, counts=(2,), preset=preset)
+    elif kind == "decoding":
+        decoding(run.many_rows(shape), run.device, 3, new_tokens=2)
+    else:
+        if shape.task == "CAUSAL_LM":  # several processes share the GPU's memory
+            shape = dataclasses.replace(shape, batch=shape.batch // 2)
+        model, groups = build(preset, shape, backbone(shape, run.device))
+        training_step(model, groups, [batch_of(shape, run.device)])()
+
+
+def compile_ahead(run: Run, parts: tuple[str, ...], seconds: float) -> list[str]:
+    """Compiles on all cores for so long; returns a line for each task that failed or was not done.
+
+    One after another the kernels would take longer than all timing.
+    """
+    tasks: list[tuple[Any, ...]] = []
+    shapes = range(len(run.shapes))
+    if "steps" in parts:
+        tasks += [("step", index, preset) for index in reversed(shapes) for preset in PRESETS]
+    if "decoding" in parts:
+        tasks.append(("decoding", shapes[-1]))
+    for part, chosen in (("stems", points_of_presets(run.small)), ("sweep", points(run.device))):
+        if part in parts:
+            tasks += [("point", point) for point in chosen if point.impl in ("auto", "triton")]
+    if "mixed" in parts:
+        tasks += [("mixed", index, preset) for index in (shapes[0], shapes[-1]) for preset in PRESETS]
+
+    def words(kind: str, what: Any, *preset: str) -> str:
+        return " ".join([kind, run.shapes[what].name if isinstance(what, int) else str(what), *preset])
+
+    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, MOST_COMPILERS), mp_context=get_context("spawn"))
+    waiting = {pool.submit(_compile, run, *task): task for task in tasks}
+    lines = []
+    try:
+        for future in as_completed(list(waiting), timeout=seconds):
+            task, error = waiting.pop(future), future.exception()
+            if error is not None:
+                lines.append(f"compiling {words(*task)}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    except TimeoutError:
+        lines += [f"compiling {words(*task)}: not done in {seconds:.0f} s" for task in waiting.values()]
+    processes = list(pool._processes.values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
+    return lines
+
+
+# ---------------------------------------------------------------------- the run
+
+
+def on_gpu(options: argparse.Namespace) -> int:
+    """Every part, and the short table. ValueError without a GPU. Returns 1 if a result was wrong or a part failed.
+
+    On a CPU, where the script is only tried out, the parts run in this process.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no GPU here: `make bench` measures on the CPU")
+    started, machine = time.monotonic(), describe() | {"clock": "wall"}
+    directory = options.output_dir or records.directory(machine["device"])
+    run = Run(options.device, options.small, directory, machine)
+    parts = tuple(options.parts or USUAL)
+    if parts == USUAL:
+        for table in records.TABLES:
+            (directory / f"{table}.csv").unlink(missing_ok=True)
+
+    def tell(line: str) -> None:
+        print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True)
+
+    def left() -> float:
+        return 60 * options.minutes - (time.monotonic() - started)
+
+    if run.device == "cuda":
+        for line in [*compile_ahead(run, parts, min(COMPILING_SECONDS, left() / 3)), "compiled"]:
+            tell(line)
+    faults = []
+    for part, index in _expanded(run, parts):
+        name = part if index is None else f"{part}, {run.shapes[index].name}"
+        fault = _fault(run, part, index, min(PARTS[part][1], left()))
+        tell(f"{name}: {fault or 'done'}")
+        faults += [f"{name}: {fault}"] if fault else []
+    print("\n".join(["", *short_table(directory), *faults]))
+    return int(bool(faults))
+
+
+def _expanded(run: Run, parts: tuple[str, ...]) -> list[tuple[str, int | None]]:
+    """The parts with the shape of each: "steps" stands for one on every shape."""
+    expanded: list[tuple[str, int | None]] = []
+    for part in parts:
+        expanded += [(part, index) for index in range(len(run.shapes))] if part == "steps" else [(part, None)]
+    return expanded
+
+
+def _fault(run: Run, part: str, index: int | None, seconds: float) -> str | None:
+    """Runs a part for so long at most; returns what went wrong, or None."""
+    if seconds <= 0:
+        return "left out, the time is over"
+    if run.device == "cuda":
+        return limited(_run_part, (run, part, index), seconds)
+    return "a result was wrong" if _code(run, part, index) else None
+
+
+def limited(function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> str | None:
+    """Calls a function in a process of its own, which is ended after so long; returns what went wrong, or None.
+
+    A fault on a GPU makes everything fail that the process does there afterwards, so that no two parts share one.
+    """
+    process = get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"ended after {seconds:.0f} s"
+    return f"failed (exit code {process.exitcode}): see its messages above" if process.exitcode else None
+
+
+def _run_part(run: Run, part: str, index: int | None) -> None:
+    """Ends the process with the part's code."""
+    sys.exit(_code(run, part, index))
+
+
+def _code(run: Run, part: str, index: int | None) -> int:
+    """Runs a part in this process."""
+    quiet()
+    function = PARTS[part][0]
+    return function(run) if index is None else function(run, run.shapes[index])

@@ -163,13 +163,20 @@ class EPTConfig:
     def has_token_update(self) -> bool:
         return self.token_rank > 0 and self.token_update
 
-    def parameters_by_part(self, embed_dim: int) -> dict[str, int]:
-        """Trained parameters of each part that is on, for embeddings of width `embed_dim`."""
-        return {part.name: part.count(self, embed_dim) for part in PARTS if part.is_on(self)}
+    def parameters_by_part(self, embed_dim: int, layer_dim: int | None = None) -> dict[str, int]:
+        """Trained parameters of each part that is on.
 
-    def num_parameters(self, embed_dim: int) -> int:
-        """Trained parameters without a task head: s·d + N·r + r·d + 2·K·d·h + d·K + 2·q·d·(1 + deep layers), of what is on."""
-        return sum(self.parameters_by_part(embed_dim).values())
+        Args:
+            embed_dim: d, width of the embeddings.
+            layer_dim: width of the layers; None: as wide as the embeddings.
+        """
+        layer_dim = embed_dim if layer_dim is None else layer_dim
+        return {part.name: part.count(self, embed_dim, layer_dim) for part in PARTS if part.is_on(self)}
+
+    def num_parameters(self, embed_dim: int, layer_dim: int | None = None) -> int:
+        """Trained parameters without a task head: s·d + N·r + r·d + 2·K·d·h + d·K + 2·q·(d + deep layers · layer_dim), of
+        what is on; arguments as in `parameters_by_part`."""
+        return sum(self.parameters_by_part(embed_dim, layer_dim).values())
 
     @classmethod
     def paper(cls, **settings: Any) -> "EPTConfig":
@@ -187,12 +194,15 @@ class EPTConfig:
         return cls(**preset | settings)
 
     @classmethod
-    def for_budget(cls, parameters: int, embed_dim: int, *, preset: str = "paper", **settings: Any) -> "EPTConfig":
+    def for_budget(
+        cls, parameters: int, embed_dim: int, *, layer_dim: int | None = None, preset: str = "paper", **settings: Any
+    ) -> "EPTConfig":
         """The sizes that fill a budget of trained parameters exactly or just below.
 
         Args:
             parameters: the budget, without a task head.
             embed_dim: d, width of the backbone's word embeddings.
+            layer_dim: width of its layers; None: as wide as the embeddings.
             preset: "paper" divides the budget as the paper's T5-base setting does (40 % prompt, 40 % low-rank pair,
                 20 % spaces: [reading]); "default" keeps the prompt at 4 rows, gives the spaces up to 20 % and the
                 token-conditioned update the rest [ours]; "deep" keeps it at 2 rows and gives the token-conditioned
@@ -204,7 +214,8 @@ class EPTConfig:
             ValueError: the budget is too small, or the given sizes already exceed it.
         """
         _check_choice("preset", preset, PRESETS)
-        for name, value in (("parameters", parameters), ("embed_dim", embed_dim)):
+        widths = embed_dim, embed_dim if layer_dim is None else layer_dim
+        for name, value in (("parameters", parameters), ("embed_dim", embed_dim), ("layer_dim", widths[1])):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
         if parameters < embed_dim:
@@ -214,12 +225,12 @@ class EPTConfig:
             )
         if preset == "paper":
             # The rank is chosen below; the preset's own may not fit a short max_text_length.
-            config = _fill_paper(cls.paper(**{"rank": 0} | settings), parameters, embed_dim, settings)
+            config = _fill_paper(cls.paper(**{"rank": 0} | settings), parameters, widths, settings)
         else:
-            config = _fill_default(PRESETS[preset](**settings), parameters, embed_dim, settings)
-        if config.num_parameters(embed_dim) > parameters:
+            config = _fill_default(PRESETS[preset](**settings), parameters, widths, settings)
+        if config.num_parameters(*widths) > parameters:
             raise ValueError(
-                f"the given sizes take {config.num_parameters(embed_dim)} parameters, more than the budget of "
+                f"the given sizes take {config.num_parameters(*widths)} parameters, more than the budget of "
                 f"{parameters}: raise the budget or lower one of {', '.join(settings)}"
             )
         return config
@@ -254,12 +265,15 @@ def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
-def _fill_paper(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
-    """Prompt 40 %, spaces up to 20 %, low-rank pair the rest; then the prompt moves a little to close the gap."""
+def _fill_paper(base: EPTConfig, parameters: int, widths: tuple[int, int], fixed: dict[str, Any]) -> EPTConfig:
+    """Prompt 40 %, spaces up to 20 %, low-rank pair the rest; then the prompt moves a little to close the gap.
+
+    `widths`: of the embeddings and of the layers, as in `_fill_default`.
+    """
+    d = widths[0]
     base = _fit_spaces(base, parameters, d, fixed)
-    spaces = base.parameters_by_part(d).get("spaces", 0)
-    token = sum(base.parameters_by_part(d).get(part, 0) for part in ("token", "deep"))
-    room = parameters - spaces - token
+    by_part = base.parameters_by_part(*widths)
+    room = parameters - sum(by_part.get(part, 0) for part in ("spaces", "token", "deep"))
     per_row, per_rank = d, base.max_text_length + d
     wants_lowrank = base.lowrank_update or base.fusion
 
@@ -302,17 +316,19 @@ def _fit_spaces(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
     return dataclasses.replace(base, num_spaces=0)
 
 
-def _fill_default(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any]) -> EPTConfig:
+def _fill_default(base: EPTConfig, parameters: int, widths: tuple[int, int], fixed: dict[str, Any]) -> EPTConfig:
     """Few prompt rows and up to a fifth for the spaces; the token-conditioned updates take the rest."""
-    base, layers = _fit_spaces(base, parameters, d, fixed), 1 + base.known_deep_layers
+    d = widths[0]
+    base = _fit_spaces(base, parameters, d, fixed)
+    per_rank = 2 * d + base.known_deep_layers * 2 * widths[1]  # D and W, of the input and of each layer
     if "prompt_length" not in fixed:
         # Deep updates take at least a rank each; what they leave is the prompt's.
-        most = (parameters - layers * 2 * d) // d if base.deep_layers else parameters // (5 * d)
+        most = (parameters - per_rank) // d if base.deep_layers else parameters // (5 * d)
         base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, most)))
     if "token_rank" not in fixed and base.token_update:
-        rest = parameters - (base.num_parameters(d) - layers * 2 * base.token_rank * d)
-        base = dataclasses.replace(base, token_rank=max(1 if base.deep_layers else 0, rest // (layers * 2 * d)))
-    left = parameters - base.num_parameters(d)
+        rest = parameters - (base.num_parameters(*widths) - per_rank * base.token_rank)
+        base = dataclasses.replace(base, token_rank=max(1 if base.deep_layers else 0, rest // per_rank))
+    left = parameters - base.num_parameters(*widths)
     if "prompt_length" not in fixed and not base.deep_layers and left >= d:
         base = dataclasses.replace(base, prompt_length=base.prompt_length + left // d)
     return base

@@ -20,15 +20,21 @@ class PartTensor:
 
     Attributes:
         name: of the tensor in the layer and in saved files.
-        shape: from a config and d.
-        std: standard deviation of its start values, from a config and d; None starts it at zero.
+        shape: from a config and the width that the tensor has, `width`.
+        std: standard deviation of its start values, from a config and that width; None starts it at zero.
         rate: the learning rate that moves it: "prompt", "up" (what starts at zero), "down" (what feeds it) or "deep".
+        in_layers: whether it acts in the layers, whose width may be another than the embeddings'.
     """
 
     name: str
     shape: Callable[[Any, int], Shape]
     std: Callable[[Any, int], float] | None = None
     rate: str = "up"
+    in_layers: bool = False
+
+    def width(self, embed_dim: int, layer_dim: int) -> int:
+        """The width that it has where the embeddings have `embed_dim` and the layers `layer_dim`."""
+        return layer_dim if self.in_layers else embed_dim
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,9 @@ class Part:
     sizes: Callable[[Any], list[str]]
     folds: Callable[[Any], bool] | None = None
 
-    def count(self, config: Any, embed_dim: int) -> int:
-        """Trained numbers of the part for embeddings of width `embed_dim`."""
-        return sum(math.prod(tensor.shape(config, embed_dim)) for tensor in self.tensors)
+    def count(self, config: Any, embed_dim: int, layer_dim: int) -> int:
+        """Trained numbers of the part for embeddings of width `embed_dim` and layers of width `layer_dim`."""
+        return sum(math.prod(tensor.shape(config, tensor.width(embed_dim, layer_dim))) for tensor in self.tensors)
 
 
 def _one(config: Any, d: int) -> float:
@@ -135,8 +141,11 @@ PARTS = (
         "deep",
         "deep updates",
         lambda config: bool(config.known_deep_layers),
-        (PartTensor("deep_down", _deep, _by_width, "deep"), PartTensor("deep_up", _deep, rate="deep")),
-        (PartTensor("deep_down", _deep), PartTensor("deep_up", _deep)),
+        (
+            PartTensor("deep_down", _deep, _by_width, "deep", in_layers=True),
+            PartTensor("deep_up", _deep, rate="deep", in_layers=True),
+        ),
+        (PartTensor("deep_down", _deep, in_layers=True), PartTensor("deep_up", _deep, in_layers=True)),
         lambda config: [f"deep layers = {config.known_deep_layers}"],
     ),
 )

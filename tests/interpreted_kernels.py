@@ -1,15 +1,23 @@
 """The kernels in Triton's interpreter. Run by test_triton_interpreter.py in processes with TRITON_INTERPRET=1."""
 
-import contextlib
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from kernel_cases import AXES, covering_cases, errors, fenced_buffers, kernel_case, run, source_dtype
+from kernel_cases import (
+    AXES,
+    bytes_of,
+    counted_accesses,
+    covering_cases,
+    errors,
+    fenced_buffers,
+    kernel_case,
+    run,
+    source_dtype,
+)
 from test_prompt_embed import PARTS, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -223,39 +231,6 @@ def test_a_launch_that_raises_leaves_no_dirty_counters():
         raise KeyboardInterrupt
     with counters.take(4, torch.device("cpu")) as counter:
         assert not counter.any()
-
-
-@contextlib.contextmanager
-def counted_accesses():
-    """Bytes that active lanes load and store inside, as (address, bytes) pairs of whole tensors: see `bytes_of`."""
-    from triton.runtime.interpreter import InterpreterBuilder as Builder
-
-    loads, stores = [], []
-    load, store = Builder.create_masked_load, Builder.create_masked_store
-
-    def count(into, ptrs, mask):
-        size = ptrs.get_element_ty().primitive_bitwidth // 8
-        into.append((np.atleast_1d(ptrs.data)[np.atleast_1d(mask.data)].ravel(), size))
-
-    def counting_load(self, ptrs, mask, *rest):
-        count(loads, ptrs, mask)
-        return load(self, ptrs, mask, *rest)
-
-    def counting_store(self, ptrs, value, mask, *rest):
-        count(stores, ptrs, mask)
-        return store(self, ptrs, value, mask, *rest)
-
-    Builder.create_masked_load, Builder.create_masked_store = counting_load, counting_store
-    try:
-        yield loads, stores
-    finally:
-        Builder.create_masked_load, Builder.create_masked_store = load, store
-
-
-def bytes_of(accesses, tensor=None):
-    """Bytes of the accesses to a tensor, or of all of them."""
-    low, high = (0, 2**63) if tensor is None else (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
-    return sum(size * int(((pointers >= low) & (pointers < high)).sum()) for pointers, size in accesses)
 
 
 @pytest.mark.parametrize("q", [0, 5])

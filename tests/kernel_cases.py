@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import random
 
+import numpy as np
 import torch
 from test_prompt_embed import PARTS, double, make_case
 
@@ -65,22 +66,22 @@ AXES = dict(
 )  # fmt: skip
 
 
-def covering_cases(strength_seed: int, at_least: int) -> list[dict]:
+def covering_cases(strength_seed: int, at_least: int, axes: dict[str, tuple] = AXES) -> list[dict]:
     """Cases in which every pair of values of two axes occurs, then random ones until there are `at_least`."""
     rng = random.Random(strength_seed)
     pairs = {
         ((x, a), (y, b))
-        for x, y in itertools.combinations(AXES, 2)
-        for a in range(len(AXES[x]))
-        for b in range(len(AXES[y]))
+        for x, y in itertools.combinations(axes, 2)
+        for a in range(len(axes[x]))
+        for b in range(len(axes[y]))
     }
     chosen = []
     while pairs or len(chosen) < at_least:
-        candidates = [{axis: rng.randrange(len(values)) for axis, values in AXES.items()} for _ in range(30)]
+        candidates = [{axis: rng.randrange(len(values)) for axis, values in axes.items()} for _ in range(30)]
         news = [{p for p in itertools.combinations(c.items(), 2) if p in pairs} for c in candidates]
         best = max(range(len(candidates)), key=lambda i: len(news[i]))
         pairs -= news[best]
-        chosen.append({axis: AXES[axis][i] for axis, i in candidates[best].items()})
+        chosen.append({axis: axes[axis][i] for axis, i in candidates[best].items()})
     for case in chosen:
         case["dtype"], case["source_dtype"] = case.pop("dtypes")
     return chosen
@@ -124,6 +125,14 @@ def errors(
     products, allowed 16 units.
     """
     truth, plain = run(double(case), "reference", source_dtype(case)), run(case, "reference", source_dtype(case))
+    return too_far(got, plain, truth, truncates, times)
+
+
+def too_far(
+    got: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], truth: dict[str, torch.Tensor],
+    truncates: bool = False, times: float = 2.0,
+) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """`errors` of results by name, given those of the plain formula and those in float64."""
     wrong = {}
     for name, value in got.items():
         units = 2.0 if value.numel() < FEW else 0.5
@@ -167,3 +176,36 @@ def fenced_buffers():
     for whole, before in buffers:
         for side in (slice(0, FENCE), slice(len(whole) - FENCE, None)):
             torch.testing.assert_close(whole[side], before[side], rtol=0, atol=0, equal_nan=True)
+
+
+@contextlib.contextmanager
+def counted_accesses():
+    """Bytes that active lanes load and store inside, as (address, bytes) pairs of whole tensors: see `bytes_of`."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    loads, stores = [], []
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+
+    def count(into, ptrs, mask):
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        into.append((np.atleast_1d(ptrs.data)[np.atleast_1d(mask.data)].ravel(), size))
+
+    def counting_load(self, ptrs, mask, *rest):
+        count(loads, ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def counting_store(self, ptrs, value, mask, *rest):
+        count(stores, ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    Builder.create_masked_load, Builder.create_masked_store = counting_load, counting_store
+    try:
+        yield loads, stores
+    finally:
+        Builder.create_masked_load, Builder.create_masked_store = load, store
+
+
+def bytes_of(accesses, tensor=None):
+    """Bytes of the accesses to a tensor, or of all of them."""
+    low, high = (0, 2**63) if tensor is None else (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+    return sum(size * int(((pointers >= low) & (pointers < high)).sum()) for pointers, size in accesses)

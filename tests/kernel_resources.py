@@ -1,6 +1,6 @@
 """What the compiler makes of each kernel: the table kernel_resources.json, and what makes it worse.
 
-python tests/kernel_resources.py           # compiles everything and writes the table (about 5 minutes on one core)
+python tests/kernel_resources.py           # compiles everything and writes the table (about 10 minutes on one core)
 """
 
 import itertools
@@ -14,26 +14,36 @@ from kernel_compiler import TARGETS, compiling_for, resources
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".json")
 WIDTHS = (768, 1024, 2048, 4096)
-# dtype of E, dtype of the trained tensors
+# dtype of E or of the hidden states, dtype of the trained tensors
 DTYPES = {"bf16+fp32": (torch.bfloat16, torch.float32), "fp32": (torch.float32,) * 2}
 TOKEN_RANKS = (0, 24)
 SIZES = dict(s=60, n=256, r=30, k=4, h=8, batch=2, length=64)  # kernels depend on r, k, h and d only, not on the rest
+LAYER_WIDTHS = (384, 768, 1024, 2048, 4096, 8192)
+LAYER_RANKS = (1, 4, 8, 16, 64)
 HIGHER_IS_WORSE = ("registers", "shared", "spilled")
 
 
-def keys(widths=WIDTHS):
-    for target, d, dtypes, q in itertools.product(TARGETS, widths, DTYPES, TOKEN_RANKS):
+def keys():
+    """One for each compilation: of the input stage, then of the layer's update."""
+    for target, d, dtypes, q in itertools.product(TARGETS, WIDTHS, DTYPES, TOKEN_RANKS):
         yield f"{target} d={d} {dtypes} q={q}"
+    for target, d, q in itertools.product(TARGETS, LAYER_WIDTHS, LAYER_RANKS):
+        yield f"layer {target} d={d} bf16+fp32 q={q}"
 
 
 def measure(key: str) -> dict[str, dict]:
-    """Resources of forward_kernel, reduce_kernel and weights_kernel."""
+    """Resources of the stem's kernels, by their names."""
+    *stem, target, width, dtypes, rank = key.split()
+    d, q = int(width.removeprefix("d=")), int(rank.removeprefix("q="))
+    with compiling_for(target) as kernels:
+        (_launch_layer if stem else _launch_input)(d, q, *DTYPES[dtypes])
+    return {kernel.metadata.name: jsonable(resources(kernel, target)) for kernel in kernels}
+
+
+def _launch_input(d: int, q: int, source_dtype: torch.dtype, dtype: torch.dtype) -> None:
     from ept_kernels.prompt_embed.arguments import Settings, Text, Weights
     from ept_kernels.prompt_embed.triton_op import prompt_embed
 
-    target, width, dtypes, rank = key.split()
-    d, q = int(width.removeprefix("d=")), int(rank.removeprefix("q="))
-    source_dtype, dtype = DTYPES[dtypes]
     s, n, r, k, h, batch, length = SIZES.values()
 
     def weight(*shape):
@@ -41,16 +51,22 @@ def measure(key: str) -> dict[str, dict]:
 
     ids, mask = torch.zeros(batch, length, dtype=torch.int64), torch.ones(batch, length, dtype=torch.int64)
     tokens = (weight(q, d), weight(q, d)) if q else (None, None)
-    with compiling_for(target) as kernels:
-        out, _ = prompt_embed(
-            Text(ids, torch.zeros(10, d, dtype=source_dtype), mask),
-            Weights(
-                weight(s, d), weight(n, r), weight(r, d), weight(k, h, d), weight(k, h, d), weight(k, d), *tokens
-            ),
-            Settings(scale=1.0),
-        )  # fmt: skip
-        out.backward(torch.zeros_like(out))
-    return {kernel.metadata.name: jsonable(resources(kernel, target)) for kernel in kernels}
+    out, _ = prompt_embed(
+        Text(ids, torch.zeros(10, d, dtype=source_dtype), mask),
+        Weights(weight(s, d), weight(n, r), weight(r, d), weight(k, h, d), weight(k, h, d), weight(k, d), *tokens),
+        Settings(scale=1.0),
+    )
+    out.backward(torch.zeros_like(out))
+
+
+def _launch_layer(d: int, q: int, hidden_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    from ept_kernels.layer_update.arguments import Settings, Update
+    from ept_kernels.layer_update.triton_op import layer_update
+
+    hidden = torch.zeros(2, 512, d, dtype=hidden_dtype, requires_grad=True)
+    down, up = (torch.zeros(q, d, dtype=dtype, requires_grad=True) for _ in range(2))
+    out = layer_update(Update(hidden, down, up), Settings(hidden_scale=2.0))
+    out.backward(torch.zeros_like(out))
 
 
 def jsonable(row: dict) -> dict:
@@ -72,7 +88,7 @@ def worse(now: dict, before: dict) -> list[str]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""  # the beginning of the keys to measure anew
     table = json.loads(TABLE.read_text(encoding="utf-8")) if wanted else {}
     for key in keys():
         if not key.startswith(wanted):

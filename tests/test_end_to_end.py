@@ -4,36 +4,24 @@ import dataclasses
 
 import pytest
 import torch
-from peft import TaskType, get_peft_model
-from transformers import LlamaConfig, T5Config
+from peft import get_peft_model
 
-from bench import end_to_end, memory
-from bench.end_to_end import Shape, lora_config
+from bench.steps import inference, memory, methods, shapes, training
+from bench.steps.methods import lora_config
+from bench.steps.shapes import SMALL_SHAPES
 from ept import EPTConfig
 from tiny_models import all_parts, backbone, ids, wrapped
 
-
-def t5(device):
-    return T5Config(vocab_size=20000, d_model=32, num_layers=2, num_heads=4, d_ff=64, decoder_start_token_id=0)
-
-
-def llama(device):
-    return LlamaConfig(
-        vocab_size=20000, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
-        num_hidden_layers=2,
-    )  # fmt: skip
-
-
 TINY = {
-    "seq2seq": Shape("tiny T5", 2, 6, 3, ("q", "v"), TaskType.SEQ_2_SEQ_LM, t5, paper=True),
-    "causal": Shape("tiny Llama", 2, 6, 3, ("q_proj", "v_proj"), TaskType.CAUSAL_LM, llama, torch.bfloat16),
+    "seq2seq": dataclasses.replace(SMALL_SHAPES[1], dtype=torch.float32, paper=True),
+    "causal": SMALL_SHAPES[2],
 }
 
 
 @pytest.mark.parametrize("kind", TINY)
 def test_every_method_is_timed_beside_its_floor_at_no_more_than_the_budget(kind):
     shape = TINY[kind]
-    rows, ratios = end_to_end.training(shape, "cpu", rounds=3)
+    rows, ratios = training.training(shape, "cpu", rounds=3)
     by_method = {row["method"]: row for row in rows}
     assert {"floor", "EPT", "prompt tuning 100", "DePT", "LoRA"} <= by_method.keys()
     trained = {name: row["trained_parameters"] for name, row in by_method.items() if "trained_parameters" in row}
@@ -55,8 +43,8 @@ def test_inference_compares_the_same_number_of_columns(monkeypatch):
         return {name: [1.0, 1.0, 1.0] for name in given}
 
     lengths = []
-    monkeypatch.setattr(end_to_end, "interleaved", steps)
-    make = end_to_end.backbone
+    monkeypatch.setattr(inference, "interleaved", steps)
+    make = inference.backbone
 
     def watched(shape, device):
         model = make(shape, device)
@@ -68,14 +56,14 @@ def test_inference_compares_the_same_number_of_columns(monkeypatch):
         )
         return model
 
-    monkeypatch.setattr(end_to_end, "backbone", watched)
-    (row,) = end_to_end.inference(TINY["causal"], "cpu", 3)
+    monkeypatch.setattr(inference, "backbone", watched)
+    (row,) = inference.inference(TINY["causal"], "cpu", 3)
     assert lengths[-2:] == [10, 10] and (row["method"], row["goal"]) == ("EPT folded", 1.01)
 
 
 def test_methods_share_the_frozen_weights_and_no_head():
-    base = end_to_end.backbone(TINY["seq2seq"], "cpu")
-    models = [end_to_end.build(name, TINY["seq2seq"], base)[0] for name in ("EPT", "LoRA", "prompt tuning 100")]
+    base = shapes.backbone(TINY["seq2seq"], "cpu")
+    models = [methods.build(name, TINY["seq2seq"], base)[0] for name in ("EPT", "LoRA", "prompt tuning 100")]
     tables = [model.get_input_embeddings().weight for model in (models[0].base_model, *models[1:])]
     assert all(table.data_ptr() == base.get_input_embeddings().weight.data_ptr() for table in tables)
     assert not any(p.requires_grad for p in base.parameters())
@@ -84,14 +72,14 @@ def test_methods_share_the_frozen_weights_and_no_head():
 @pytest.mark.parametrize("budget", [100, 128, 300, 520, 1000])
 def test_lora_comes_as_near_to_the_budget_as_it_can(budget):
     model = backbone("bert")  # two layers, query and value: 64 parameters for each rank of a projection
-    adapted = get_peft_model(model, lora_config(model, ("query", "value"), budget, TaskType.FEATURE_EXTRACTION))
+    adapted = get_peft_model(model, lora_config(model, ("query", "value"), budget, "FEATURE_EXTRACTION"))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert trained == budget // 64 * 64
 
 
 def test_lora_is_refused_where_the_budget_holds_nothing():
     with pytest.raises(ValueError, match="does not hold LoRA of rank 1"):
-        lora_config(backbone("bert"), ("query", "value"), 63, TaskType.FEATURE_EXTRACTION)
+        lora_config(backbone("bert"), ("query", "value"), 63, "FEATURE_EXTRACTION")
 
 
 CONFIGS = {
@@ -139,9 +127,9 @@ def test_the_peak_counts_what_is_alive_at_one_time():
 
 def test_dropout_is_off_for_every_method_and_for_the_floor():
     base = backbone("bert").requires_grad_(False)  # its config asks for dropout
-    shape = dataclasses.replace(TINY["causal"], targets=("query", "value"), task=TaskType.FEATURE_EXTRACTION)
+    shape = dataclasses.replace(TINY["causal"], targets=("query", "value"), task="FEATURE_EXTRACTION")
     for name in ("EPT", "LoRA"):
-        model, _ = end_to_end.build(name, shape, base)
+        model, _ = methods.build(name, shape, base)
         model.train()
         dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
         assert dropouts and not any(module.training for module in dropouts)
@@ -149,5 +137,5 @@ def test_dropout_is_off_for_every_method_and_for_the_floor():
 
 
 def test_a_mixed_batch_is_timed_beside_the_same_batch_of_one_adapter():
-    (row,) = end_to_end.mixed(TINY["causal"], "cpu", 3, adapters=2)
+    (row,) = inference.mixed(TINY["causal"], "cpu", 3, counts=(2,))
     assert (row["method"], row["over"]) == ("mixed batch of 2 adapters", "batch of one adapter") and row["median"] > 0

@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from bench import gpu, micro, records
 from bench.__main__ import main
-from bench.everything import timed_entry
-from bench.slower import compare
+from bench.cpu import timed_entry
+from bench.kernels import costs, micro, points, stems
+from bench.kernels.checked import WrongResult
+from bench.kernels.work import work
+from bench.tables import records
+from bench.tables.slower import compare
 from ept_kernels.prompt_embed import traffic
 
 TINY = dict(batch=2, length=6, d=16, s=3, n=8, r=2, k=2, h=2, q=2)
@@ -17,13 +20,13 @@ TINY = dict(batch=2, length=6, d=16, s=3, n=8, r=2, k=2, h=2, q=2)
 @pytest.fixture
 def tiny(monkeypatch):
     """Sizes that take no time, on the CPU."""
-    monkeypatch.setitem(micro.BASE, "cpu", traffic.Shapes(**TINY, source_bytes=4))
-    monkeypatch.setitem(micro.AXES, "cpu", {name: (value, 2 * value) for name, value in TINY.items()})
-    micro._case.cache_clear()
+    monkeypatch.setitem(points.BASE, "cpu", traffic.Shapes(**TINY, source_bytes=4))
+    monkeypatch.setitem(points.AXES, "cpu", {name: (value, 2 * value) for name, value in TINY.items()})
+    stems.stem_case.cache_clear()
 
 
-def eager(axis: str = "base") -> list[micro.Point]:
-    return [point for point in micro.points("cpu") if point.axis == axis and point.impl != "compile"]
+def eager(axis: str = "base") -> list[points.Point]:
+    return [point for point in points.points("cpu") if point.axis == axis and point.impl != "compile"]
 
 
 def clock(call, captured):
@@ -33,10 +36,10 @@ def clock(call, captured):
 
 
 def test_every_stem_and_every_peer_is_checked_and_has_a_row_for_each_way(tiny):
-    rows, wrong, skipped = gpu.microbenchmarks(eager(), "cpu", clock)
+    rows, wrong, skipped = micro.microbenchmarks(eager(), "cpu", clock)
     assert not wrong and not skipped
-    assert len(rows) == 3 * (2 * len(micro.STEMS) + len(micro.PEERS))
-    assert {row["impl"] for row in rows if row["stem"] == "embedding_step"} == set(micro.PEERS)
+    assert len(rows) == 3 * (2 * len(points.STEMS) + len(points.PEERS))
+    assert {row["impl"] for row in rows if row["stem"] == "embedding_step"} == set(points.PEERS)
     assert all(row["error_of_allowed"] <= 1 and row["launches"] > 0 and row["bytes_predicted"] > 0 for row in rows)
     assert {row["graph_ms"] for row in rows if row["way"] == "backward"} == {0.0}  # both ways less the forward
 
@@ -51,37 +54,37 @@ def test_no_time_for_a_wrong_result(tiny, monkeypatch):
         return work
 
     monkeypatch.setattr(micro, "work", one_is_wrong)
-    rows, wrong, _ = gpu.microbenchmarks(eager(), "cpu", clock)
+    rows, wrong, _ = micro.microbenchmarks(eager(), "cpu", clock)
     assert len(wrong) == 1 and "token_update-torch" in wrong[0] and "no time" in wrong[0]
     assert not [row for row in rows if (row["stem"], row["impl"]) == ("token_update", "torch")]
 
 
 def test_nan_and_a_wrong_gradient_are_wrong_results(tiny):
-    work = micro.work(next(p for p in eager() if p.stem == "lowrank_update" and p.impl == "torch"), "cpu")
-    assert work.check() <= 1
+    checked = work(next(p for p in eager() if p.stem == "lowrank_update" and p.impl == "torch"), "cpu")
+    assert checked.check() <= 1
 
     def nan(inputs):
-        return work.function(inputs) * float("nan")
+        return checked.function(inputs) * float("nan")
 
     def half_the_gradient(inputs):
         a = inputs["lowrank_a"]
-        return work.function(inputs | {"lowrank_a": a / 2 + a.detach() / 2})
+        return checked.function(inputs | {"lowrank_a": a / 2 + a.detach() / 2})
 
     for function, what in ((nan, "the result"), (half_the_gradient, "gradient of lowrank_a")):
-        with pytest.raises(micro.WrongResult, match=what):
-            dataclasses.replace(work, function=function).check()
+        with pytest.raises(WrongResult, match=what):
+            dataclasses.replace(checked, function=function).check()
 
 
 def test_without_a_compiler_torch_compile_is_skipped_with_the_reason(tiny, monkeypatch):
-    monkeypatch.setattr(micro.shutil, "which", lambda name: None)
-    compiled = [p for p in micro.points("cpu") if p.impl == "compile" and p.axis == "base"]
-    rows, wrong, skipped = gpu.microbenchmarks(compiled, "cpu", clock)
-    assert not rows and not wrong and len(skipped) == len(micro.STEMS) and "C++ compiler" in skipped[0]
+    monkeypatch.setattr(stems.shutil, "which", lambda name: None)
+    compiled = [p for p in points.points("cpu") if p.impl == "compile" and p.axis == "base"]
+    rows, wrong, skipped = micro.microbenchmarks(compiled, "cpu", clock)
+    assert not rows and not wrong and len(skipped) == len(points.STEMS) and "C++ compiler" in skipped[0]
 
 
 def test_points_change_one_size_at_a_time_and_have_no_parts_of_other_stems():
     for device in ("cpu", "cuda"):
-        found = micro.points(device)
+        found = points.points(device)
         assert len(set(found)) == len(found) and len({str(point) for point in found}) == len(found)
         for point in found:
             base = next(p for p in found if p.axis == "base" and (p.stem, p.impl) == (point.stem, point.impl))
@@ -89,8 +92,8 @@ def test_points_change_one_size_at_a_time_and_have_no_parts_of_other_stems():
                        if getattr(point.sizes, f.name) != getattr(base.sizes, f.name)]  # fmt: skip
             dept = ["length", "n"] if point.impl == "DePT" else ["length"]  # DePT's pair has as many rows as the text
             assert sorted(changed) == {"base": [], "length": dept}.get(point.axis, [point.axis])
-    assert {p.axis for p in micro.points("cuda") if p.stem == "prompt_embed"} == {"base", *TINY}
-    assert {p.impl for p in micro.points("cuda") if p.stem == "prompt_embed"} == {
+    assert {p.axis for p in points.points("cuda") if p.stem == "prompt_embed"} == {"base", *TINY}
+    assert {p.impl for p in points.points("cuda") if p.stem == "prompt_embed"} == {
         "reference", "torch", "compile", "triton",
     }  # fmt: skip
 
@@ -105,7 +108,7 @@ def test_a_name_that_no_point_has_is_one_line(capsys):
 
 def test_a_row_has_the_predicted_bytes_as_a_share_of_the_copy_bandwidth(tiny):
     point = next(p for p in eager() if p.stem == "prompt_embed" and p.impl == "torch")
-    info = micro.row(point, "both", 0.5, 7, bandwidth=1e9)
+    info = costs.row(point, "both", 0.5, 7, bandwidth=1e9)
     want = traffic.forward(point.sizes).total + traffic.backward(point.sizes).total
     row = timed_entry({"extra_info": info, "stats": {"q1": 0.001, "median": 0.002, "q3": 0.003, "rounds": 5}})
     assert row["bytes_predicted"] == want and row["of_copy_bandwidth"] == pytest.approx(want / 0.002 / 1e9)
@@ -154,7 +157,7 @@ def test_tables_that_cannot_be_compared_are_one_line(tmp_path, capsys):
 
 def test_figures_are_drawn_from_the_tables_alone(tiny, tmp_path, capsys):
     machine = {"device": "CPU", "threads": 1, "clock": "wall", "torch": "2", "commit": "abc"}
-    rows, _, _ = gpu.microbenchmarks(
+    rows, _, _ = micro.microbenchmarks(
         [p for axis in ("base", "s") for p in eager(axis) if p.stem == "prompt_embed"], "cpu", clock
     )
     records.write(tmp_path / "cpu" / "micro.csv", [row | machine for row in rows])

@@ -1,0 +1,1 @@
+"""What is learnt: the accuracy study, and the shorter comparisons on real text."""

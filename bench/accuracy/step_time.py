@@ -13,8 +13,10 @@ import torch
 from ept.compare.methods import adapt
 from ept.machine import describe
 
-from ..fit import load, quiet
-from ..step_time import interleaved_seconds, quartiles
+from ..quiet import quiet
+from ..steps.by_length import interleaved_seconds
+from ..steps.clock import quartiles
+from ..text.rows import load
 from .arms import ARMS, BUDGET, STEPS, job
 from .study import MAX_LENGTH, RESULTS, minilm_for
 

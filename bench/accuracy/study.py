@@ -33,8 +33,9 @@ from ept.machine import describe
 from ept.model.start_values import token_counts
 from ept.training import gate_health
 
-from ..fit import fit, load, predict, quiet, score
-from ..real_text import Task, load_task, minilm, smollm2
+from ..quiet import quiet
+from ..text.real_text import Task, load_task, minilm, smollm2
+from ..text.rows import fit, load, predict, score
 from .arms import STAGES
 
 __all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "key", "minilm_for", "read"]

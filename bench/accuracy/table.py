@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from ..real_text import load_task
+from ..text.real_text import load_task
 from .arms import ARMS, COMPARISONS, SMOLLM2_ARMS, TASKS
 from .study import RESULTS, decode_predictions, read
 

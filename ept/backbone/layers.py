@@ -1,88 +1,235 @@
-"""A backbone's layers: where they stand, and the size of what they read."""
+"""A backbone's layers: where they stand, how wide they are, and the size of what they read.
 
-from typing import Any, cast
+They are found by a trial: the largest list of modules, and the siblings beside it, are watched in one pass over a few
+tokens. What matters is what is read, in which order; so layers may share their weights or be wider than the embeddings.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ept.backbone.embeddings import weight_of
+from ept.backbone.embeddings import device_of, embedding_width, lacks_weights, weight_of
 from ept.backbone.probes import evaluating
-from ept.backbone.traits import positions_of
+from ept.backbone.traits import is_encoder_decoder, positions_of, text_part
 
-__all__ = ["hidden_states_of", "layers_after_first", "layers_of", "measure", "path_of_layers"]
+__all__ = ["LayerSites", "find_layers", "hidden_states_of", "layers_after_first", "layers_of", "why_no_updates"]
+
+PROBE_TOKENS = 32
+PROBE_VOCABULARY = 5000
 
 
-def path_of_layers(model: nn.Module) -> str | None:
-    """Where the layers stand: the name of the largest list of modules (of an encoder-decoder, its
-    encoder's). None where there is no list, or where each layer's parts stand in several lists side by side (XLM)."""
-    reader = model.get_encoder() if model.config.is_encoder_decoder else model  # type: ignore[operator, union-attr]
-    largest, size = None, 0
-    for parent in reader.modules():
+@dataclass(frozen=True)
+class LayerSites:
+    """Where the updates in the layers act: one site for each call of a layer after the first call.
+
+    Attributes:
+        path: of the list of modules, in the backbone.
+        order: [sites] which module of the list is called at each site. Layers that share their weights repeat it.
+        at: whether hidden states are updated where the module reads them ("input") or where it gives them ("output").
+        first: the module that is called before the first site.
+        batch_dim: which dimension of the hidden states has the rows: 0, or 1 where columns come first.
+        width: d_layer, of the hidden states.
+        sizes: [sites] fp32, h: the median over the tokens of the root mean square of the hidden states there, which a
+            few tokens of enormous size do not move. Ones where nothing can be measured, on the meta device.
+    """
+
+    path: str
+    order: tuple[int, ...]
+    at: Literal["input", "output"]
+    first: int | None
+    batch_dim: int
+    width: int
+    sizes: Tensor
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """The modules of the list, in order."""
+        return list(cast(nn.ModuleList, model.get_submodule(self.path)))
+
+    def calls(self, modules: Sequence[nn.Module]) -> dict[nn.Module, tuple[int | None, ...]]:
+        """For each module, the sites of its calls in one pass; None for the call before the first site."""
+        numbers: dict[nn.Module, tuple[int | None, ...]] = {}
+        sequence: list[tuple[int, int | None]] = [] if self.first is None else [(self.first, None)]
+        for index, site in [*sequence, *((index, site) for site, index in enumerate(self.order))]:
+            if index < len(modules):
+                numbers[modules[index]] = (*numbers.get(modules[index], ()), site)
+        return {module: sites for module, sites in numbers.items() if sites != (None,)}
+
+
+def why_no_updates(model: Any) -> str | None:
+    """Why updates in the layers of a model are impossible, in words; None where they are possible."""
+    found = _look(model)
+    return found if isinstance(found, str) else None
+
+
+def find_layers(model: Any) -> LayerSites:
+    """The sites of updates in a model's layers. ValueError, with the reason, where they are impossible."""
+    found = _look(model)
+    if isinstance(found, str):
+        raise ValueError(f"{type(model).__name__} has no updates in its layers: {found}; set deep_layers=0")
+    return found
+
+
+def layers_after_first(model: Any) -> int:
+    """How many layers can have updates. ValueError, with the reason, if none can."""
+    return len(find_layers(model).order)
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The modules of the list in which the layers stand; empty where there is none."""
+    lists = _lists(model)
+    return list(lists[0]) if lists else []
+
+
+def _lists(model: Any) -> list[nn.ModuleList]:
+    """The largest list of modules in the part that reads text, and those beside it that are as long."""
+    largest: list[nn.ModuleList] = []
+    size = 0
+    for parent in text_part(model).modules():
         lists = [child for child in parent.children() if isinstance(child, nn.ModuleList) and len(child)]
-        for found in lists:
-            parameters = sum(p.numel() for p in found.parameters())
+        for candidate in lists:
+            parameters = sum(p.numel() for p in candidate.parameters())
             if parameters > size:
-                alone = [len(other) for other in lists].count(len(found)) == 1
-                largest, size = found if alone else None, parameters
-    return next((name for name, module in model.named_modules() if module is largest), None)
+                beside = [other for other in lists if len(other) == len(candidate) and other is not candidate]
+                largest, size = [candidate, *beside], parameters
+    return largest
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Those layers, in order; empty where they are not found."""
-    path = path_of_layers(model)
-    return [] if path is None else list(cast(nn.ModuleList, model.get_submodule(path)))
+@dataclass(frozen=True)
+class _Visit:
+    """A module that was called in the trial: its list, its place in it, what it read, and what it gave."""
+
+    number: int
+    index: int
+    read: Any
+    gave: Any
 
 
-def layers_after_first(model: nn.Module) -> int:
-    """How many layers can have deep updates. ValueError if none can."""
-    layers = len(layers_of(model))
-    if layers < 2:
-        raise ValueError(
-            f"{type(model).__name__} has no deep updates: no layers after the first were found (it has one, or they share "
-            "their weights, or they do not stand in one list); set deep_layers=0"
-        )
-    return layers - 1
+def _look(model: Any) -> LayerSites | str:
+    """The sites, or why there are none."""
+    lists = _lists(model)
+    if not lists:
+        return "it has no list of layers"
+    names = {id(module): name for name, module in model.named_modules()}
+    paths = [names.get(id(each), "") for each in lists]
+    embedding = model.get_input_embeddings()
+    if lacks_weights(model):
+        count, width = len(lists[0]), getattr(model.config.get_text_config(), "hidden_size", embedding_width(embedding))
+        if count < 2 or len(lists) > 1:
+            return "on the meta device it can be said of two layers or more in one list only"
+        return LayerSites(paths[0], tuple(range(1, count)), "input", 0, 0, width, torch.ones(count - 1))
+    try:
+        visits, columns = _trial(model, lists)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        return f"its layers could not be watched at work ({error})"
+    if len(lists) > 1 and any(visit.number for visit in visits):
+        return _in_parts(visits, paths, columns)
+    return _whole(visits, paths[0], columns)
+
+
+def _whole(visits: list[_Visit], path: str, columns: int) -> LayerSites | str:
+    """The sites of layers that stand in one list, each a module that reads the hidden states."""
+    if len(visits) < 2:
+        return "it has no layer after the first"
+    batch_dim = _batch_dim([visit.read for visit in visits], columns)
+    if isinstance(batch_dim, str):
+        return batch_dim
+    later = visits[1:]
+    order = tuple(visit.index for visit in later)
+    return LayerSites(
+        path, order, "input", visits[0].index, batch_dim, later[0].read.shape[-1], _sizes([v.read for v in later])
+    )
+
+
+def _in_parts(visits: list[_Visit], paths: list[str], columns: int) -> LayerSites | str:
+    """The sites of layers whose parts stand in several lists, where what the last part gives is what the next layer reads."""
+    layers: list[list[_Visit]] = []
+    for visit in visits:
+        if not layers or layers[-1][-1].index != visit.index:
+            layers.append([])
+        layers[-1].append(visit)
+    numbers = {layer[-1].number for layer in layers}
+    if len(layers) < 2:
+        return "it has no layer after the first"
+    if len(numbers) > 1 or len({layer[-1].index for layer in layers}) < len(layers):
+        return "the parts of its layers stand in several lists and are not called in their order"
+    batch_dim = _batch_dim([layer[-1].gave for layer in layers], columns)
+    if isinstance(batch_dim, str):
+        return batch_dim
+    for layer, after in itertools.pairwise(layers):
+        if not isinstance(after[0].read, Tensor) or not torch.equal(layer[-1].gave, after[0].read):
+            return "the parts of its layers stand in several lists, and no part gives what the next layer reads"
+    before = layers[:-1]
+    order, given = tuple(layer[-1].index for layer in before), [layer[-1].gave for layer in before]
+    return LayerSites(paths[numbers.pop()], order, "output", None, batch_dim, given[0].shape[-1], _sizes(given))
+
+
+def _batch_dim(states: list[Any], columns: int) -> int | str:
+    """Which dimension of the hidden states of one row is the rows'; a reason where they are none."""
+    if any(not isinstance(state, Tensor) or state.dim() != 3 or not state.is_floating_point() for state in states):
+        return "its layers do not hand on hidden states [batch, columns, width]"
+    if len({state.shape[-1] for state in states}) > 1:
+        return "its layers are of several widths"
+    for dim in (0, 1):
+        if all(state.shape[dim] == 1 and state.shape[1 - dim] >= columns for state in states):
+            return dim
+    return "its layers do not read every column of the text"
+
+
+def _sizes(states: list[Tensor]) -> Tensor:
+    return torch.stack([state.float().square().mean(-1).sqrt().median().cpu() for state in states])
 
 
 @torch.no_grad()
-def measure(model: Any) -> Tensor:
-    """[layers − 1] fp32: the size h of the hidden states at the input of every layer after the first.
+def _trial(model: Any, lists: list[nn.ModuleList]) -> tuple[list[_Visit], int]:
+    """The calls of the lists' modules, in order, in a pass over 32 tokens out of the first 5,000 of the vocabulary.
 
-    The median over the tokens of their root mean square, which a few tokens of enormous size do not move; of 32 tokens
-    out of the first 5,000 of the vocabulary. On the meta device, where nothing can be measured: ones.
-
-    Raises:
-        TypeError: the layers cannot be told apart, or do not hand on hidden states [batch, L, d] of the embeddings' width.
+    Also returns how many tokens it were.
     """
-    layers, embedding, name = layers_of(model), model.get_input_embeddings(), type(model).__name__
-    weight, limit = weight_of(embedding), positions_of(model)[0]
-    if weight.is_meta:
-        return torch.ones(len(layers) - 1)
+    embedding, limit = model.get_input_embeddings(), positions_of(model)[0]
+    columns = min(PROBE_TOKENS, limit or PROBE_TOKENS)
     # One row: some heads refuse several without a padding token.
-    ids = torch.linspace(0, min(len(weight), 5000) - 1, min(32, limit or 32), device=weight.device).long().unsqueeze(0)
-    embeds = embedding(ids)
-    seen: list[Tensor] = []
-
-    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append(hidden_states_of(args, kwargs))
-
-    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
-    reader = model.get_encoder() if model.config.is_encoder_decoder else model
+    last = min(len(weight_of(embedding)), PROBE_VOCABULARY) - 1
+    ids = torch.linspace(0, last, columns, device=device_of(embedding)).long().unsqueeze(0)
+    visits: list[_Visit] = []
+    handles = []
+    for number, modules in enumerate(lists):
+        for index, module in enumerate(modules):
+            handles.append(module.register_forward_pre_hook(_begin(visits, number, index), with_kwargs=True))
+            handles.append(module.register_forward_hook(_end(visits, number, index)))
+    reader = model.get_encoder() if is_encoder_decoder(model) else model
     try:
         with evaluating(model):
-            reader(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), return_dict=True)
+            reader(inputs_embeds=embedding(ids), attention_mask=torch.ones_like(ids), return_dict=True)
     finally:
         for handle in handles:
             handle.remove()
-    if len(seen) != len(layers) or any(hidden.shape != embeds.shape for hidden in seen):
-        shapes = ", ".join(str(tuple(hidden.shape)) for hidden in seen[:3]) or "none"
-        raise TypeError(
-            f"{name} has no deep updates: each of its {len(layers)} layers should read hidden states of the embeddings' shape "
-            f"{tuple(embeds.shape)} once; {len(seen)} were read, of shapes {shapes}: set deep_layers=0"
-        )
-    return torch.stack([hidden.float().square().mean(-1).sqrt().median().cpu() for hidden in seen[1:]])
+    return visits, columns
 
 
-def hidden_states_of(args: tuple, kwargs: dict) -> Tensor:
-    """What a layer reads, [batch, columns, d], from its forward's arguments."""
-    return args[0] if args else kwargs["hidden_states"]
+def _begin(visits: list[_Visit], number: int, index: int) -> Callable[[nn.Module, tuple, dict], None]:
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        visits.append(_Visit(number, index, _copy(hidden_states_of(args, kwargs)), None))
+
+    return note
+
+
+def _end(visits: list[_Visit], number: int, index: int) -> Callable[[nn.Module, tuple, Any], None]:
+    def note(module: nn.Module, args: tuple, output: Any) -> None:
+        place = max(place for place, visit in enumerate(visits) if (visit.number, visit.index) == (number, index))
+        visits[place] = replace(visits[place], gave=_copy(output))
+
+    return note
+
+
+def _copy(state: Any) -> Any:
+    """A tensor's copy, since a layer may write into what it reads; anything else as it is."""
+    return state.clone() if isinstance(state, Tensor) else state
+
+
+def hidden_states_of(args: tuple, kwargs: dict) -> Any:
+    """What a layer reads, [batch, columns, d_layer], from its forward's arguments."""
+    return args[0] if args else kwargs.get("hidden_states")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ept.backbone.embeddings import weight_of
+from ept.backbone.embeddings import lacks_weights, weight_of
 
 __all__ = ["check_inputs_embeds", "evaluating", "keep_4_bits_differentiable", "refuse_unsupported"]
 
@@ -70,10 +70,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+def shifts_labels_of(model: Any, *, default: bool) -> bool:
+    """Whether a model's loss compares each column with the next one's label: what it does to a label at column 1 says so.
+
+    Args:
+        default: the answer where nothing can be computed, on the meta device.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if "labels" not in parameters or "decoder_input_ids" in parameters or model.get_output_embeddings() is None:
+        return False
+    if lacks_weights(model):
+        return default
+    weight = weight_of(model.get_input_embeddings())
+    ids = torch.arange(len(weight), device=weight.device)[-4:].unsqueeze(0)
+    arguments = dict(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True)
+    try:
+        with evaluating(model):
+            scores = model(**arguments).logits[0].float().log_softmax(-1)
+            label = (scores[0] - scores[1]).abs()[: len(weight)].argmax()  # which the two columns rate most differently
+            labels = torch.full_like(ids, -100)
+            labels[0, 1] = label
+            loss = model(**arguments, labels=labels).loss.float()
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return default  # what cannot run at all is refused by `check_inputs_embeds`
+    by_column = (loss + scores[:2, label]).abs()
+    return bool(by_column[0] < by_column[1])
+
+
+@torch.no_grad()
 def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
     """Runs four tokens through the model by ids, by embeddings and beside padding: EPT is right only where all agree."""
     embedding, name = model.get_input_embeddings(), type(model).__name__
-    if any(p.is_meta for p in model.parameters()):
+    if lacks_weights(model):
         return
     probed = model.get_encoder() if kind == "seq2seq" else model
     weight = weight_of(embedding)

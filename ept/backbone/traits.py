@@ -5,24 +5,49 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
+from ept.backbone.probes import shifts_labels_of
 
 __all__ = [
-    "IGNORE_INDEX", "KINDS", "Kind", "Traits", "head_names", "kind_of", "max_text_tokens", "positions_of",
-    "reads_first_token", "traits_of",
+    "IGNORE_INDEX", "KINDS", "PER_TOKEN", "Kind", "Traits", "head_names", "is_encoder_decoder", "kind_of", "max_text_tokens",
+    "positions_of", "reads_first_token", "text_part", "traits_of",
 ]  # fmt: skip
 
 IGNORE_INDEX = -100  # what transformers' losses skip
-RELATIVE_POSITIONS = ("bloom", "mpt", "falcon")  # causal models without position_ids to whom only distances matter
+# Models without position_ids to whom only distances matter, which count as causal here.
+RELATIVE_POSITIONS = ("bloom", "mpt", "falcon", "xlnet")
+
+# Arguments with an entry for each text token, and what the prompt's columns hold: a number, an attribute of the config
+# that says it, or None for what the row's first text token has.
+PER_TOKEN: dict[str, int | str | None] = {
+    "bbox": 0,  # where a word stands on the page: the prompt stands nowhere, as special tokens do
+    "global_attention_mask": 0,  # as text for which nothing is said
+    "langs": None,
+    "mm_token_type_ids": 0,  # text, not image
+    "moe_mm_token_type_ids": 0,
+    "cross_attention_mask": 0,  # sees no image of its own
+    "image_attention_mask": 0,
+    "image_embeds_position_mask": 0,
+    "pooling_mask": 0,  # not in the mean
+    "xpath_tags_seq": "tag_pad_id",
+    "xpath_subs_seq": "subs_pad_id",
+}
+
+
+# Attributes of a config that name the tokens in whose place a model puts what it sees or hears.
+PLACEHOLDERS = (
+    "image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id", "audio_token_index",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +99,9 @@ class Traits:
         takes_loss_kwargs: its loss divides by the Trainer's `num_items_in_batch`.
         generates: it writes text with a key-value cache.
         moved_text_is_same: text that starts later gives the same results although no positions are given.
+        prompt_values: `PER_TOKEN` with the config's numbers.
+        placeholders: ids of the tokens in whose place it puts images, videos and sounds; it finds them by their embeddings.
+        rope_owner: where the module stands that counts positions in images (Qwen-VL and its kin).
     """
 
     kind: Kind
@@ -89,6 +117,13 @@ class Traits:
     takes_loss_kwargs: bool
     generates: bool
     moved_text_is_same: bool
+    prompt_values: dict[str, int | None]
+    placeholders: tuple[int, ...]
+    rope_owner: str | None
+
+    def prompt_value(self, name: str) -> int | None:
+        """What the prompt's columns of a `PER_TOKEN` argument hold; None: what the row's first text token has."""
+        return self.prompt_values[name]
 
     def labels_are_per_token(self, labels: Tensor) -> bool:
         """Whether labels [batch] or [batch, …] have one entry for each text token."""
@@ -106,7 +141,8 @@ def traits_of(model: PreTrainedModel) -> Traits:
     if getattr(model.config, "alibi", False):
         accepts.discard("position_ids")  # taken and ignored
     max_positions, first_position = positions_of(model)
-    shifts_labels = kind.name == "causal" and model.get_output_embeddings() is not None
+    writes = kind.name == "causal" and model.get_output_embeddings() is not None
+    shifts_labels = shifts_labels_of(model, default=writes)
     return Traits(
         kind=kind,
         name=name,
@@ -119,23 +155,54 @@ def traits_of(model: PreTrainedModel) -> Traits:
         pools_mean=pools_mean,
         shifts_labels=shifts_labels,
         # Only the losses of causal language models divide by the number of items.
-        takes_loss_kwargs=shifts_labels and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()),
-        generates=shifts_labels and "past_key_values" in parameters,
+        takes_loss_kwargs=shifts_labels
+        and getattr(model, "accepts_loss_kwargs", True)
+        and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()),
+        generates=writes and "past_key_values" in parameters,
         moved_text_is_same=model.config.model_type in RELATIVE_POSITIONS,
+        prompt_values={
+            name: getattr(model.config, value, 0) if isinstance(value, str) else value
+            for name, value in PER_TOKEN.items()
+        },
+        placeholders=tuple(placeholders_of(model.config)),
+        rope_owner=next((name for name, module in model.named_modules() if hasattr(module, "get_rope_index")), None),
     )
 
 
 def kind_of(model: PreTrainedModel) -> str:
     """The name of a model's row in `KINDS`."""
-    if model.config.is_encoder_decoder:
+    if is_encoder_decoder(model):
         return "seq2seq"
-    model_type = model.config.model_type
-    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
-        model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(model.config, "is_decoder", False)
+    config, text = model.config, model.config.get_text_config()
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
     )
+    if text is not config and not causal:  # beside images or sounds: the language model's kind
+        causal = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or (
+            text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            and text.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        )
     if not causal:
         return "encoder"
     return "causal-pooled" if "ForSequenceClassification" in type(model).__name__ else "causal"
+
+
+def placeholders_of(config: Any) -> list[int]:
+    """The ids of `PLACEHOLDERS` that a config names, without repetition."""
+    ids = (getattr(config, name, None) for name in PLACEHOLDERS)
+    return list(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0))
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model has an encoder and a decoder; an encoder alone keeps the config of both."""
+    return bool(model.config.is_encoder_decoder) and "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def text_part(model: Any) -> nn.Module:
+    """The part of a model that reads the text: of an encoder-decoder its encoder, beside images its language model."""
+    if is_encoder_decoder(model):
+        return model.get_encoder()
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
 
 
 def reads_first_token(model: PreTrainedModel) -> bool:
@@ -163,12 +230,12 @@ def max_text_tokens(model: PreTrainedModel, prompt_length: int) -> int | None:
 
 def positions_of(model: PreTrainedModel) -> tuple[int | None, int]:
     """How many columns a model has positions for (None: no limit), and the number of the first."""
-    for name, module in model.named_modules():
+    for name, module in text_part(model).named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa and its kin start counting after the padding index.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - first, first
-    if model.config.is_encoder_decoder and not hasattr(model.config, "max_position_embeddings"):
+    if is_encoder_decoder(model) and not hasattr(model.config, "max_position_embeddings"):
         return None, 0
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return (limit if limit is not None and limit > 0 else None), 0

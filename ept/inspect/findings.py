@@ -26,7 +26,7 @@ class Findings:
 
     Attributes:
         directory, settings, record: where it is, its adapter_config.json, its run.json (empty if there is none).
-        config, embed_dim: the settings, and d.
+        config, embed_dim, layer_dim: the settings, d, and the width of the layers' own updates (None without any).
         folded: whether it holds P* and C in place of the trained tensors.
         prompt: P* [s, d].
         gate: the weights of the spaces, [s, K].
@@ -48,6 +48,7 @@ class Findings:
     attention: Tensor | None
     words: Words | None = None
     why_no_words: str | None = None
+    layer_dim: int | None = None
 
 
 @torch.no_grad()
@@ -73,6 +74,7 @@ def examine(directory: str, name_or_path: str | None = None, nearest: int = 3) -
         gate if gate.shape[1] else None,
         _singular_values(layer),
         _attention(layer),
+        layer_dim=layer.layer_dim,
     )
     if nearest > 0:
         try:
@@ -91,7 +93,9 @@ def _layer_of(saved_adapter: SavedAdapter) -> EPTLayer | FoldedLayer:
     prompt = saved_adapter.tensors.get("prompt")
     if prompt is None or prompt.dim() != 2:
         raise ValueError(f"{saved_adapter.directory} holds no prompt [s, d]: it is damaged, copy it again")
-    layer = (FoldedLayer if saved_adapter.settings.get("folded") else EPTLayer)(saved_adapter.config, prompt.shape[1])
+    layer_dim = saved_adapter.tensors["deep_down"].shape[-1] if "deep_down" in saved_adapter.tensors else None
+    layer_class = FoldedLayer if saved_adapter.settings.get("folded") else EPTLayer
+    layer = layer_class(saved_adapter.config, prompt.shape[1], layer_dim=layer_dim)
     try:
         layer.load_state_dict({name: t for name, t in saved_adapter.tensors.items() if not name.startswith("head.")})
     except RuntimeError as error:

@@ -78,7 +78,7 @@ def _sizes(config: EPTConfig) -> str:
 
 
 def _budget(findings: Findings) -> str:
-    parts = findings.config.parameters_by_part(findings.embed_dim)
+    parts = findings.config.parameters_by_part(findings.embed_dim, findings.layer_dim)
     total = sum(parts.values())
     rows = [*parts.items(), ("together", total)]
     return "\n".join(f"{name:<10} {count:>10,} {100 * count / total:6.1f} %" for name, count in rows)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import ept_kernels
 from ept.config import EPTConfig
+from ept.parts import PartTensor
 
 __all__ = ["AdapterLayer", "LayerUpdates", "PromptShape"]
 
@@ -21,7 +22,7 @@ class PromptShape(NamedTuple):
 class LayerUpdates(NamedTuple):
     """The updates in the layers after the first: one entry a layer, in order (step 8 of docs/method.md).
 
-    down, up: D_l/h_l and W_l·h_l, [q, d] each: in the hidden states' own size, so that the kernel need not know h_l.
+    down, up: D_l/h_l and W_l·h_l, [q, d_layer] each: in the hidden states' own size, so that the kernel need not know h_l.
     """
 
     down: tuple[Tensor, ...]
@@ -30,7 +31,7 @@ class LayerUpdates(NamedTuple):
     impl: str
 
     def apply(self, number: int, hidden: Tensor) -> Tensor:
-        """Hidden states [batch, columns, d] at the input of the layer `number` after the first, updated."""
+        """Hidden states [batch, columns, d_layer] at the input of the layer `number` after the first, updated."""
         if number >= len(self.down):
             return hidden
         down, up = self.down[number].to(hidden.device), self.up[number].to(hidden.device)
@@ -40,21 +41,30 @@ class LayerUpdates(NamedTuple):
 class AdapterLayer(nn.Module):
     """An adapter's tensors and formulas, without a backbone: `EPTLayer` trains, `FoldedLayer` is for inference.
 
-    Attributes: `config` (an EPTConfig), `embed_dim` (d), `prompt_start` (the text column of the prompt), `embed_scale`
-    (e), `prompt` (a tensor [s, d]), `trainable`.
+    Attributes: `config` (an EPTConfig), `embed_dim` (d), `layer_dim` (the width of the layers, d unless it is given),
+    `prompt_start` (the text column of the prompt), `embed_scale` (e), `prompt` (a tensor [s, d]), `trainable`.
     """
 
     prompt: Tensor
     trainable: bool
 
-    def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int):
+    def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int, layer_dim: int | None):
         super().__init__()
         self.config, self.embed_dim, self.prompt_start = config, embed_dim, prompt_start
+        self.layer_dim = embed_dim if layer_dim is None else layer_dim
         self.embed_scale = config.known_embed_scale
 
     @property
     def prompt_shape(self) -> PromptShape:
         return PromptShape(self.config.prompt_length, self.prompt_start)
+
+    def parameters_by_part(self) -> dict[str, int]:
+        """Trained parameters of each part that is on."""
+        return self.config.parameters_by_part(self.embed_dim, self.layer_dim)
+
+    def _shape(self, tensor: PartTensor) -> tuple[int, ...]:
+        """The shape of one of the parts' tensors here."""
+        return tensor.shape(self.config, tensor.width(self.embed_dim, self.layer_dim))
 
     @property
     def layer_impl(self) -> str:

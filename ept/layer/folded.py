@@ -26,11 +26,11 @@ class FoldedLayer(AdapterLayer):
     """What inference needs of an EPTLayer, as buffers; it stands in an EPTModel where the EPTLayer stood.
 
     Buffers, None for parts that are off: `prompt` P* [s, d] and `text_update` C = e·c·A·B [N, d] in the backbone's own
-    size, `token_down`, `token_up` [q, d] in units of e, `deep_down`, `deep_up` [layers, q, d] in the hidden states' own
-    size. `sha256` is `prompt_hash` of P* and the deep updates as they were folded.
+    size, `token_down`, `token_up` [q, d] in units of e, `deep_down`, `deep_up` [layers, q, d_layer] in the hidden states'
+    own size. `sha256` is `prompt_hash` of P* and the deep updates as they were folded.
 
     Args:
-        config: of the EPTLayer. embed_dim: d. prompt_start: text column of the prompt.
+        config: of the EPTLayer. embed_dim: d. prompt_start: text column of the prompt. layer_dim: width of the layers.
     """
 
     prompt: Tensor
@@ -41,12 +41,12 @@ class FoldedLayer(AdapterLayer):
     deep_up: Tensor | None
     trainable = False
 
-    def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
-        super().__init__(config, embed_dim, prompt_start)
+    def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0, layer_dim: int | None = None):
+        super().__init__(config, embed_dim, prompt_start, layer_dim)
         for tensor in (tensor for part in PARTS for tensor in part.folded):
             self.register_buffer(tensor.name, None)
         for tensor in folded_tensors_of(config):
-            self.register_buffer(tensor.name, torch.zeros(tensor.shape(config, embed_dim)))
+            self.register_buffer(tensor.name, torch.zeros(self._shape(tensor)))
         self.sha256: str | None = None
 
     def forward(
@@ -108,7 +108,7 @@ def fold_layer(layer: AdapterLayer) -> FoldedLayer:
     config, device = layer.config, layer.prompt.device
     exact = copy.deepcopy(layer).to("cpu", torch.float64)
     exact.config = EPTConfig.from_dict(config.to_dict() | {"impl": "reference"})
-    folded = FoldedLayer(config, layer.embed_dim, layer.prompt_start)
+    folded = FoldedLayer(config, layer.embed_dim, layer.prompt_start, layer.layer_dim)
     folded.prompt.copy_(exact.reconstruct()[0])
     deep: list[Tensor] = []
     if folded.deep_down is not None and folded.deep_up is not None:

@@ -31,6 +31,7 @@ class EPTLayer(AdapterLayer):
         config: sizes and switches. `config.embed_scale` must be known here (None is measured by `get_ept_model`).
         embed_dim: d.
         prompt_start: text column of the prompt.
+        layer_dim: d_layer, width of the layers that updates act in; None: as wide as the embeddings.
     """
 
     prompt: nn.Parameter
@@ -46,16 +47,16 @@ class EPTLayer(AdapterLayer):
     deep_scale: Tensor | None
     trainable = True
 
-    def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0):
+    def __init__(self, config: EPTConfig, embed_dim: int, prompt_start: int = 0, layer_dim: int | None = None):
         if config.rank > embed_dim:
             raise ValueError(f"rank={config.rank} is larger than the embeddings' width {embed_dim}: lower rank")
         if config.has_spaces and config.space_dim > embed_dim:
             raise ValueError(f"space_dim={config.space_dim} is larger than the embeddings' width {embed_dim}: lower it")
-        super().__init__(config, embed_dim, prompt_start)
+        super().__init__(config, embed_dim, prompt_start, layer_dim)
         for tensor in (tensor for part in PARTS for tensor in part.tensors):
             self.register_parameter(tensor.name, None)
         for tensor in tensors_of(config):
-            zeros = torch.zeros(tensor.shape(config, embed_dim), dtype=torch.float32)
+            zeros = torch.zeros(self._shape(tensor), dtype=torch.float32)
             self.register_parameter(tensor.name, nn.Parameter(zeros))
         layers = config.known_deep_layers
         self.register_buffer("deep_scale", torch.ones(layers) if layers else None)
@@ -70,7 +71,7 @@ class EPTLayer(AdapterLayer):
             if tensor.std is None:
                 parameter.zero_()
             else:
-                parameter.normal_(std=tensor.std(self.config, self.embed_dim))
+                parameter.normal_(std=tensor.std(self.config, tensor.width(self.embed_dim, self.layer_dim)))
 
     @torch.no_grad()
     def init_prompt(self, rows: Tensor) -> None:
@@ -164,7 +165,7 @@ class EPTLayer(AdapterLayer):
         return up * F.dropout(up.new_ones(*up.shape[:-1], 1), self.config.token_dropout)
 
     def extra_repr(self) -> str:
-        parts = self.config.parameters_by_part(self.embed_dim)
+        parts = self.parameters_by_part()
         return ", ".join(f"{part}: {count:,}" for part, count in parts.items())
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ept.backbone.embeddings import embedding_rms, embedding_width, weight_of
 from ept.backbone.fingerprint import backbone_fingerprint, check_fingerprint
-from ept.backbone.layers import layers_after_first, measure
+from ept.backbone.layers import LayerSites
 from ept.backbone.traits import Traits
 from ept.config import EPTConfig
 from ept.files.adapter_dir import check_weights, read_adapter
@@ -120,19 +120,22 @@ class SavedAdapter:
             check_fingerprint(facts["backbone"], current)
         return cls(str(path), EPTConfig.from_dict(settings), facts, tensors)
 
-    def new_layer(self, backbone: PreTrainedModel, traits: Traits) -> AdapterLayer:
-        """A layer of its kind and sizes, for its tensors."""
+    def new_layer(self, backbone: PreTrainedModel, traits: Traits, sites: LayerSites | None) -> AdapterLayer:
+        """A layer of its kind and sizes, for its tensors; `sites` as in `new_layer`."""
         if not self.facts["folded"]:
-            return new_layer(backbone, traits, self.config)
-        layer = FoldedLayer(*_layer_arguments(backbone, traits, self.config))
+            return new_layer(backbone, traits, self.config, sites)
+        layer = FoldedLayer(*_layer_arguments(backbone, traits, self.config, sites))
         layer.sha256 = self.facts["prompt_sha256"]
         return _beside_embeddings(layer, backbone)
 
     def labels(self, default: Labels) -> Labels:
-        """What its labels are; `default` where it does not say."""
-        if self.facts["num_labels"] is None:
+        """What its labels are; `default` where it does not say, as far as that has as many."""
+        count, names = self.facts["num_labels"], self.facts["label_names"]
+        if count is None:
             return default
-        return Labels.numbered(self.facts["num_labels"], self.facts["problem_type"], self.facts["label_names"])
+        if not names and count == len(default.id2label):
+            names = default.names
+        return Labels.numbered(count, self.facts["problem_type"], names)
 
     def copy_into(self, tensors: dict[str, Tensor]) -> None:
         """Copies its tensors into others of the same names. ValueError where they do not fit or the file is damaged."""
@@ -140,16 +143,23 @@ class SavedAdapter:
         check_weights(self.path)
 
 
-def new_layer(backbone: PreTrainedModel, traits: Traits, config: EPTConfig) -> EPTLayer:
-    """A fresh layer for a backbone, on the device of its embeddings. Raises what does not fit."""
-    layer = EPTLayer(*_layer_arguments(backbone, traits, config))
-    if layer.deep_scale is not None:
-        layer.deep_scale.copy_(measure(backbone)[: len(layer.deep_scale)])
+def new_layer(
+    backbone: PreTrainedModel, traits: Traits, config: EPTConfig, sites: LayerSites | None = None
+) -> EPTLayer:
+    """A fresh layer for a backbone, on the device of its embeddings. Raises what does not fit.
+
+    `sites`: where updates in the backbone's layers act; None where the config has none.
+    """
+    layer = EPTLayer(*_layer_arguments(backbone, traits, config, sites))
+    if layer.deep_scale is not None and sites is not None:
+        layer.deep_scale.copy_(sites.sizes[: len(layer.deep_scale)])
     return _beside_embeddings(layer, backbone)
 
 
-def _layer_arguments(backbone: PreTrainedModel, traits: Traits, config: EPTConfig) -> tuple[EPTConfig, int, int]:
-    """The config with what only a backbone can say filled in, d, and the text column of the prompt."""
+def _layer_arguments(
+    backbone: PreTrainedModel, traits: Traits, config: EPTConfig, sites: LayerSites | None
+) -> tuple[EPTConfig, int, int, int | None]:
+    """The config with what only a backbone can say filled in, d, the text column of the prompt, and d_layer."""
     embedding = backbone.get_input_embeddings()
     if config.embed_scale is None:
         config = dataclasses.replace(config, embed_scale=embedding_rms(embedding))
@@ -161,8 +171,8 @@ def _layer_arguments(backbone: PreTrainedModel, traits: Traits, config: EPTConfi
             f"prompt_start={prompt_start}: a causal model's prompt stands before the text, where every token sees it; "
             "leave prompt_start at None"
         )
-    if config.deep_layers:
-        layers = layers_after_first(backbone)
+    if config.deep_layers and sites is not None:
+        layers = len(sites.order)
         if config.deep_layers < 0:
             config = dataclasses.replace(config, deep_layers=layers)
         if config.deep_layers > layers:
@@ -171,7 +181,7 @@ def _layer_arguments(backbone: PreTrainedModel, traits: Traits, config: EPTConfi
         raise ValueError(
             f"prompt_length={config.prompt_length} leaves no room for text in the backbone's {traits.max_positions} positions"
         )
-    return config, embedding_width(embedding), prompt_start
+    return config, embedding_width(embedding), prompt_start, None if sites is None else sites.width
 
 
 def _beside_embeddings(layer: Layer, backbone: PreTrainedModel) -> Layer:

@@ -1,18 +1,22 @@
 """The wrapped model as a call runs it: how it is given its input, and what its hooks are told. Knows no adapter by name."""
 
+import inspect
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ept.backbone.embeddings import is_plain, weight_of
+from ept.backbone.embeddings import is_plain, placeholder_columns, weight_of
+from ept.backbone.layers import LayerSites
 from ept.backbone.traits import Traits
 from ept.model.calls import Call, Decoding
+from ept.model.columns import insert
 from ept.model.generation import DecodingSteps, GenerationSettings
 from ept.model.hooks import entries_of, hook_layers
 from ept.model.inputs import Inputs
-from ept.model.layout import InputPlan, continued, encoder, padded
+from ept.model.layout import VISION_POSITIONS, InputPlan, continued, encoder, padded, with_vision_positions
 from ept.model.packing import Packing, take_starts
 from ept.model.routing import Member, Routing
 
@@ -27,13 +31,13 @@ class Backbone:
         model: the wrapped model.
         traits: its facts.
         packing: lays out its packed rows.
-        path_of_layers: where its layers stand; None while no adapter has updates in them.
+        sites: where updates in its layers act; None while no adapter has any.
     """
 
     model: PreTrainedModel
     traits: Traits
     packing: Packing
-    path_of_layers: str | None
+    sites: LayerSites | None
 
     def lay_out(self, inputs: Inputs, routing: Routing, cache: Any, kwargs: dict[str, Any]) -> InputPlan:
         """The model's arguments for a forward.
@@ -48,17 +52,20 @@ class Backbone:
                 past_key_values=cache
             )
         starts = take_starts(inputs, kwargs)
+        inputs = self._with_vision_positions(inputs, kwargs, packed=starts is not None, cached=_length(cache) > 0)
         if starts is not None:
             if cache is not None or kwargs.pop("use_cache", False):
                 raise ValueError(
                     "packed examples and a cache do not go together: leave past_key_values and use_cache out"
                 )
             plan = self.packing.plan(inputs, routing, starts, self.embed)
-        elif cache is not None and cache.get_seq_length() > 0:
+        elif _length(cache) > 0:
             kwargs.pop("cache_position", None)
-            plan = continued(self.traits, inputs, routing, self._embeddings(inputs), cache)
+            embeds = self._embeddings(inputs)
+            kept = placeholder_columns(self.traits.placeholders, self.model.get_input_embeddings(), embeds)
+            plan = continued(self.traits, inputs, routing, embeds, kept, cache)
         else:
-            plan = self.lay_out_rows(inputs, routing).with_arguments(past_key_values=cache)
+            plan = with_vision_positions(self.lay_out_rows(inputs, routing)).with_arguments(past_key_values=cache)
         return plan.keeping(kwargs.pop("logits_to_keep", None)) if self.traits.kind.caches else plan
 
     def lay_out_rows(self, inputs: Inputs, routing: Routing) -> InputPlan:
@@ -75,13 +82,51 @@ class Backbone:
         if self.traits.kind.encoder_decoder:
             return encoder(self.traits, inputs, routing, self.embed, encoded=False), None
         mask = settings.prepare_causal(inputs, routing)
-        arguments = self.lay_out_rows(inputs.with_(attention_mask=mask), routing).arguments
-        decoding = DecodingSteps.of(self.model.get_input_embeddings(), self.traits, routing, mask, self.embed)
-        return InputPlan({name: arguments[name] for name in ("inputs_embeds", "attention_mask")}), decoding
+        inputs = inputs.with_(attention_mask=mask)
+        inputs = self._with_vision_positions(inputs, settings.arguments, packed=False, cached=False)
+        arguments = with_vision_positions(self.lay_out_rows(inputs, routing)).arguments
+        others = (
+            inputs.others
+            if inputs.token_type_ids is None
+            else {**inputs.others, "token_type_ids": inputs.token_type_ids}
+        )
+        decoding = DecodingSteps.of(self.model.get_input_embeddings(), self.traits, routing, mask, self.embed, others)
+        # Positions are transformers' to count, from the mask, but for those in images.
+        counted = {"labels"} if VISION_POSITIONS in inputs.others else {"labels", "position_ids"}
+        return InputPlan({name: value for name, value in arguments.items() if name not in counted}), decoding
+
+    def _with_vision_positions(self, inputs: Inputs, kwargs: dict[str, Any], *, packed: bool, cached: bool) -> Inputs:
+        """The inputs of a model that counts positions in images, with these positions, and a mask to count the text's by.
+
+        Raises ValueError where they cannot be known: beside packed examples, and after a cache that may hold images.
+        """
+        if self.traits.rope_owner is None:
+            return inputs
+        if inputs.attention_mask is None and not packed and not cached:
+            ones = torch.ones(inputs.batch, inputs.length, dtype=torch.int64, device=inputs.device)
+            inputs = inputs.with_(attention_mask=ones)
+        if cached and inputs.position_ids is None:
+            raise ValueError(
+                f"{self.traits.name} counts positions in images, and a cache does not say where they ended: give position_ids, "
+                "or call generate with the whole text"
+            )
+        if not any(name.endswith("grid_thw") and value is not None for name, value in kwargs.items()) or cached:
+            return inputs
+        if packed or inputs.input_ids is None or inputs.position_ids is not None:
+            raise ValueError(
+                "positions in images are counted from input_ids, one example a row: leave inputs_embeds and position_ids out"
+            )
+        owner: Any = self.model.get_submodule(self.traits.rope_owner)
+        available = kwargs | inputs.present()
+        names = inspect.signature(owner.get_rope_index).parameters
+        if "mm_token_type_ids" in names and "mm_token_type_ids" not in available:
+            raise ValueError("images need mm_token_type_ids, which the processor gives: positions are counted by them")
+        positions, _ = owner.get_rope_index(**{name: available[name] for name in names if name in available})
+        return inputs.with_others({VISION_POSITIONS: positions.permute(1, 2, 0)})
 
     def embed(self, inputs: Inputs, routing: Routing) -> Tensor:
-        """The model's input [batch, s + L, d]."""
-        embedding = self.model.get_input_embeddings()
+        """The model's input [batch, s + L, d]; placeholders of images stay as they are."""
+        embedding, placeholders = self.model.get_input_embeddings(), self.traits.placeholders
         by_ids = inputs.inputs_embeds is None and is_plain(embedding)
         ids = inputs.input_ids if by_ids else None
         embeds = None if by_ids else self._embeddings(inputs)
@@ -92,9 +137,16 @@ class Backbone:
             *(none if tensor is None else routing.split(tensor) for tensor in (ids, inputs.attention_mask, embeds)),
             strict=True,
         )
-        return routing.join(
+        updated = routing.join(
             [layer(own_ids, mask, embedding_weight=table, inputs_embeds=own) for layer, own_ids, mask, own in rows]
         )
+        if not placeholders:
+            return updated
+        embeds = self._embeddings(inputs)
+        kept = placeholder_columns(placeholders, embedding, embeds)
+        shape = routing.shared_shape
+        assert kept is not None and shape is not None  # rows of several shapes are embedded apart
+        return torch.where(insert(shape, kept, 0).unsqueeze(-1), insert(shape, embeds, 0).to(updated.dtype), updated)
 
     def _embeddings(self, inputs: Inputs) -> Tensor:
         """[batch, L, d] the text's embeddings without any update."""
@@ -106,20 +158,29 @@ class Backbone:
         """What the hooks are to know of a call whose rows are routed so; `active` has the heads that the model holds."""
         updates = tuple(layer.layer_updates() for layer in routing.layers)
         layers = self.hooked_layers()
+        sites = sum(site is not None for numbers in layers.values() for site in numbers)
         deepest = max([0, *(len(update.down) for update in updates if update is not None)])
-        if deepest > len(layers):
+        if deepest > sites:
             raise ValueError(
-                f"deep_layers={deepest}, but the backbone has {len(layers)} layers after the first left: "
+                f"deep_layers={deepest}, but the backbone has {sites} layers after the first left: "
                 "it has changed since it was wrapped"
             )
         heads: dict[nn.Module, list[nn.Module]] = {}
         if any(layer is not active.layer for layer in routing.layers):
             by_head = zip(*(member.heads for member in routing.members), strict=True)
             heads = {head: list(own) for head, own in zip(active.heads, by_head, strict=True)}
-        return Call(routing, entries_of(self.model), layers, updates, heads, decoding)
+        batch_dim = 0 if self.sites is None else self.sites.batch_dim
+        return Call(routing, entries_of(self.model), layers, updates, heads, decoding, batch_dim)
 
-    def hooked_layers(self) -> tuple[nn.Module, ...]:
-        """The layers after the first, each with its hook; empty while no adapter has updates in them."""
-        if self.path_of_layers is None:
-            return ()
-        return hook_layers(list(cast(nn.ModuleList, self.model.get_submodule(self.path_of_layers))))
+    def hooked_layers(self) -> dict[nn.Module, tuple[int | None, ...]]:
+        """The layers that updates act on, each with its hook, and the sites of its calls; empty where there are none."""
+        if self.sites is None:
+            return {}
+        layers = self.sites.calls(self.sites.modules(self.model))
+        hook_layers(layers, self.sites.at)
+        return layers
+
+
+def _length(cache: Any) -> int:
+    """Columns that a cache holds; 0 without one."""
+    return 0 if cache is None else int(cache.get_seq_length())

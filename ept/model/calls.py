@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ept.layer.base import LayerUpdates
 from ept.model.routing import Routing
 
-__all__ = ["BARE", "Call", "Decoding", "Disabled", "bare", "begin", "current", "end", "entered"]
+__all__ = ["BARE", "Call", "Decoding", "Disabled", "bare", "begin", "current", "end", "entered", "site_of"]
 
 
 class Decoding(Protocol):
@@ -32,36 +32,37 @@ class Call:
         routing: the rows by adapter; None within the bare backbone.
         entries: the modules by which the wrapped model is entered, the outermost first: itself, whose forward
             `decoding` changes, and the encoder of an encoder-decoder.
-        layers: the layers after the first that updates act on, in order.
+        layers: the layers that updates act on, and for each the sites of its calls in one pass, in order: which update
+            it is, None for none. Layers that share their weights are called several times.
         updates: each adapter's updates in these layers, in the order of `routing`; None for one without.
         heads: for each head of the backbone that is not the rows' own, those of `routing`'s adapters.
         decoding: what embeds the new tokens while the model generates.
+        batch_dim: which dimension of hidden states has the rows.
     """
 
     routing: Routing | None = None
     entries: tuple[nn.Module, ...] = ()
-    layers: tuple[nn.Module, ...] = ()
+    layers: dict[nn.Module, tuple[int | None, ...]] = field(default_factory=dict)
     updates: tuple[LayerUpdates | None, ...] = ()
     heads: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
     decoding: Decoding | None = None
+    batch_dim: int = 0
 
-    def updates_layer(self, number: int, layer: nn.Module) -> bool:
-        """Whether the call has an update for this layer, the one of that number after the first."""
-        if number >= len(self.layers) or self.layers[number] is not layer:
-            return False  # a layer that was put into another module since leaves the work to that one
-        return any(updates is not None and number < len(updates.down) for updates in self.updates)
+    def has_update(self, site: int | None) -> bool:
+        """Whether any adapter has an update for a site."""
+        return site is not None and any(updates is not None and site < len(updates.down) for updates in self.updates)
 
-    def update(self, number: int, hidden: Tensor) -> Tensor:
-        """Hidden states [batch, columns, d] at the input of the layer `number` after the first, updated row by row."""
+    def update(self, site: int, hidden: Tensor) -> Tensor:
+        """Hidden states [batch, columns, d_layer], or [columns, batch, d_layer], at a site, updated row by row."""
         assert self.routing is not None
-        routing = self.routing.for_rows(len(hidden))
-        parts = routing.split(hidden)
-        return routing.join(
-            [
-                part if updates is None else updates.apply(number, part)
-                for part, updates in zip(parts, self.updates, strict=True)
-            ]
-        )
+        rows = hidden.transpose(0, self.batch_dim)
+        routing = self.routing.for_rows(len(rows))
+        parts = routing.split(rows)
+        updated = [
+            part if updates is None else updates.apply(site, part)
+            for part, updates in zip(parts, self.updates, strict=True)
+        ]
+        return routing.join(updated).transpose(0, self.batch_dim)
 
 
 BARE = Call()
@@ -72,11 +73,13 @@ class _Frame:
     """A call that a thread has entered.
 
     running: which of the call's entries are being run.
+    counts: how often the current pass has entered each layer that is called several times.
     foreign: the module for whose sake a bare frame was opened, and `depth` how often it has been entered within.
     """
 
     call: Call
     running: list[nn.Module] = field(default_factory=list)
+    counts: dict[nn.Module, int] = field(default_factory=dict)
     foreign: nn.Module | None = None
     depth: int = 0
 
@@ -95,6 +98,26 @@ def current() -> Call:
     """The call that this thread entered last; `BARE` outside of any."""
     frames = _frames()
     return frames[-1].call if frames else BARE
+
+
+def site_of(layer: nn.Module) -> int | None:
+    """The site of the call of a layer that this thread is about to make; None where nothing is updated.
+
+    It is asked once for each call: calls of a layer that shares its weights are counted.
+    """
+    frames = _frames()
+    if not frames:
+        return None
+    frame = frames[-1]
+    sites = frame.call.layers.get(layer)
+    if sites is None:
+        return None
+    count = 0
+    if len(sites) > 1:
+        count = frame.counts.get(layer, 0)
+        frame.counts[layer] = count + 1
+    site = sites[count] if count < len(sites) else None
+    return site if frame.call.has_update(site) else None
 
 
 @contextlib.contextmanager
@@ -131,6 +154,8 @@ def begin(module: nn.Module) -> None:
         if any(order(other) >= order(module) for other in frame.running):
             frames.append(_Frame(BARE, foreign=module, depth=1))
         else:
+            if not frame.running:
+                frame.counts.clear()
             frame.running.append(module)
 
 

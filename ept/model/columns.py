@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ept.layer.base import PromptShape
 
-__all__ = ["behind_padding", "insert", "insert_positions", "leading_padding", "taken", "widened"]
+__all__ = ["behind_padding", "insert", "insert_first", "insert_positions", "leading_padding", "taken", "widened"]
 
 
 def leading_padding(attention_mask: Tensor) -> Tensor:
@@ -15,10 +15,18 @@ def leading_padding(attention_mask: Tensor) -> Tensor:
 
 
 def insert(shape: PromptShape, columns: Tensor, value: int | Tensor) -> Tensor:
-    """Columns [batch, L] with the prompt's put in: one value, or [batch, s] values."""
+    """Columns [batch, L, …] with the prompt's put in: one value, or [batch, s, …] values."""
     if not isinstance(value, Tensor):
-        value = columns.new_full((len(columns), shape.length), value)
+        value = columns.new_full((len(columns), shape.length, *columns.shape[2:]), value)
     return torch.cat([columns[:, : shape.start], value, columns[:, shape.start :]], dim=1)
+
+
+def insert_first(shape: PromptShape, columns: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Columns [batch, L, …] with the prompt's put in, which are as each row's first text token's."""
+    first = columns[:, :1]
+    if attention_mask is not None:
+        first = taken(columns, leading_padding(attention_mask).clamp(max=columns.shape[1] - 1).unsqueeze(1))
+    return insert(shape, columns, first.expand(-1, shape.length, *columns.shape[2:]))
 
 
 def behind_padding(shape: PromptShape, width: int, leading: Tensor) -> Tensor:
@@ -31,9 +39,8 @@ def behind_padding(shape: PromptShape, width: int, leading: Tensor) -> Tensor:
 
 def taken(tensor: Tensor, columns: Tensor) -> Tensor:
     """The columns [batch, m] of a tensor [batch, n, …]."""
-    if tensor.dim() == 3:
-        columns = columns.unsqueeze(-1).expand(-1, -1, tensor.shape[2])
-    return tensor.gather(1, columns)
+    deeper = tensor.shape[2:]
+    return tensor.gather(1, columns.reshape(*columns.shape, *(1 for _ in deeper)).expand(*columns.shape, *deeper))
 
 
 def widened(columns: Tensor, width: int, value: int, left: bool) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ept.backbone.embeddings import embedding_width
-from ept.backbone.layers import layers_after_first
+from ept.backbone.layers import find_layers
 from ept.config import EPTConfig
 from ept.layer.layer import EPTLayer
 from ept.model.model import EPTModel
@@ -15,10 +15,14 @@ from ept.model.start_values import init_prompt
 
 def config_for_budget(model: PreTrainedModel, parameters: int, *, preset: str, **settings: Any) -> EPTConfig:
     """`EPTConfig.for_budget` for a backbone, which says how wide it is and how many layers deep_layers=-1 means."""
-    if settings.get("deep_layers", -1 if preset == "deep" else 0) < 0:
-        settings["deep_layers"] = layers_after_first(model)
+    layer_dim = None
+    deep_layers = settings.get("deep_layers", -1 if preset == "deep" else 0)
+    if deep_layers:
+        sites = find_layers(model)
+        layer_dim = sites.width
+        settings["deep_layers"] = len(sites.order) if deep_layers < 0 else deep_layers
     width = embedding_width(model.get_input_embeddings())
-    return EPTConfig.for_budget(parameters, width, preset=preset, **settings)
+    return EPTConfig.for_budget(parameters, width, layer_dim=layer_dim, preset=preset, **settings)
 
 
 def get_ept_model(
@@ -49,5 +53,6 @@ def get_ept_model(
         raise TypeError(f"config must be an EPTConfig, not {type(config).__name__}: EPTConfig.from_dict makes one")
     wrapped = EPTModel(model, config, adapter_name)
     if isinstance(wrapped.ept, EPTLayer):  # as a fresh one is
-        init_prompt(model.get_input_embeddings(), wrapped.ept, tokenizer, token_counts, soft_prompt)
+        placeholders = wrapped.traits.placeholders
+        init_prompt(model.get_input_embeddings(), wrapped.ept, tokenizer, token_counts, soft_prompt, placeholders)
     return wrapped

@@ -6,7 +6,7 @@ backbone in there is one.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,13 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
+from ept.backbone.embeddings import placeholder_columns
 from ept.backbone.traits import Traits
 from ept.model.calls import bare
 from ept.model.columns import leading_padding
 from ept.model.inputs import Inputs
-from ept.model.layout import Embed, continued_text, padded
+from ept.model.layout import VISION_POSITIONS, Embed, continued_text, padded, with_vision_positions
 from ept.model.routing import Routing
-from ept_kernels import text_positions
 
 __all__ = ["DecodingSteps", "GenerationSettings", "outside_the_call"]
 
@@ -153,6 +153,7 @@ class DecodingSteps:
         routing: the batch's; beams and returned sequences repeat its rows.
         start: [batch] the backbone's column of each row's first text token.
         embed: makes the backbone's input of a whole text.
+        others: the text's arguments with an entry for each column, [batch, L, …], by name.
     """
 
     embedding: nn.Module
@@ -160,13 +161,20 @@ class DecodingSteps:
     routing: Routing
     start: Tensor
     embed: Embed
+    others: Mapping[str, Tensor]
 
     @classmethod
     def of(
-        cls, embedding: nn.Module, traits: Traits, routing: Routing, attention_mask: Tensor, embed: Embed
+        cls,
+        embedding: nn.Module,
+        traits: Traits,
+        routing: Routing,
+        attention_mask: Tensor,
+        embed: Embed,
+        others: Mapping[str, Tensor],
     ) -> "DecodingSteps":
         """The steps after a text whose mask is [batch, L]."""
-        return cls(embedding, traits, routing, routing.prompt_width + leading_padding(attention_mask), embed)
+        return cls(embedding, traits, routing, routing.prompt_width + leading_padding(attention_mask), embed, others)
 
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The forward's keyword arguments with embeddings in place of ids, and positions that the backbone knows."""
@@ -182,17 +190,27 @@ class DecodingSteps:
         column = torch.arange(input_ids.shape[1], device=input_ids.device)
         if cache is not None and cache.get_seq_length() > 0:
             positions = cache.get_seq_length() + column - start
-            kwargs["inputs_embeds"] = continued_text(routing, self.embedding(input_ids), positions)
+            embeds = self.embedding(input_ids)
+            kept = placeholder_columns(self.traits.placeholders, self.embedding, embeds)
+            kwargs["inputs_embeds"] = continued_text(routing, embeds, positions, kept)
             return kwargs
         # Generation without a cache repeats the whole text.
         text = (column + routing.prompt_width >= start).to(torch.int64)
-        inputs = Inputs(input_ids=input_ids, attention_mask=text)
-        arguments = padded(self.traits, inputs, routing, self.embed).arguments
-        kwargs["inputs_embeds"] = arguments["inputs_embeds"]
-        if kwargs.get("position_ids") is not None:
-            positions = text_positions(arguments["attention_mask"]).clamp(min=0)
-            kwargs["position_ids"] = positions + self.traits.first_position
-        return kwargs
+        grown = {name: _grown(name, tensor, input_ids) for name, tensor in self.others.items()}
+        inputs = Inputs.of(grown | {"input_ids": input_ids, "attention_mask": text})
+        arguments = with_vision_positions(padded(self.traits, inputs, routing, self.embed)).arguments
+        own = {"attention_mask", "labels"} | ({"position_ids"} if kwargs.get("position_ids") is None else set())
+        return kwargs | {name: value for name, value in arguments.items() if name not in own}
+
+
+def _grown(name: str, tensor: Tensor, input_ids: Tensor) -> Tensor:
+    """A text's argument [batch, L, …] for the text with what is written, [batch · beams, n]: as transformers grows it."""
+    tensor = tensor.repeat_interleave(len(input_ids) // len(tensor), dim=0)
+    new = input_ids.shape[1] - tensor.shape[1]
+    last = tensor[:, -1:].expand(-1, new, *tensor.shape[2:])
+    if name == VISION_POSITIONS:
+        return torch.cat([tensor, last + torch.arange(1, new + 1, device=tensor.device)[None, :, None]], dim=1)
+    return torch.cat([tensor, last if name == "token_type_ids" else torch.zeros_like(last)], dim=1)
 
 
 # ---------------------------------------------------------------------- what the caller hands in

@@ -1,14 +1,16 @@
 """The hooks that a wrapped model keeps for good. They read the thread's `Call` and know nothing of an adapter's tensors.
 
-A layer's forward pre-hook updates what the layer reads; a head's forward hook gives each row its own adapter's head; the
-wrapped model's forward pre-hook embeds the tokens that it generates, and notes who entered it. Outside of a call they do
-nothing.
+A layer's hook updates what the layer reads, or what the one before it gives; a head's forward hook gives each row its
+own adapter's head; the wrapped model's forward pre-hook embeds the tokens that it generates, and notes who entered it.
+Outside of a call they do nothing.
 """
 
 import functools
+import inspect
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +18,25 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ept.backbone.layers import hidden_states_of
-from ept.model.calls import Call, bare, begin, current, end, entered
+from ept.backbone.traits import is_encoder_decoder
+from ept.model.calls import Call, bare, begin, current, end, entered, site_of
 
-__all__ = ["entries_of", "hook_entries", "hook_head", "hook_layers"]
+__all__ = ["entries_of", "hook_entries", "hook_head", "hook_layers", "pass_embeddings_on"]
 
 CHECKPOINT = "_gradient_checkpointing_func"  # transformers', of every layer that can be checkpointed
 _installing = threading.Lock()
 
 
-def hook_layers(layers: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
-    """Installs the update hook on every layer but the first, once, and returns those layers.
+def hook_layers(layers: Iterable[nn.Module], at: Literal["input", "output"]) -> None:
+    """Installs the update hook on layers, once, before what they read or after what they give.
 
     Where layers are checkpointed, their checkpoint function learns to keep the call, too.
     """
-    later = tuple(layers[1:])
-    if not all(map(_is_hooked, later)):
+    layers = tuple(layers)
+    if not all(map(_is_hooked, layers)):
         with _installing:
-            for number, layer in enumerate(later):
-                _hook_layer(number, layer)
-    return later
+            for layer in layers:
+                _hook_layer(layer, at)
 
 
 def _is_hooked(layer: nn.Module) -> bool:
@@ -43,10 +45,13 @@ def _is_hooked(layer: nn.Module) -> bool:
     return "_ept_layer_hook" in attributes and (function is None or isinstance(function, _KeepsCall))
 
 
-def _hook_layer(number: int, layer: nn.Module) -> None:
+def _hook_layer(layer: nn.Module, at: Literal["input", "output"]) -> None:
     if "_ept_layer_hook" not in vars(layer):
         layer._ept_layer_hook = True  # type: ignore[assignment]
-        layer.register_forward_pre_hook(functools.partial(_update, number), with_kwargs=True)
+        if at == "input":
+            layer.register_forward_pre_hook(_update_input, with_kwargs=True)
+        else:
+            layer.register_forward_hook(_update_output)
     function = vars(layer).get(CHECKPOINT)
     if function is not None and not isinstance(function, _KeepsCall):
         setattr(layer, CHECKPOINT, _KeepsCall(function))
@@ -70,17 +75,22 @@ def _in_call(call: Call, function: Callable, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
-def _update(number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    call = current()
-    if not call.updates_layer(number, layer):
+def _update_input(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    site = site_of(layer)
+    if site is None:
         return None
-    hidden = hidden_states_of(args, kwargs)
+    call, hidden = current(), hidden_states_of(args, kwargs)
     if layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
         # transformers checkpoints a layer's forward alone: without this the update would keep its steps for the backward.
-        hidden = checkpoint(call.update, number, hidden, use_reentrant=False, preserve_rng_state=False)
+        hidden = checkpoint(call.update, site, hidden, use_reentrant=False, preserve_rng_state=False)
     else:
-        hidden = call.update(number, hidden)
+        hidden = call.update(site, hidden)
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def _update_output(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    site = site_of(layer)
+    return None if site is None else current().update(site, output)
 
 
 def hook_head(head: nn.Module) -> nn.Module:
@@ -115,9 +125,21 @@ def hook_entries(backbone: nn.Module) -> None:
             entry.register_forward_hook(_end, always_call=True)
 
 
+def pass_embeddings_on(backbone: Any) -> None:
+    """Lets a model's `generate` take `inputs_embeds`, where its own preparation passes them on but does not name them."""
+    parameters = inspect.signature(backbone.prepare_inputs_for_generation).parameters
+    passes = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    if passes and "inputs_embeds" not in parameters:
+        backbone.prepare_inputs_for_generation = types.MethodType(_prepare_with_embeddings, backbone)
+
+
+def _prepare_with_embeddings(backbone: Any, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+    return type(backbone).prepare_inputs_for_generation(backbone, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+
 def entries_of(backbone: Any) -> tuple[nn.Module, ...]:
     """The modules by which a wrapped model is entered, the outermost first."""
-    return (backbone, backbone.get_encoder()) if backbone.config.is_encoder_decoder else (backbone,)
+    return (backbone, backbone.get_encoder()) if is_encoder_decoder(backbone) else (backbone,)
 
 
 def _begin(entry: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

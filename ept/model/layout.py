@@ -14,12 +14,17 @@ from torch import Tensor
 
 from ept.backbone.traits import IGNORE_INDEX, Traits
 from ept.layer.base import PromptShape
-from ept.model.columns import behind_padding, insert, insert_positions, leading_padding, taken, widened
+from ept.model.columns import behind_padding, insert, insert_first, insert_positions, leading_padding, taken, widened
 from ept.model.inputs import Inputs, mask_by_last_token
 from ept.model.routing import OneAdapter, Routing
 from ept_kernels import text_positions
 
-__all__ = ["Embed", "InputPlan", "continued", "encoder", "mask_with_prompt", "padded"]
+__all__ = [
+    "VISION_POSITIONS", "Embed", "InputPlan", "continued", "encoder", "mask_with_prompt", "padded", "with_vision_positions",
+]  # fmt: skip
+
+# Positions of the text's columns in images, [batch, L, axes], among an input's other arguments.
+VISION_POSITIONS = "vision_positions"
 
 # The backbone's input [batch, s + L, d] for a batch and its routing.
 Embed = Callable[[Inputs, Routing], Tensor]
@@ -120,7 +125,7 @@ def padded(
     parts = {name: routing.split(tensor) for name, tensor in inputs.expanded().present().items()}
     plans = []
     for number, member in enumerate(routing.members):
-        rows = Inputs(**{name: part[number] for name, part in parts.items()})
+        rows = Inputs.of({name: part[number] for name, part in parts.items()})
         plans.append(_padded_around(member.layer.prompt_shape, traits, rows, OneAdapter(member), embed))
     return _joined(traits, plans, routing, inputs.length)
 
@@ -128,7 +133,7 @@ def padded(
 def _padded_around(shape: PromptShape, traits: Traits, inputs: Inputs, routing: Routing, embed: Embed) -> InputPlan:
     """The plan of rows whose prompts all have one shape."""
     per_token = inputs.labels is not None and traits.labels_are_per_token(inputs.labels)
-    order = None
+    order: Tensor | None = None
     if inputs.attention_mask is not None and traits.kind.text_moves_to is not None:
         is_text = inputs.attention_mask != 0
         order = torch.argsort(is_text if traits.kind.text_moves_to == "end" else ~is_text, dim=1, stable=True)
@@ -147,6 +152,8 @@ def _padded_around(shape: PromptShape, traits: Traits, inputs: Inputs, routing: 
     }
     if inputs.token_type_ids is not None and "token_type_ids" in traits.accepts:
         arguments["token_type_ids"] = insert(shape, inputs.token_type_ids, 0)
+    for name, columns in inputs.others.items():
+        arguments[name] = _with_prompts(traits, shape, name, columns, mask)
     if inputs.position_ids is not None:
         _check_positions(traits, shape, inputs.position_ids)
         arguments["position_ids"] = insert_positions(shape, inputs.position_ids, mask)
@@ -154,17 +161,38 @@ def _padded_around(shape: PromptShape, traits: Traits, inputs: Inputs, routing: 
         arguments = _behind_the_padding(traits, shape, arguments, mask)
     labels = inputs.labels
     arguments["labels"] = labels if labels is None or not per_token else _with_prompt(traits, shape, labels)
-    if traits.pools_mean:
+    if traits.pools_mean and "pooling_mask" not in arguments:
         text = torch.ones(batch, length, dtype=torch.int64, device=device) if mask is None else mask
         arguments["pooling_mask"] = insert(shape, text, 0)
     if order is None and not shape.start:
         return InputPlan(arguments, slice(shape.length, None), length)
 
-    def columns() -> Tensor:
+    def callers() -> Tensor:
         text = torch.arange(length, device=device) if order is None else torch.argsort(order, dim=1)
         return (text + shape.length * (text >= shape.start)).expand(batch, -1)
 
-    return InputPlan(arguments, columns, length)
+    return InputPlan(arguments, callers, length)
+
+
+def _with_prompts(traits: Traits, shape: PromptShape, name: str, columns: Tensor, mask: Tensor | None) -> Tensor:
+    """An argument [batch, L, …] with an entry for each column, with the prompt's put in."""
+    if name == VISION_POSITIONS:
+        prompt = torch.arange(shape.length, device=columns.device)[None, :, None]
+        return insert(
+            shape, columns + shape.length, prompt.expand(len(columns), -1, columns.shape[2]).to(columns.dtype)
+        )
+    value = traits.prompt_value(name)
+    return insert_first(shape, columns, mask) if value is None else insert(shape, columns, value)
+
+
+def with_vision_positions(plan: InputPlan) -> InputPlan:
+    """The plan with `VISION_POSITIONS` as the backbone takes them: [1 + axes, batch, columns], the text's count first."""
+    arguments = dict(plan.arguments)
+    vision = arguments.pop(VISION_POSITIONS, None)
+    if vision is None:
+        return plan
+    arguments["position_ids"] = torch.cat([arguments["position_ids"][None], vision.permute(2, 0, 1)])
+    return replace(plan, arguments=arguments)
 
 
 def _behind_the_padding(
@@ -232,12 +260,15 @@ def encoder(traits: Traits, inputs: Inputs, routing: Routing, embed: Embed, *, e
     return InputPlan({"attention_mask": mask, "labels": inputs.labels})
 
 
-def continued(traits: Traits, inputs: Inputs, routing: Routing, embeds: Tensor, cache: Any) -> InputPlan:
+def continued(
+    traits: Traits, inputs: Inputs, routing: Routing, embeds: Tensor, kept: Tensor | None, cache: Any
+) -> InputPlan:
     """Lays out new tokens after a cached prefix that holds the prompt: the text's count p goes on.
 
     Args:
         inputs: the new tokens; the mask [batch, cached and new text] covers both.
         embeds: [batch, new, d] the new tokens' embeddings.
+        kept: [batch, new] which of them are placeholders of images and stay as they are; None: none.
         cache: the key-value cache.
     """
     if not traits.kind.caches:
@@ -258,11 +289,14 @@ def continued(traits: Traits, inputs: Inputs, routing: Routing, embeds: Tensor, 
         check_length(traits, shape, text_length, rows)
     positions = text_positions(mask)[:, -new:]
     arguments = dict(
-        inputs_embeds=continued_text(routing, embeds, positions),
+        inputs_embeds=continued_text(routing, embeds, positions, kept),
         attention_mask=mask_with_prompt(routing, mask),
         past_key_values=cache,
         labels=inputs.labels,
+        **inputs.others,
     )
+    if inputs.token_type_ids is not None and "token_type_ids" in traits.accepts:
+        arguments["token_type_ids"] = inputs.token_type_ids
     if "position_ids" in traits.accepts:
         text = positions + traits.first_position if inputs.position_ids is None else inputs.position_ids
         prompt = routing.by_shape(positions[:, :1], lambda rows, shape: torch.full_like(rows, shape.length))
@@ -270,10 +304,14 @@ def continued(traits: Traits, inputs: Inputs, routing: Routing, embeds: Tensor, 
     return InputPlan(arguments)
 
 
-def continued_text(routing: Routing, embeds: Tensor, positions: Tensor) -> Tensor:
-    """[batch, n, d] embeddings after a cached prefix, each row with its adapter's update for its positions [batch, n]."""
+def continued_text(routing: Routing, embeds: Tensor, positions: Tensor, kept: Tensor | None) -> Tensor:
+    """[batch, n, d] embeddings after a cached prefix, each row with its adapter's update for its positions [batch, n].
+
+    Those of `kept` [batch, n] stay as they are.
+    """
     parts: Iterable[tuple[Tensor, Tensor]] = zip(routing.split(embeds), routing.split(positions), strict=True)
-    return routing.join([layer.continue_text(*part) for layer, part in zip(routing.layers, parts, strict=True)])
+    updated = routing.join([layer.continue_text(*part) for layer, part in zip(routing.layers, parts, strict=True)])
+    return updated if kept is None else torch.where(kept.unsqueeze(-1), embeds, updated)
 
 
 def mask_with_prompt(routing: Routing, attention_mask: Tensor) -> Tensor:

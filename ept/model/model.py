@@ -7,6 +7,7 @@ made independent of it: encoders get their rows right-padded, causal models get 
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ept.backbone.fingerprint import backbone_fingerprint
 from ept.backbone.heads import in_float32
-from ept.backbone.layers import path_of_layers
+from ept.backbone.layers import LayerSites, find_layers
 from ept.backbone.probes import check_inputs_embeds, keep_4_bits_differentiable, refuse_unsupported
 from ept.backbone.traits import traits_of
 from ept.config import EPTConfig
@@ -34,12 +35,14 @@ from ept.model.adapters import (
 from ept.model.backbone import Backbone
 from ept.model.calls import BARE, Call, Decoding, Disabled, entered
 from ept.model.generation import GenerationSettings, outside_the_call
-from ept.model.hooks import hook_entries, hook_head
-from ept.model.inputs import Inputs, check_inputs
+from ept.model.hooks import hook_entries, hook_head, pass_embeddings_on
+from ept.model.inputs import Inputs, check_inputs, take_per_token
 from ept.model.lock import lock_of
 from ept.model.packing import Packing
 from ept.model.routing import Member, OneAdapter, Routing, route
+from ept.model.signature import with_backbones_arguments
 from ept.model.start_values import init_prompt
+from ept.model.tied import write_tied_once
 from ept.model.training_mode import enable_checkpointing, freeze_dropout
 from ept.plots import plot_gates
 from ept.sharding import whole
@@ -53,9 +56,9 @@ NOT_PASSED_ON = ("generate_batch", "continuous_batching_context_manager", "init_
 class EPTModel(nn.Module):
     """A frozen transformers model behind an EPT layer; made by `get_ept_model` or `EPTModel.from_pretrained`.
 
-    `forward` takes what the wrapped model's forward takes. Its outputs have the wrapped model's shapes: token-level
-    `logits` and `last_hidden_state` [batch, L, …] come without the prompt's rows, in the caller's column order, and
-    `labels` line up with them. `hidden_states`, `attentions`, `past_key_values` and `encoder_last_hidden_state` are
+    `forward` takes, and names in its signature, what the wrapped model's forward takes. Its outputs have the wrapped
+    model's shapes: token-level `logits` and `last_hidden_state` [batch, L, …] come without the prompt's rows, in the
+    caller's column order, and `labels` line up with them. `hidden_states`, `attentions`, `past_key_values` and `encoder_last_hidden_state` are
     the backbone's own and include the prompt's s rows. The loss is the wrapped model's, on these logits and labels: a
     causal LM's first column is predicted by nothing the caller sees and does not count, as in the wrapped model.
 
@@ -84,28 +87,32 @@ class EPTModel(nn.Module):
             raise TypeError("the model is already an EPTModel: wrap its base_model, or train the adapter that it has")
         refuse_unsupported(model)
         self.base_model, self.config = model, model.config
-        self.traits = traits_of(model)
         keep_4_bits_differentiable(model)
+        self.traits = traits_of(model)
         check_inputs_embeds(model, self.traits.kind.name)
         self._lock, self._disabled = lock_of(model), Disabled()
         self._packing = Packing(model, self.traits)
-        self._path_of_layers: str | None = None  # known once any adapter has updates in the layers
+        self._sites: LayerSites | None = None  # known once any adapter has updates in the layers
         self._adapter_names: list[str] = []
         self._check_new_name(adapter_name)
         self._adapter_names.append(adapter_name)
         self._active_adapter, self.inactive_adapters = adapter_name, nn.ModuleList()
         with self._lock.changing("wrapping a model"):
-            self.ept = self._knowing_layers(new_layer(model, self.traits, config))
+            self.ept = new_layer(model, self.traits, config, self._sites_for(config))
             model.requires_grad_(False)
             for head in self._heads():
                 head.requires_grad_(True)
                 in_float32(head)
                 hook_head(head)
             hook_entries(model)
+            if self.traits.generates:
+                pass_embeddings_on(model)
+        write_tied_once(self)
         self.train(model.training)
 
     # ------------------------------------------------------------------ running
 
+    @with_backbones_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -119,8 +126,9 @@ class EPTModel(nn.Module):
         adapter_ids: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        inputs = Inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels)
         with self._lock.calling():
+            others = take_per_token(kwargs)
+            inputs = Inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, others)
             if self._disabled.here():
                 return self._bare_forward(inputs, past_key_values, return_dict, kwargs)
             check_inputs(self.traits, inputs, kwargs)
@@ -134,7 +142,7 @@ class EPTModel(nn.Module):
     @property
     def _backbone(self) -> Backbone:
         """The wrapped model as a call runs it; asked anew each time, since copies of a model have their own."""
-        return Backbone(self.base_model, self.traits, self._packing, self._path_of_layers)
+        return Backbone(self.base_model, self.traits, self._packing, self._sites)
 
     def _call(self, routing: Routing, decoding: Decoding | None = None) -> Call:
         """What the hooks are to know of a call."""
@@ -190,7 +198,9 @@ class EPTModel(nn.Module):
                 raise ValueError("generate needs input_ids or inputs_embeds")
             settings = GenerationSettings(backbone, self.traits, kwargs)
             settings.refuse_unsupported()
-            inputs = Inputs(input_ids if embeds is None else None, embeds, attention_mask)
+            types, others = kwargs.pop("token_type_ids", None), take_per_token(kwargs)
+            ids = input_ids if embeds is None else None
+            inputs = Inputs(ids, embeds, attention_mask, token_type_ids=types, others=others)
             check_inputs(self.traits, inputs, kwargs)
             routing = self._route(inputs, adapter_ids, {})
             plan, decoding = self._backbone.start_of_text(inputs, routing, settings)
@@ -271,14 +281,16 @@ class EPTModel(nn.Module):
         """
         with self._lock.changing("adding an adapter"):
             self._check_new_name(adapter_name)
-            layer = new_layer(self.base_model, self.traits, EPTConfig() if config is None else config)
+            config = EPTConfig() if config is None else config
+            layer = new_layer(self.base_model, self.traits, config, self._sites_for(config))
             labels = Labels.of(self.config)
             if num_labels is not None:
                 if not self.head_names:
                     raise ValueError(f"num_labels={num_labels}: {self.traits.name} has no head to train")
                 labels = labels.with_count(num_labels)
-            init_prompt(self.base_model.get_input_embeddings(), layer, tokenizer, token_counts, soft_prompt)
-            self._put(self._new_adapter(adapter_name, self._knowing_layers(layer), labels, fresh=True))
+            embedding, placeholders = self.base_model.get_input_embeddings(), self.traits.placeholders
+            init_prompt(embedding, layer, tokenizer, token_counts, soft_prompt, placeholders)
+            self._put(self._new_adapter(adapter_name, layer, labels, fresh=True))
 
     def load_adapter(
         self, path: str | os.PathLike, adapter_name: str, *, ignore_backbone_mismatch: bool = False
@@ -287,7 +299,7 @@ class EPTModel(nn.Module):
         with self._lock.changing("loading an adapter"):
             self._check_new_name(adapter_name)
             saved = SavedAdapter.read(path, self.base_model, ignore_backbone_mismatch=ignore_backbone_mismatch)
-            layer = self._knowing_layers(saved.new_layer(self.base_model, self.traits))
+            layer = saved.new_layer(self.base_model, self.traits, self._sites_for(saved.config))
             labels = Labels.of(self.config)
             labels = saved.labels(labels) if self.head_names else labels
             adapter = self._new_adapter(adapter_name, layer, labels, fresh=False)
@@ -353,12 +365,14 @@ class EPTModel(nn.Module):
         self.inactive_adapters.append(adapter.train(self.training))
         self._adapter_names.append(adapter.name)
 
-    def _knowing_layers(self, layer: AdapterLayer) -> AdapterLayer:
-        """The layer; the backbone's layers have their hooks then, if it has updates for them."""
-        if layer.config.deep_layers:
-            self._path_of_layers = path_of_layers(self.base_model)
-            self._backbone.hooked_layers()
-        return layer
+    def _sites_for(self, config: EPTConfig) -> LayerSites | None:
+        """Where the updates in the layers act, which then have their hooks; None where a config has no such updates."""
+        if not config.deep_layers:
+            return None
+        if self._sites is None:
+            self._sites = find_layers(self.base_model)
+        self._backbone.hooked_layers()
+        return self._sites
 
     def _check_new_name(self, adapter_name: str) -> None:
         if not isinstance(adapter_name, str) or not adapter_name:
@@ -370,7 +384,7 @@ class EPTModel(nn.Module):
 
     def trainable_parameters(self) -> dict[str, int]:
         """Trained parameters by part, the head last."""
-        parts = self.ept_config.parameters_by_part(self.ept.embed_dim)
+        parts = self.ept.parameters_by_part()
         head = sum(p.numel() for module in self._heads() for p in module.parameters())
         return parts | ({"head": head} if head else {})
 
@@ -472,9 +486,14 @@ class EPTModel(nn.Module):
         saved = SavedAdapter.read(path, model, ignore_backbone_mismatch=ignore_backbone_mismatch)
         wrapped = cls(model, saved.config, adapter_name)
         if saved.facts["folded"]:
-            wrapped.ept = saved.new_layer(model, wrapped.traits)
+            wrapped.ept = saved.new_layer(model, wrapped.traits, wrapped._sites_for(saved.config))
             wrapped.requires_grad_(False)
         saved.copy_into(wrapped._adapter_tensors())
+        if wrapped.head_names:
+            backbones = Labels.of(wrapped.config)
+            labels = saved.labels(backbones)
+            # A problem type that was never said is found from the first labels, unless the backbone's config says it.
+            replace(labels, problem_type=labels.problem_type or backbones.problem_type).put_on(model)
         return wrapped
 
     def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:

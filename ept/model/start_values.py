@@ -26,8 +26,12 @@ def init_prompt(
     tokenizer: PreTrainedTokenizerBase | None,
     token_counts: Tensor | None,
     soft_prompt: Tensor | None,
+    placeholders: tuple[int, ...] = (),
 ) -> None:
-    """Starts the layer's prompt as its config's `init` says; the other arguments as in `get_ept_model`."""
+    """Starts the layer's prompt as its config's `init` says; the other arguments as in `get_ept_model`.
+
+    `placeholders` of images are no words: a row of theirs would be taken for the place of an image.
+    """
     config = layer.config
     if (config.init == "decompose") != (soft_prompt is not None):
         raise ValueError('init="decompose" and soft_prompt go together: give both or neither')
@@ -41,14 +45,17 @@ def init_prompt(
             raise ValueError(f"init_text={config.init_text!r} holds no token")
         layer.init_prompt(embedding(ids.to(weight_of(embedding).device)))
     elif config.init == "vocab":
-        ids = _frequent_ids(embedding, tokenizer, token_counts)
+        ids = _frequent_ids(embedding, tokenizer, token_counts, placeholders)
         chosen = ids[torch.randperm(len(ids))[: config.prompt_length]]
         layer.init_prompt(embedding(chosen.to(weight_of(embedding).device)))
 
 
 @torch.no_grad()
 def _frequent_ids(
-    embedding: nn.Module, tokenizer: PreTrainedTokenizerBase | None, token_counts: Tensor | None
+    embedding: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    token_counts: Tensor | None,
+    placeholders: tuple[int, ...],
 ) -> Tensor:
     """Ids of frequent tokens: by counts if given, else the first of the vocabulary, which tokenizers sort so."""
     vocab = len(weight_of(embedding))
@@ -58,6 +65,7 @@ def _frequent_ids(
         [embedding(ids).float().norm(dim=1) for ids in torch.arange(vocab).to(weight_of(embedding).device).split(8192)]
     )
     allowed &= (norms > 0.5 * norms.median()).cpu()
+    allowed[[i for i in placeholders if i < vocab]] = False
     if tokenizer is not None:
         special = [i for i in tokenizer.all_special_ids if i < vocab]
         allowed[special] = False

@@ -21,7 +21,7 @@ __all__ = [
     "parameter_groups",
 ]
 
-# In units of the embeddings' RMS (docs/method.md), found on MiniLM with the three tasks of bench/compare.py.
+# In units of the embeddings' RMS (docs/method.md), found on MiniLM with the three tasks of `make compare`.
 PROMPT_LEARNING_RATE = 0.09
 LEARNING_RATE = 0.018
 DOWN_LEARNING_RATE = 0.001

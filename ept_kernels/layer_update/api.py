@@ -6,6 +6,7 @@ from torch import Tensor
 from ..availability import resolve
 from ..common.dtypes import widest
 from . import eager, reference
+from .arguments import Settings, Update
 from .checks import check_update
 
 __all__ = ["layer_update"]
@@ -45,12 +46,12 @@ def layer_update(
         TypeError, ValueError: an argument has the wrong dtype, shape, device or value; the message names it.
         IndexError: an index names no adapter (checked on CPU, where it costs nothing).
     """
-    if impl == "triton":
-        raise RuntimeError('impl="triton" cannot run: layer_update has no fused kernel. Use impl="torch"')
     if impl == "auto":
         impl = "torch"
     impl = resolve(impl, hidden.device)
     check_update(hidden, down, up, hidden_scale, activation, adapter_index)
+    if impl == "triton":
+        return _launch(hidden, down, up, hidden_scale, activation, adapter_index)
     with torch.autocast(hidden.device.type, enabled=False):
         if impl == "torch":
             return eager.layer_update(hidden, down, up, hidden_scale, activation, adapter_index)
@@ -61,3 +62,21 @@ def layer_update(
         if adapter_index is None:
             return reference.layer_update(*wide).to(hidden.dtype)
         return reference.layer_update_by_row(*wide, adapter_index).to(hidden.dtype)
+
+
+def _launch(
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    hidden_scale: float | Tensor,
+    activation: str,
+    adapter_index: Tensor | None,
+) -> Tensor:
+    """layer_update by the kernels."""
+    from . import triton_op
+
+    if not isinstance(hidden_scale, Tensor):
+        update = Update(hidden, down, up, adapter_index)
+        return triton_op.layer_update(update, Settings(float(hidden_scale), activation))
+    scales = hidden_scale.detach().to(hidden.device)
+    return triton_op.layer_update(Update(hidden, down, up, adapter_index, scales), Settings(activation=activation))

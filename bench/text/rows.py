@@ -1,14 +1,11 @@
-"""A task of `bench.real_text` as rows for `ept.compare.fit`, and the score of a model's logits on it."""
+"""A task of real text as rows to train on, and the score of a model's logits on it."""
 
 import functools
-import warnings
 from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
 
 from ept.compare.fit import Fit, fit
 from ept.tasks.predicting import logits_predictor, padding_collator
@@ -16,14 +13,7 @@ from ept.tasks.predicting import predict as predict_rows
 
 from .real_text import Task, load_task, minilm, smollm2
 
-__all__ = ["Fit", "encode", "fit", "load", "padding_collator", "predict", "quiet", "score"]
-
-
-def quiet() -> None:
-    """No progress bars and warnings of transformers and PEFT, which are not the reader's."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # PEFT's
+__all__ = ["Fit", "encode", "fit", "load", "padding_collator", "predict", "score"]
 
 
 @functools.cache
@@ -61,5 +51,7 @@ def score(task: Task, logits: np.ndarray, part: str) -> float:
     """Accuracy, or Pearson's correlation for a regression."""
     labels = np.asarray(task.labels[part])
     if task.problem_type == "regression":
+        from scipy.stats import pearsonr  # the speed benchmarks do without SciPy
+
         return float(pearsonr(logits[:, 0], labels).statistic)
     return float((logits.argmax(1) == labels).mean())

@@ -1,6 +1,6 @@
 """What `ept plan` predicts beside what a training step really takes, on the CPU.
 
-    python -m bench.plan_memory [--only bert-base] [--batch 8] [--length 128]
+    python -m bench.steps.plan_memory [--only bert-base] [--batch 8] [--length 128]
 
 Each case is a process of its own that trains three steps (forward, backward, AdamW) on padded rows, and measures the
 third in two ways: `peak`, from every allocation and release that torch's profiler records; `rss`, the process's highest
@@ -36,11 +36,11 @@ from ept.inspect.memory import plan_step
 from ept.machine import describe
 from ept.training.rates import parameter_groups
 
-from .real_text import minilm
+from ..text.real_text import minilm
 
 __all__ = ["profiled_peak"]
 
-RESULTS = Path(__file__).parent / "results" / "plan.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "plan.jsonl"
 WITHIN = 0.15
 
 # What the configs take without naming it.
@@ -138,7 +138,7 @@ def main() -> int:
             for checkpointing in (False, True):
                 sizes = ["--batch", str(args.batch), "--length", str(args.length)]
                 process = subprocess.run(
-                    [sys.executable, "-m", "bench.plan_memory", *sizes, "--measure", name, dtype, str(checkpointing)],
+                    [sys.executable, "-m", "bench.steps.plan_memory", *sizes, "--measure", name, dtype, str(checkpointing)],
                     stdout=subprocess.PIPE, text=True, check=True,
                 )  # fmt: skip
                 measured = json.loads(process.stdout.splitlines()[-1])

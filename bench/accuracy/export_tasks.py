@@ -1,6 +1,6 @@
 """Writes the real-text tasks to files, and a link to the encoder beside them, for `ept sweep` (`make worked-result`).
 
-python -m bench.export_tasks DIRECTORY
+python -m bench.accuracy.export_tasks DIRECTORY
 """
 
 import argparse
@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .real_text import load_task, minilm
+from ..text.real_text import load_task, minilm
 
 WORKED = ("movies", "tweets", "news")
 SPLITS = {"train": "train", "dev": "validation", "test": "test"}

@@ -1,6 +1,6 @@
 """Operations and bytes of one EPT layer, forward and backward: eager torch, torch.compile and the Triton kernels.
 
-    python -m bench.kernel_traffic          # batch 32, length 256, s 60, r 30, K 4, h 8, N 256, bf16, on the CPU
+    python -m bench.kernels.kernel_traffic          # batch 32, length 256, s 60, r 30, K 4, h 8, N 256, bf16, on the CPU
 
 Eager: every dispatched operation that is not a view, with the bytes of its inputs and outputs. torch.compile: calls of
 generated and library kernels in the code that it generates (for the CPU: it generates GPU code only beside a GPU).
@@ -22,7 +22,9 @@ VIEWS = {"view", "_unsafe_view", "t", "transpose", "expand", "slice", "unsqueeze
 SHAPE = traffic.Shapes(batch=32, length=256, d=768, s=60, n=256, r=30, k=4, h=8, weight_bytes=2)
 
 
-class Count(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations that are no views, by name, and the bytes of their inputs and outputs."""
+
     def __init__(self):
         super().__init__()
         self.operations: collections.Counter[str] = collections.Counter()
@@ -53,13 +55,13 @@ def arguments(x: traffic.Shapes, dtype=torch.bfloat16, q: int = 0):
 
 def eager(x: traffic.Shapes, impl: str) -> list[tuple[int, int]]:
     args, counts = arguments(x), []
-    with Count() as count:
+    with OperationCounter() as counter:
         out = prompt_embed(*args, scale=1.0, impl=impl)
-    counts.append((count.operations.total(), count.bytes))
+    counts.append((counter.operations.total(), counter.bytes))
     grad = torch.randn_like(out)
-    with Count() as count:
+    with OperationCounter() as counter:
         torch.autograd.grad(out, args[3:], grad)
-    counts.append((count.operations.total(), count.bytes))
+    counts.append((counter.operations.total(), counter.bytes))
     return counts
 
 

@@ -1,6 +1,6 @@
 """`make compare`: EPT beside its peers on real text, at equal trained parameters, equal steps and equal wall-clock.
 
-    python -m bench.compare [--task movies] [--steps 150] [--seeds 3] [--processes 2]
+    python -m bench.accuracy.compare [--task movies] [--steps 150] [--seeds 3] [--processes 2]
 
 Protocol, the same for every method:
 1. Search: the three learning rates of ept/peers.py, one seed, `--search_steps` steps; the best on the dev part wins.
@@ -28,11 +28,13 @@ from ept.compare.methods import METHODS, build
 from ept.machine import describe
 from ept.model.start_values import token_counts
 
-from .fit import fit, load, predict, quiet, score
-from .real_text import TASKS, load_task, minilm
-from .step_time import interleaved_seconds, ratio
+from ..quiet import quiet
+from ..steps.by_length import interleaved_seconds
+from ..steps.clock import ratio
+from ..text.real_text import TASKS, load_task, minilm
+from ..text.rows import fit, load, predict, score
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 BUDGET_ROWS = 100  # the budget is that of a soft prompt of so many tokens
 MAX_LENGTH = 64
 PATIENT = "prompt tuning 100"  # gets the equal wall-clock run
@@ -115,7 +117,7 @@ def table(task, finals: dict[str, list[dict[str, Any]]], ratios: dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="movies", choices=list(TASKS))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--search_steps", type=int, default=60)
@@ -170,7 +172,7 @@ def main() -> None:
         f"{options.steps} steps, {options.seeds} seeds. Learning rate: the best of three on the dev part after "
         f"{options.search_steps} steps. Step time: over {PATIENT}, in turn on the same batches, one thread. "
         f"{machine['device']}, Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"commit {machine['commit']}; `python -m bench.compare --task {options.task}`."
+        f"commit {machine['commit']}; `python -m bench.accuracy.compare --task {options.task}`."
     )
     text = table(task, finals, ratios, settings)
     (RESULTS / f"compare-{options.task}.md").write_text(text + "\n")

@@ -10,14 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["IDENTITY", "RESULTS", "TABLES", "directory", "identity", "read", "tables", "write"]
+__all__ = ["IDENTITY", "RESULTS", "SIZES", "TABLES", "directory", "identity", "read", "tables", "update", "write"]
 
-RESULTS = Path(__file__).parent / "results"
-TABLES = ("micro", "end_to_end", "ratios")
+RESULTS = Path(__file__).parents[1] / "results"
+SIZES = ("d", "s", "n", "r", "k", "h", "q", "batch", "length")  # of a microbenchmark
+TABLES = ("micro", "end_to_end", "ratios", "decoding")
 # What a row is of. Two rows that agree in these were meant to measure the same.
 IDENTITY = (
     "stem", "figure", "shape", "method", "over", "impl", "way", "axis",
-    "batch", "length", "d", "s", "n", "r", "k", "h", "q", "dtype", "unit", "device", "threads", "clock",
+    "batch", "length", "d", "s", "n", "r", "k", "h", "q", "adapters", "dtype", "unit", "device", "threads", "clock",
 )  # fmt: skip
 
 
@@ -43,6 +44,13 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         table.writeheader()
         table.writerows({name: _short(value) for name, value in row.items()} for row in rows)
     fresh.replace(path)
+
+
+def update(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds the rows to the table, each in the place of one that measured the same."""
+    new = {identity(row) for row in rows}
+    old = read(path) if path.exists() else []
+    write(path, [*(row for row in old if identity(row) not in new), *rows])
 
 
 def read(path: Path) -> list[dict[str, Any]]:

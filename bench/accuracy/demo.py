@@ -24,9 +24,11 @@ from ept.machine import describe
 from ept.model.start_values import token_counts
 from ept.plots import plot_gates, plot_loss
 
-from .fit import encode, fit, predict, quiet, score
-from .real_text import load_task, minilm
-from .step_time import interleaved_seconds, ratio
+from ..quiet import quiet
+from ..steps.by_length import interleaved_seconds
+from ..steps.clock import ratio
+from ..text.real_text import load_task, minilm
+from ..text.rows import encode, fit, predict, score
 
 METHODS_SHOWN = {"EPT": 1.0, "prompt tuning 100": 0.005, "head only": 0.02}  # with the learning rate of each
 BASELINE = "prompt tuning 100"
@@ -42,7 +44,7 @@ SENTENCES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="training steps of each method (default: what fits into 4 minutes)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument(
@@ -57,7 +59,7 @@ def main() -> None:
     settings = {"task": "movies", "steps": options.steps, "seed": 0, "budget": 100 * 384, "ept": ept.__version__}
     claim_output_dir(options.output_dir, settings)
     run(options.output_dir, settings)
-    command = [sys.executable, "-m", "bench.demo", "--predict", "--output_dir", str(options.output_dir)]
+    command = [sys.executable, "-m", "bench.accuracy.demo", "--predict", "--output_dir", str(options.output_dir)]
     subprocess.run(command, check=True)
     print(
         f"\nadapter, metrics.json, loss.png and gates.png are in {options.output_dir}/ ({time.time() - started:.0f} s in all)"

@@ -7,11 +7,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .records import tables
+from .records import SIZES, tables
 
 __all__ = ["draw", "draw_all"]
-
-SIZES = ("d", "s", "n", "r", "k", "h", "q", "batch", "length")
 
 
 def draw_all(directories: list[Path], output_dir: Path) -> int:
@@ -32,7 +30,7 @@ def draw(of_device: dict[str, list[dict[str, Any]]]) -> dict[str, Figure]:
     figures = {}
     if "micro" in of_device:
         rows = of_device["micro"]
-        for stem in dict.fromkeys(row["stem"] for row in rows):
+        for stem in dict.fromkeys(row["stem"] for row in rows if row["axis"] in SIZES):
             figures[f"micro-{stem}"] = _sweeps([row for row in rows if row["stem"] == stem])
     if "end_to_end" in of_device:
         figures["end_to_end"] = _bars(of_device["end_to_end"])
@@ -82,6 +80,11 @@ def _sweep(panel: Axes, rows: list[dict[str, Any]], axis: str) -> None:
     panel.grid(alpha=0.3)
 
 
+def _with_way(label: str, row: dict[str, Any]) -> str:
+    """The label, and whether the step is replayed as a CUDA graph."""
+    return f"{label}, {row['way']}" if row.get("way") else label
+
+
 def _bars(rows: list[dict[str, Any]]) -> Figure:
     """Step time and peak memory of each method, a row of panels for each shape."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
@@ -89,13 +92,13 @@ def _bars(rows: list[dict[str, Any]]) -> Figure:
     panels = figure.subplots(len(shapes), 2, squeeze=False)
     for shape, (left, right) in zip(shapes, panels, strict=True):
         of_shape = [row for row in rows if row["shape"] == shape]
-        names, place = [row["method"] for row in of_shape], range(len(of_shape))
+        names, place = [_with_way(row["method"], row) for row in of_shape], range(len(of_shape))
         median = [row["median"] for row in of_shape]
         around = [[r["median"] - r["low"] for r in of_shape], [r["high"] - r["median"] for r in of_shape]]
         left.barh(place, median, xerr=around, capsize=2, color="tab:blue")
         left.set_yticks(place, names, fontsize=7)
         left.set_title(shape, fontsize=8, loc="left")
-        right.barh(place, [float(row["peak_bytes"]) / 2**20 for row in of_shape], color="tab:orange")
+        right.barh(place, [float(row["peak_bytes"] or 0) / 2**20 for row in of_shape], color="tab:orange")
         right.set_yticks([])
         for panel in (left, right):
             panel.invert_yaxis()
@@ -117,7 +120,9 @@ def _ratios(rows: list[dict[str, Any]]) -> Figure:
         )
         if row.get("goal"):
             panel.plot(float(row["goal"]), place, marker="|", markersize=12, color="tab:red")
-    panel.set_yticks(range(len(rows)), [f"{r['method']} / {r['over']}, {r['shape']}" for r in rows], fontsize=7)
+    panel.set_yticks(
+        range(len(rows)), [_with_way(f"{r['method']} / {r['over']}, {r['shape']}", r) for r in rows], fontsize=7
+    )
     panel.invert_yaxis()
     panel.grid(axis="x", alpha=0.3)
     panel.set_xlabel(f"ratio of times within a round: median, quartiles, goal (red)\n{_device(rows[0])}", fontsize=8)

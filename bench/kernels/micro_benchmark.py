@@ -11,9 +11,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import micro
+from .checked import WAYS, CannotRun, Work
+from .costs import copy_bandwidth, launches, row
+from .points import Point, named
+from .work import work
 
-SECONDS = 0.1  # for a point, at most
+SECONDS = 0.07  # for a point, at most
 FEWEST, MOST = 5, 30  # rounds
 NAMED = "EPT_BENCH_POINTS"  # environment variable: only points whose name holds this
 
@@ -21,7 +24,7 @@ NAMED = "EPT_BENCH_POINTS"  # environment variable: only points whose name holds
 @pytest.fixture(scope="session")
 def bandwidth(pytestconfig: pytest.Config) -> float:
     timer = str(pytestconfig.getoption("benchmark_timer"))  # "time.perf_counter" or "time.process_time"
-    return micro.copy_bandwidth("cpu", getattr(time, timer.removeprefix("time.")))
+    return copy_bandwidth("cpu", getattr(time, timer.removeprefix("time.")))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,24 +32,24 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("way", micro.WAYS)
-@pytest.mark.parametrize("point", micro.named("cpu", os.environ.get(NAMED, "")), ids=str)
-def test_micro(point: micro.Point, way: str, bandwidth: float, benchmark: BenchmarkFixture) -> None:
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("point", named("cpu", os.environ.get(NAMED, "")), ids=str)
+def test_micro(point: Point, way: str, bandwidth: float, benchmark: BenchmarkFixture) -> None:
     try:
-        work, error = checked(point)
-    except micro.CannotRun as reason:
+        of_point, error = checked(point)
+    except CannotRun as reason:
         pytest.skip(str(reason))
-    call = work.call(way)
+    call = of_point.call(way)
     call()
     started = time.perf_counter()
     call()
     rounds = round(SECONDS / (time.perf_counter() - started))
-    benchmark.extra_info = micro.row(point, way, error, micro.launches(point, way, work, "cpu"), bandwidth)
+    benchmark.extra_info = row(point, way, error, launches(point, way, of_point, "cpu"), bandwidth)
     benchmark.pedantic(call, rounds=min(MOST, max(FEWEST, rounds)), warmup_rounds=1)
 
 
 @functools.lru_cache(maxsize=1)  # the three ways of a point come one after another
-def checked(point: micro.Point) -> tuple[micro.Work, float]:
+def checked(point: Point) -> tuple[Work, float]:
     """A point's work, and its error over what is allowed."""
-    work = micro.work(point, "cpu")
-    return work, work.check()
+    of_point = work(point, "cpu")
+    return of_point, of_point.check()

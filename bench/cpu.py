@@ -1,4 +1,4 @@
-"""What `make bench` and `make bench-gpu` run, one part after another, and the headline at their end."""
+"""What `make bench` runs, one part after another, and the headline at its end."""
 
 import argparse
 import json
@@ -14,10 +14,17 @@ import torch
 
 from ept.machine import describe
 
-from . import end_to_end, micro, records
-from .fit import quiet
+from .kernels.costs import timed
+from .kernels.points import named
+from .quiet import quiet
+from .steps.by_length import BY_LENGTH, by_length
+from .steps.inference import inference, mixed
+from .steps.ratios import FEWEST_ROUNDS
+from .steps.shapes import SHAPES
+from .steps.training import training
+from .tables import records
 
-__all__ = ["CLOCKS", "on_cpu", "on_gpu"]
+__all__ = ["CLOCKS", "on_cpu", "timed_entry"]
 
 # On a machine that others use, the process's own time on the processor says more than the time on the wall.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -32,45 +39,48 @@ def on_cpu(options: argparse.Namespace) -> int:
     headline: dict[str, Any] = machine | {"clock": options.clock}
     failed = False
     if "micro" in options.parts:
-        points = micro.named("cpu", options.points)
+        points = named("cpu", options.points)
         rows, failed = _micro_on_cpu(options.points, threads, options.clock)
         records.write(directory / "micro.csv", [row | machine | {"clock": options.clock} for row in rows])
         headline["micro"] = {"timed": len(rows), "of": 3 * len(points), "wrong": failed}
     if "end_to_end" in options.parts:
-        headline |= _end_to_end("cpu", options, directory, machine)
+        headline |= _steps(options, directory, machine)
     headline |= {"seconds": round(time.time() - started), "load": [round(x, 2) for x in os.getloadavg()]}
     print(json.dumps(headline))
     return int(failed)
 
 
-def _end_to_end(device: str, options: argparse.Namespace, directory: Path, machine: dict[str, Any]) -> dict[str, Any]:
+def _steps(options: argparse.Namespace, directory: Path, machine: dict[str, Any]) -> dict[str, Any]:
     """Writes end_to_end.csv and ratios.csv, prints the ratios, and returns their part of the headline."""
     quiet()
-    known = [shape.name for shape in end_to_end.SHAPES]
-    chosen = options.shapes or known
-    if set(chosen) - set(known):
-        raise ValueError(f"--shapes {' '.join(chosen)}: choose among {', '.join(known)}")
+    names = [shape.name for shape in SHAPES]
+    chosen = options.shapes or names
+    if set(chosen) - set(names):
+        raise ValueError(f"--shapes {' '.join(chosen)}: choose among {', '.join(names)}")
 
     def rounds(usual: int) -> int:
-        return max(end_to_end.FEWEST_ROUNDS, round(usual * options.rounds))
+        return max(FEWEST_ROUNDS, round(usual * options.rounds))
 
     clock, machine = CLOCKS[options.clock], machine | {"clock": options.clock}
     rows: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
-    for shape in end_to_end.SHAPES:
-        if shape.name not in chosen:
-            continue
-        of_shape, of_pairs = end_to_end.training(shape, device, rounds(shape.rounds), clock)
+    for shape in (shape for shape in SHAPES if shape.name in chosen):
+        of_shape, of_pairs = training(shape, "cpu", rounds(shape.rounds), clock)
         rows += of_shape
         ratios += of_pairs
         if shape.paper:
-            ratios += end_to_end.inference(shape, device, rounds(2 * shape.rounds), clock)
-            ratios += end_to_end.mixed(shape, device, rounds(2 * shape.rounds), clock)
+            ratios += inference(shape, "cpu", rounds(2 * shape.rounds), clock)
+            ratios += mixed(shape, "cpu", rounds(2 * shape.rounds), clock)
         if shape.name == "MiniLM":
-            ratios += end_to_end.by_length(device, rounds(end_to_end.BY_LENGTH.rounds), clock)
+            ratios += by_length("cpu", rounds(BY_LENGTH.rounds), clock)
         # After each shape, so that an interrupted run leaves what it has.
         records.write(directory / "end_to_end.csv", [row | machine for row in rows])
         records.write(directory / "ratios.csv", [row | machine for row in ratios])
+    return _judged(ratios)
+
+
+def _judged(ratios: list[dict[str, Any]]) -> dict[str, Any]:
+    """Prints the ratios, and returns those that have goals and the names of those that miss them."""
     judged: dict[str, float] = {}
     missed = []
     for row in ratios:
@@ -85,16 +95,17 @@ def _end_to_end(device: str, options: argparse.Namespace, directory: Path, machi
 
 def _micro_on_cpu(part: str, threads: int, clock: str) -> tuple[list[dict[str, Any]], bool]:
     """Rows of the microbenchmarks as pytest-benchmark times them in a process of its own; whether a result was wrong."""
+    root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "benchmark.json"
         command = [
-            sys.executable, "-m", "pytest", str(Path(micro.__file__).with_name("micro_benchmark.py")), "-q", "-rfs",
+            sys.executable, "-m", "pytest", str(root / "bench" / "kernels" / "micro_benchmark.py"), "-q", "-rfs",
             "-p", "no:cacheprovider", "--benchmark-disable-gc", "--benchmark-columns=median,iqr,rounds",
             f"--benchmark-json={result}",
             *(["--benchmark-timer=time.process_time"] if clock == "cpu" else []),
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "EPT_BENCH_POINTS": part}
-        done = subprocess.run(command, env=environment, cwd=Path(micro.__file__).parents[1])
+        done = subprocess.run(command, env=environment, cwd=root)
         entries = json.loads(result.read_text())["benchmarks"] if result.exists() else []
     if not entries:
         raise ValueError("pytest-benchmark timed nothing: see its messages above")
@@ -104,28 +115,4 @@ def _micro_on_cpu(part: str, threads: int, clock: str) -> tuple[list[dict[str, A
 def timed_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """A row of micro.csv from a benchmark in pytest-benchmark's JSON."""
     stats = entry["stats"]
-    return micro.timed(entry["extra_info"], stats["q1"], stats["median"], stats["q3"], stats["rounds"])
-
-
-def on_gpu(options: argparse.Namespace) -> int:
-    """Everything on the GPU. ValueError without one. Returns 1 if a result was wrong."""
-    if not torch.cuda.is_available():
-        raise ValueError("no GPU here: `make bench` measures on the CPU")
-    from .gpu import microbenchmarks
-
-    started, machine = time.time(), describe()
-    directory = options.output_dir or records.directory(machine["device"])
-    headline: dict[str, Any] = dict(machine)
-    wrong: list[str] = []
-    if "micro" in options.parts:
-        points = micro.named("cuda", options.points)
-        rows, wrong, skipped = microbenchmarks(points, "cuda")
-        for line in wrong + skipped:
-            print(line)
-        records.write(directory / "micro.csv", [row | machine for row in rows])
-        headline["micro"] = {"timed": len(rows), "of": 3 * len(points), "wrong": bool(wrong)}
-    if "end_to_end" in options.parts:
-        headline |= _end_to_end("cuda", options, directory, machine)
-    headline |= {"seconds": round(time.time() - started)}
-    print(json.dumps(headline))
-    return int(bool(wrong))
+    return timed(entry["extra_info"], stats["q1"], stats["median"], stats["q3"], stats["rounds"])

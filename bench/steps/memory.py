@@ -27,12 +27,14 @@ def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:
     return counter.peak
 
 
-def own_bytes(layer: nn.Module, forward: Callable[[], Tensor], given: list[Tensor]) -> int:
-    """Bytes that an EPTLayer has in a training step, measured in one that changes nothing: its trained tensors with
-    their gradients and AdamW's moments, and what `forward` keeps for the backward beside those and `given` (E, ids, …).
+def own_bytes(layer: nn.Module, forward: Callable[[], Tensor], inputs: list[Tensor]) -> int:
+    """Bytes of an EPTLayer in a training step, measured in one that changes nothing.
+
+    They are its trained tensors with their gradients and AdamW's moments, and what `forward` keeps for the backward
+    beside those and its `inputs` (E, ids, …).
     """
     trained = list(layer.parameters())
-    there = {t.untyped_storage()._cdata for t in trained + given}
+    there = {t.untyped_storage()._cdata for t in trained + inputs}
     kept: dict[int, Tensor] = {}  # holds the tensors, so that no other storage takes the place of one
 
     def keep(tensor: Tensor) -> Tensor:

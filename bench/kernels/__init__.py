@@ -1,0 +1,1 @@
+"""Microbenchmarks of the kernels' stems: points, work, checks, costs and clocks."""

@@ -1,0 +1,1 @@
+"""Result tables: writing and reading them, comparing two, drawing them."""

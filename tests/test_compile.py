@@ -1,0 +1,91 @@
+"""torch.compile traces a whole pass behind EPT as one graph, without asking the device, and gives what eager mode gives."""
+
+import pytest
+import torch
+import transformers as hf
+from torch._dynamo.testing import CompileCounter
+
+from ept import EPTConfig
+from tiny_models import backbone, ids, padded, wrapped
+
+MODELS = {
+    "bert": hf.AutoModelForSequenceClassification,
+    "llama": hf.AutoModelForCausalLM,
+    "t5": hf.AutoModelForSeq2SeqLM,
+}
+PRESETS = {
+    "input": EPTConfig(token_dropout=0.0),
+    "paper": EPTConfig.paper(prompt_length=4, rank=3, max_text_length=16),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batch_of(name, lengths=(9, 4), side="right"):
+    """Rows of these lengths, padded on a side; for T5 the decoder's input, too."""
+    text, mask = padded([ids(1, length, seed=i) for i, length in enumerate(lengths)], side)
+    decoder = {"decoder_input_ids": ids(len(lengths), 3)} if name == "t5" else {}
+    return dict(input_ids=text, attention_mask=mask, **decoder)
+
+
+def compiled(model):
+    """The model compiled as one graph by a backend that runs it as it is, and what counts the graphs."""
+    counter = CompileCounter()
+    return torch.compile(model, fullgraph=True, backend=counter, dynamic=True), counter
+
+
+def check(model, batch):
+    with torch.no_grad():
+        want = model(**batch).logits
+        fast, counter = compiled(model)
+        torch.testing.assert_close(fast(**batch).logits, want, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_pass_is_one_graph_with_eager_modes_loss_and_gradients(name):
+    model = wrapped(backbone(name, MODELS[name]), EPTConfig.deep()).train()
+    batch = batch_of(name, side="left" if name == "llama" else "right")
+    batch["labels"] = torch.tensor([0, 1]) if name == "bert" else ids(2, 9 if name == "llama" else 3)
+    fast, counter = compiled(model)
+    results = []
+    for run in (model, fast):
+        model.zero_grad()
+        loss = run(**batch).loss
+        loss.backward()
+        results.append({"loss": loss.detach()} | {key: p.grad.clone() for key, p in model.ept.named_parameters()})
+    for key, want in results[0].items():
+        torch.testing.assert_close(
+            results[1][key], want, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("preset", ["input", "paper"])
+def test_a_pass_of_the_other_presets_is_one_graph(preset):
+    check(wrapped(backbone("llama", MODELS["llama"]), PRESETS[preset]), batch_of("llama", side="left"))
+
+
+def test_a_pass_of_several_adapters_is_one_graph():
+    model = wrapped(backbone("bert", MODELS["bert"]), EPTConfig.deep())
+    model.add_adapter("other", EPTConfig.deep(token_rank=3))
+    check(model, batch_of("bert") | {"adapter_ids": ["other", "default"]})
+
+
+def test_a_pass_of_a_folded_adapter_is_one_graph():
+    check(wrapped(backbone("llama", MODELS["llama"]), EPTConfig.deep()).fold(), batch_of("llama"))
+
+
+def test_other_batches_and_lengths_need_one_more_compilation_at_most():
+    model = wrapped(backbone("llama", MODELS["llama"]), EPTConfig.deep())
+    fast, counter = compiled(model)
+    with torch.no_grad():
+        for lengths in ((9, 4), (5, 7, 2), (12, 3)):
+            batch = batch_of("llama", lengths, "left")
+            torch.testing.assert_close(fast(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2
