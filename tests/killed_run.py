@@ -7,6 +7,7 @@ SCENARIOS is JSON: {name: [run, run, …]}, the runs of one output directory in 
 writing that file of checkpoint 4) and `resume` (None, True or a checkpoint's name). Prints each run's exit status.
 """
 
+import gc
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from ept.training.rates import EPTTrainingArguments
 from ept.training.trainer import EPTTrainer
 from tiny_models import all_parts, backbone, ids
 
-STEPS = 14
+STEPS = 10
 
 
 class KillAtStep(hf.TrainerCallback):
@@ -77,7 +78,7 @@ def train(output_dir: Path, kill_at: str | None, resume: bool | str | None) -> N
     model = get_ept_model(backbone("roberta", hf.AutoModelForSequenceClassification, num_labels=2), all_parts())
     rows = [
         {"input_ids": ids(1, 3 + i % 9, seed=i)[0], "labels": i % 2, "attention_mask": torch.ones(3 + i % 9).long()}
-        for i in range(23)
+        for i in range(15)  # an epoch is four steps, and the last batch has one row
     ]
     args = EPTTrainingArguments(
         output_dir, max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=2,
@@ -108,6 +109,14 @@ class Tokenizer:
         return batch | {"labels": torch.tensor([f["labels"] for f in features])}
 
 
+def get_ready_to_fork() -> None:
+    """Does once, for all children, what each would do anew: imports, and going through all of their objects for garbage."""
+    for name in ("bert", "roberta", "llama"):
+        backbone(name)
+    gc.collect()
+    gc.freeze()
+
+
 def in_a_child(**run) -> int:
     pid = os.fork()
     if pid == 0:
@@ -122,6 +131,7 @@ def in_a_child(**run) -> int:
 
 if __name__ == "__main__":
     hf.logging.set_verbosity_error()
+    get_ready_to_fork()
     directory, scenarios = Path(sys.argv[1]), json.loads(sys.argv[2])
     status = {
         name: [

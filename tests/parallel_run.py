@@ -24,7 +24,7 @@ import transformers as hf
 from ept import get_ept_model
 from ept.training.rates import EPTTrainingArguments
 from ept.training.trainer import EPTTrainer
-from killed_run import Tokenizer
+from killed_run import Tokenizer, get_ready_to_fork
 from tiny_models import all_parts, backbone, ids
 
 STEPS, ROWS = 6, 32  # the rows are a multiple of every batch: a last, smaller batch would be filled up from the first
@@ -128,5 +128,6 @@ def fsdp_on_the_cpu() -> None:
 
 if __name__ == "__main__":
     hf.logging.set_verbosity_error()
+    get_ready_to_fork()
     directory = Path(sys.argv[1])
     print(json.dumps([in_children(output_dir=directory / run.pop("name"), **run) for run in json.loads(sys.argv[2])]))

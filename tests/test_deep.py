@@ -162,8 +162,10 @@ def test_checkpointed_layers_give_the_same_gradients_and_keep_no_steps_of_the_up
         torch.testing.assert_close(p.grad, 2 * want[name], rtol=1e-3, atol=1e-6)
 
 
+@torch.no_grad()
 def test_a_compiled_backbone_updates_each_batch():
-    model, rows = causal(), [ids(1, n, seed=n) for n in (4, 9, 6)]
+    model = wrapped(backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=3), all_parts(**DEEP))
+    rows = [ids(1, n, seed=n) for n in (4, 9, 6)]
     batches = [padded(rows, "left"), padded(rows[::-1], "left"), padded(rows, "right")]
     want = [model(input_ids=text, attention_mask=mask).logits for text, mask in batches]
     model.base_model.compile(backend="aot_eager")

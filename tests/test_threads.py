@@ -547,7 +547,9 @@ def test_a_call_within_a_pass_gives_what_it_gives_alone(kind, served):
     with case.model.disable_adapter():
         want_disabled = {name: call() for name, call in calls.items()}
     for outer in ("mixed", "active", "disabled", "bare", "of the other model"):
-        for inner in calls:
+        for inner in (
+            calls if outer == "mixed" else ("bare", "flat", "mixed", "active", "disabled", "of the other model")
+        ):
             results = []
             case.inside(lambda inner=inner, results=results: results.append(calls[inner]()))
             assert same(calls[outer](), want[outer]), f"{inner} within {outer}"
@@ -660,6 +662,9 @@ CHANGES = {  # what is called, and what is there afterwards
 }
 
 
+LOOKED_AT = ("flat", "shallow", "folded", "active", "mixed", "disabled")
+
+
 def call_that_runs(case: Served, action: Callable[[], object]) -> Callable[[], object]:
     """A call with rows of the active adapter, in whose middle an action runs once."""
     if case.kind == "causal":
@@ -678,7 +683,7 @@ def call_that_runs(case: Served, action: Callable[[], object]) -> Callable[[], o
 @pytest.mark.parametrize("kind", ["first token", "causal"])
 def test_a_change_by_another_thread_waits_until_a_call_has_ended(kind, change, folded):
     case = Served(kind, folded[kind])
-    passes = case.passes()
+    passes = {name: call for name, call in case.passes().items() if name in LOOKED_AT}
     calls = passes | {"outer": call_that_runs(case, lambda: None)}
     want = alone(calls)
     make, names = CHANGES[change]
@@ -714,7 +719,8 @@ def test_a_change_by_another_thread_waits_until_a_call_has_ended(kind, change, f
 @pytest.mark.parametrize("kind", ["first token", "causal"])
 def test_a_change_from_within_a_call_is_refused_and_changes_nothing(kind, change, folded):
     case = Served(kind, folded[kind])
-    calls = case.passes() | {"outer": call_that_runs(case, lambda: None)}
+    calls = {name: call for name, call in case.passes().items() if name in LOOKED_AT}
+    calls |= {"outer": call_that_runs(case, lambda: None)}
     want, before = alone(calls), state(case.base)
     refused = []
 
@@ -725,7 +731,6 @@ def test_a_change_from_within_a_call_is_refused_and_changes_nothing(kind, change
 
     assert same(call_that_runs(case, middle)(), want["outer"]) and refused == [True]
     assert case.model.list_adapters() == ["default", *ADAPTERS, "folded"] and case.model.active_adapter == "default"
-    assert {name: call() for name, call in calls.items()}.keys() == want.keys()
     assert all(same(call(), want[name]) for name, call in calls.items())
     CHANGES[change][0](case)  # outside a call it is made
     assert case.model.list_adapters() == CHANGES[change][1]
@@ -760,26 +765,27 @@ def test_a_change_has_its_turn_however_many_threads_call(folded):
     done, wrong = threading.Event(), []
 
     def work(name):
-        for _ in range(500):
+        for _ in range(100):
             if done.is_set():
-                return
+                return True
+            case.inside(lambda: done.wait(0.02))  # so that some call is open at any time
             if not same(calls[name](), want[name]):
                 wrong.append(name)
+        return False
 
     def changing():
         try:
-            for _ in range(3):
-                case.model.add_adapter("new", all_parts(prompt_length=6), num_labels=7)
-                case.model.set_adapter("shallow")
-                case.model.set_adapter("new")
-                case.model.set_adapter("default")
-                case.model.delete_adapter("new")
+            case.model.add_adapter("new", all_parts(prompt_length=6), num_labels=7)
+            case.model.set_adapter("shallow")
+            case.model.set_adapter("new")
+            case.model.set_adapter("default")
+            case.model.delete_adapter("new")
         finally:
             done.set()
         return True
 
-    *_, changed = in_threads([*(lambda name=name: work(name) for name in [*calls, *calls]), changing])
-    assert changed and not wrong
+    in_time = in_threads([*(lambda name=name: work(name) for name in [*calls, *calls]), changing])
+    assert all(in_time) and not wrong
     assert case.model.list_adapters() == ["default", *ADAPTERS, "folded"]
 
 

@@ -66,11 +66,6 @@ class AdapterLayer(nn.Module):
         """The shape of one of the parts' tensors here."""
         return tensor.shape(self.config, tensor.width(self.embed_dim, self.layer_dim))
 
-    @property
-    def layer_impl(self) -> str:
-        """The implementation of the updates in the layers; they have no kernel of their own yet."""
-        return "auto" if self.config.impl == "triton" else self.config.impl
-
     @abstractmethod
     def forward(
         self,

@@ -82,7 +82,7 @@ class FoldedLayer(AdapterLayer):
     def layer_updates(self) -> LayerUpdates | None:
         if self.deep_down is None or self.deep_up is None:
             return None
-        return LayerUpdates(self.deep_down.unbind(), self.deep_up.unbind(), self.config.activation, self.layer_impl)
+        return LayerUpdates(self.deep_down.unbind(), self.deep_up.unbind(), self.config.activation, self.config.impl)
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] and no gate weights [s, 0]: the gate is folded into P*."""

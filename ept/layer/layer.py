@@ -134,7 +134,7 @@ class EPTLayer(AdapterLayer):
         # For all layers at once, and unbound: the gradient of an indexed tensor would be as large as all of them.
         size = self.deep_scale[:, None, None]
         down, up = self.deep_down / size, self._with_dropout(self.deep_up) * size
-        return LayerUpdates(down.unbind(), up.unbind(), self.config.activation, self.layer_impl)
+        return LayerUpdates(down.unbind(), up.unbind(), self.config.activation, self.config.impl)
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] in the backbone's own size, and the gate's weights [s, K]; also where they are sharded."""

@@ -9,6 +9,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ept.backbone.heads import MeanPoolingForSequenceClassification
 
 __all__ = ["with_backbones_arguments"]
@@ -22,6 +24,8 @@ class with_backbones_arguments:
         functools.update_wrapper(self, forward)  # type: ignore[arg-type]  # it need not be callable
 
     def __get__(self, model: Any, owner: type | None = None) -> Callable:
+        if torch.compiler.is_compiling():  # nobody asks for a signature then
+            return self.forward.__get__(model, owner)
         backbone = None if model is None else model._modules.get("base_model")
         if backbone is None:
             return self.forward if model is None else types.MethodType(self.forward, model)
