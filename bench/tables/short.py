@@ -84,8 +84,8 @@ def _overs(ratios: Rows, of_row: dict[str, str], way: str) -> str:
     """The ratios over the floor, prompt tuning 100 and LoRA, a dash where there is none."""
     cells = []
     for over in ("floor", "prompt tuning 100", "LoRA"):
-        found = [r for r in ratios if _is(r, of_row) and (r.get("way") or "") == way and r["over"].startswith(over)]
-        cells.append(f"{found[0]['median']:9.3f}" if found else f"{'–':>9}")
+        matching = [r for r in ratios if _is(r, of_row) and (r.get("way") or "") == way and r["over"].startswith(over)]
+        cells.append(f"{matching[0]['median']:9.3f}" if matching else f"{'–':>9}")
     return "".join(cells)
 
 
