@@ -30,8 +30,8 @@ def _stems(rows: Rows) -> list[str]:
     if not rows:
         return []
     lines = [
-        f"a large copy: {float(rows[0]['copy_gb_per_s']):.0f} GB/s. Milliseconds of a call and of its graph, and the share of that",
-        "copy which the predicted bytes reach in the graph, or in the call where there is none:",
+        f"a large copy: {float(rows[0]['copy_gb_per_s']):.0f} GB/s. Milliseconds of a call and of its graph, and the share",
+        "of that copy which the predicted bytes reach in the graph, or in the call where there is none:",
         f"{'stem':16}{'sizes':28}{'ran':27}{'forward: call, graph, share':>28}{'backward: the same':>28}{'launches':>10}",
     ]
     points: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
