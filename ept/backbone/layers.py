@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ept.backbone.embeddings import device_of, embedding_width, lacks_weights, weight_of
-from ept.backbone.probes import evaluating
+from ept.backbone.probes import beside_text, evaluating
 from ept.backbone.traits import is_encoder_decoder, positions_of, text_part
 
 __all__ = ["LayerSites", "find_layers", "hidden_states_of", "layers_after_first", "layers_of", "why_no_updates"]
@@ -91,6 +91,8 @@ def _lists(model: Any) -> list[nn.ModuleList]:
     for parent in text_part(model).modules():
         lists = [child for child in parent.children() if isinstance(child, nn.ModuleList) and len(child)]
         for candidate in lists:
+            if not any(True for module in candidate for _ in module.children()):
+                continue  # of tables or matrices
             parameters = sum(p.numel() for p in candidate.parameters())
             if parameters > size:
                 beside = [other for other in lists if len(other) == len(candidate) and other is not candidate]
@@ -203,7 +205,7 @@ def _trial(model: Any, lists: list[nn.ModuleList]) -> tuple[list[_Visit], int]:
     reader = model.get_encoder() if is_encoder_decoder(model) else model
     try:
         with evaluating(model):
-            reader(inputs_embeds=embedding(ids), attention_mask=torch.ones_like(ids), return_dict=True)
+            reader(inputs_embeds=embedding(ids), **beside_text(reader, ids), return_dict=True)
     finally:
         for handle in handles:
             handle.remove()

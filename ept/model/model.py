@@ -56,11 +56,12 @@ NOT_PASSED_ON = ("generate_batch", "continuous_batching_context_manager", "init_
 class EPTModel(nn.Module):
     """A frozen transformers model behind an EPT layer; made by `get_ept_model` or `EPTModel.from_pretrained`.
 
-    `forward` takes, and names in its signature, what the wrapped model's forward takes. Its outputs have the wrapped model's shapes: token-level
-    `logits` and `last_hidden_state` [batch, L, …] come without the prompt's rows, in the caller's column order, and
-    `labels` line up with them. `hidden_states`, `attentions`, `past_key_values` and `encoder_last_hidden_state` are
-    the backbone's own and include the prompt's s rows. The loss is the wrapped model's, on these logits and labels: a
-    causal LM's first column is predicted by nothing the caller sees and does not count, as in the wrapped model.
+    `forward` takes, and names in its signature, what the wrapped model's forward takes. Its outputs have the wrapped
+    model's shapes: token-level `logits` and `last_hidden_state` [batch, L, …] come without the prompt's rows, in the
+    caller's column order, and `labels` line up with them. `hidden_states`, `attentions`, `past_key_values` and
+    `encoder_last_hidden_state` are the backbone's own and include the prompt's s rows. The loss is the wrapped model's,
+    on these logits and labels: a causal LM's first column is predicted by nothing the caller sees and does not count, as
+    in the wrapped model.
 
     In a causal model the prompt stands directly before a row's first text token, after any padding on the left, so that
     distances and attention windows are those of the row alone. What stands in padding columns of an output is undefined.

@@ -14,12 +14,12 @@ from ept.backbone.heads import MeanPoolingForSequenceClassification
 __all__ = ["with_backbones_arguments"]
 
 
-class with_backbones_arguments:  # noqa: N801  (a decorator)
+class with_backbones_arguments:
     """A forward whose signature, asked of a model, also names what the forward of its `base_model` takes."""
 
     def __init__(self, forward: Callable):
         self.forward = forward
-        functools.update_wrapper(self, forward)
+        self.__doc__ = forward.__doc__
 
     def __get__(self, model: Any, owner: type | None = None) -> Callable:
         backbone = None if model is None else model._modules.get("base_model")
