@@ -127,6 +127,8 @@ def _look(model: Any) -> LayerSites | str:
         visits, columns = _trial(model, lists)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         return f"its layers could not be watched at work ({error})"
+    if not visits:
+        return "its layers are not called as modules, so that nothing can be put before what they read"
     if len(lists) > 1 and any(visit.number for visit in visits):
         return _in_parts(visits, paths, columns)
     return _whole(visits, paths[0], columns)

@@ -70,7 +70,8 @@ class Backbone:
 
     def lay_out_rows(self, inputs: Inputs, routing: Routing) -> InputPlan:
         """The model's arguments for rows of one example each."""
-        return padded(self.traits, inputs, routing, self.embed, self.model.config.get_text_config().pad_token_id)
+        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        return padded(self.traits, inputs, routing, self.embed, pad)
 
     def start_of_text(
         self, inputs: Inputs, routing: Routing, settings: GenerationSettings
