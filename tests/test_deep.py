@@ -338,7 +338,10 @@ def test_a_classifier_without_a_padding_token_and_an_offloaded_backbone_are_meas
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: wrapped(backbone("electra", num_hidden_layers=1), all_parts(**DEEP)), "Electra.*no layer after the first.*=0"),
+        (
+            lambda: wrapped(backbone("electra", num_hidden_layers=1), all_parts(**DEEP)),
+            "Electra.*no layer after the first.*=0",
+        ),
         (
             lambda: wrapped(backbone("llama", hf.AutoModelForCausalLM), all_parts(deep_layers=2)),
             "has 1 layers after the first",
@@ -357,7 +360,14 @@ def test_what_cannot_be_right_is_refused(make, said):
 
 def albert(**settings):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=120, embedding_size=16, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
+    sizes = dict(
+        vocab_size=120,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+    )
     return hf.AlbertForSequenceClassification(hf.AlbertConfig(**sizes | settings)).eval()
 
 
@@ -445,7 +455,9 @@ def test_layers_of_any_width_and_order_have_an_update_for_each_call(house):
         got = next(iter(model(input_ids=text).values()))
         model.ept.deep_up.zero_()
         without = next(iter(model(input_ids=text).values()))
-    torch.testing.assert_close(got, want[:, want.shape[1] - got.shape[1] :] if got.dim() == 3 else want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got, want[:, want.shape[1] - got.shape[1] :] if got.dim() == 3 else want, rtol=1e-4, atol=1e-5
+    )
     assert (got - without).abs().max() > 1e-4
 
 
@@ -457,7 +469,10 @@ def test_layers_of_any_width_and_order_do_not_depend_on_padding_or_company(house
     shake(type("Holder", (), {"ept": model.inactive_adapters[0].layer}), seed=7)
     rows, names = [ids(1, n, seed=n) for n in (4, 9)], ["b", "default"]
     with torch.no_grad():
-        alone = [next(iter(model(input_ids=row, adapter_ids=[name]).values()))[0] for row, name in zip(rows, names, strict=True)]
+        alone = [
+            next(iter(model(input_ids=row, adapter_ids=[name]).values()))[0]
+            for row, name in zip(rows, names, strict=True)
+        ]
         for side in ("left", "right"):
             text, mask = padded(rows, side)
             got = next(iter(model(input_ids=text, attention_mask=mask, adapter_ids=names).values()))

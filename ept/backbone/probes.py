@@ -28,14 +28,14 @@ def refuse_unsupported(model: Any) -> None:
         raise TypeError(f"{name} already carries a PEFT adapter: merge or unload it first (model.unload())")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{name} is not a transformers PreTrainedModel: EPT needs its config and input embeddings")
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise TypeError(f"{name} reads {model.main_input_name}, not input_ids: EPT needs a text model")
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
         embedding = None
     if not hasattr(embedding, "weight"):
         raise TypeError(f"{name} has no table of word embeddings: EPT needs a model that looks its tokens up in one")
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise TypeError(f"{name} reads {model.main_input_name}, not input_ids: EPT needs a text model")
     if "inputs_embeds" not in inspect.signature(model.forward).parameters:
         raise TypeError(f"{name}.forward takes no inputs_embeds: EPT cannot put a prompt before its text")
     if model.config.is_encoder_decoder and "ForSequenceClassification" in name:
@@ -87,6 +87,9 @@ def beside_text(model: Any, ids: Tensor) -> dict[str, Tensor]:
     needed = {"attention_mask": torch.ones_like(ids)}
     if "bbox" in inspect.signature(model.forward).parameters:
         needed["bbox"] = torch.zeros(*ids.shape, 4, dtype=torch.int64, device=ids.device)
+    if any(hasattr(module, "get_rope_index") for module in model.modules()):
+        # Without them such a model counts by the images of an earlier call.
+        needed["position_ids"] = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     return needed
 
 
