@@ -196,10 +196,10 @@ def _check_columns(traits: Traits, inputs: Inputs) -> None:
 
 
 def mask_by_last_token(input_ids: Tensor, pad: int | None) -> Tensor | None:
-    """[batch, L] true up to each row's last token that is not padding; None without a padding id.
+    """[batch, L] 1 up to each row's last token that is not padding, then 0; None without a padding id.
 
     Without a mask, transformers' pooled causal models find the last token so.
     """
     if pad is None:
         return None
-    return (input_ids != pad).flip(1).cumsum(1).flip(1) > 0
+    return ((input_ids != pad).flip(1).cumsum(1).flip(1) > 0).to(torch.int64)

@@ -43,7 +43,7 @@ from ept.model.routing import Member, OneAdapter, Routing, route
 from ept.model.signature import with_backbones_arguments
 from ept.model.start_values import init_prompt
 from ept.model.tied import write_tied_once
-from ept.model.training_mode import enable_checkpointing, freeze_dropout
+from ept.model.training_mode import Walked, enable_checkpointing, freeze_dropout
 from ept.plots import plot_gates
 from ept.sharding import whole
 
@@ -59,9 +59,9 @@ class EPTModel(nn.Module):
     `forward` takes, and names in its signature, what the wrapped model's forward takes. Its outputs have the wrapped
     model's shapes: token-level `logits` and `last_hidden_state` [batch, L, …] come without the prompt's rows, in the
     caller's column order, and `labels` line up with them. `hidden_states`, `attentions`, `past_key_values` and
-    `encoder_last_hidden_state` are the backbone's own and include the prompt's s rows. The loss is the wrapped
-    model's, on these logits and labels: a causal LM's first column is predicted by nothing the caller sees and does
-    not count, as in the wrapped model.
+    `encoder_last_hidden_state` are the backbone's own and include the prompt's s rows. The loss is the wrapped model's,
+    on these logits and labels: a causal LM's first column is predicted by nothing the caller sees and does not count, as
+    in the wrapped model.
 
     In a causal model the prompt stands directly before a row's first text token, after any padding on the left, so that
     distances and attention windows are those of the row alone. What stands in padding columns of an output is undefined.
@@ -92,6 +92,7 @@ class EPTModel(nn.Module):
         self.traits = traits_of(model)
         check_inputs_embeds(model, self.traits.kind.name)
         self._lock, self._disabled = lock_of(model), Disabled()
+        self._walked: Walked | None = None
         self._packing = Packing(model, self.traits)
         self._sites: LayerSites | None = None  # known once any adapter has updates in the layers
         self._adapter_names: list[str] = []
@@ -101,7 +102,7 @@ class EPTModel(nn.Module):
         with self._lock.changing("wrapping a model"):
             self.ept = new_layer(model, self.traits, config, self._sites_for(config))
             model.requires_grad_(False)
-            for head in self._heads():
+            for head in self.trained_heads():
                 head.requires_grad_(True)
                 in_float32(head)
                 hook_head(head)
@@ -220,10 +221,20 @@ class EPTModel(nn.Module):
 
     def train(self, mode: bool = True) -> "EPTModel":
         """Training mode; the frozen backbone's dropout stays off unless `backbone_dropout` is set."""
+        if self._walked is not None and self._walked.is_as_left(mode):
+            return self
         super().train(mode)
         if mode and not self.ept_config.backbone_dropout:
-            freeze_dropout(self.base_model, self._heads())
+            freeze_dropout(self.base_model, self.trained_heads())
+        self._walked = Walked(self, mode)
         return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, without a walk through all modules where the parameters are those of the last `train`."""
+        if set_to_none and self._walked is not None and self._walked.has_parameters_of(self):
+            self._walked.clear_gradients()
+        else:
+            super().zero_grad(set_to_none)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **settings: Any
@@ -231,6 +242,7 @@ class EPTModel(nn.Module):
         """The wrapped model's; dropout that its layers apply themselves is set to zero with it if dropout is off."""
         keeps_dropout = self.ept_config.backbone_dropout
         enable_checkpointing(self.base_model, activation_checkpointing_kwargs, keeps_dropout=keeps_dropout, **settings)
+        self._walked = None
         self.train(self.training)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **settings: Any) -> None:
@@ -313,7 +325,7 @@ class EPTModel(nn.Module):
             if adapter_name == self._active_adapter:
                 return
             incoming = self._inactive(adapter_name)
-            outgoing = Adapter(self._active_adapter, self.ept, self._heads(), Labels.of(self.config))
+            outgoing = Adapter(self._active_adapter, self.ept, self.trained_heads(), Labels.of(self.config))
             others = [adapter for adapter in self.inactive_adapters if adapter is not incoming]
             self.inactive_adapters = nn.ModuleList([*others, outgoing])
             self._active_adapter, self.ept = adapter_name, incoming.layer
@@ -322,8 +334,9 @@ class EPTModel(nn.Module):
             if self.head_names:
                 incoming.labels.put_on(self.base_model)
             if self.ept.trainable:
-                for module in (self.ept, *self._heads()):
+                for module in (self.ept, *self.trained_heads()):
                     module.requires_grad_(True)
+            self._walked = None
             self.train(self.training)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -334,18 +347,20 @@ class EPTModel(nn.Module):
             gone = self._inactive(adapter_name)
             self.inactive_adapters = nn.ModuleList([a for a in self.inactive_adapters if a is not gone])
             self._adapter_names.remove(adapter_name)
+            self._walked = None
 
     def fold(self) -> "EPTModel":
         """Puts the constants P* and C in the EPT layer's place: from now on for inference only. Returns self."""
         with self._lock.changing("folding"):
             self.ept = fold_layer(self.ept)
             self.requires_grad_(False)
+            self._walked = None
         return self
 
     def _member(self, adapter_name: str) -> Member:
         """An adapter as a batch uses it."""
         if adapter_name == self._active_adapter:
-            return Member(self.ept, self._heads())
+            return Member(self.ept, self.trained_heads())
         adapter = self._inactive(adapter_name)
         return Member(adapter.layer, list(adapter.heads))
 
@@ -355,16 +370,20 @@ class EPTModel(nn.Module):
                 return adapter
         raise ValueError(f"there is no adapter {adapter_name!r}: there are {', '.join(map(repr, self._adapter_names))}")
 
-    def _heads(self) -> list[nn.Module]:
+    def trained_heads(self) -> list[nn.Module]:
+        """The active adapter's heads, which stand in the wrapped model."""
         return [self.base_model.get_submodule(name) for name in self.head_names]
 
     def _new_adapter(self, name: str, layer: AdapterLayer, labels: Labels, *, fresh: bool) -> Adapter:
-        heads = new_heads(self._heads(), self.config, len(labels.id2label), fresh=fresh) if self.head_names else []
+        heads = (
+            new_heads(self.trained_heads(), self.config, len(labels.id2label), fresh=fresh) if self.head_names else []
+        )
         return Adapter(name, layer, heads, labels)
 
     def _put(self, adapter: Adapter) -> None:
         self.inactive_adapters.append(adapter.train(self.training))
         self._adapter_names.append(adapter.name)
+        self._walked = None
 
     def _sites_for(self, config: EPTConfig) -> LayerSites | None:
         """Where the updates in the layers act, which then have their hooks; None where a config has no such updates."""
@@ -386,7 +405,7 @@ class EPTModel(nn.Module):
     def trainable_parameters(self) -> dict[str, int]:
         """Trained parameters by part, the head last."""
         parts = self.ept.parameters_by_part()
-        head = sum(p.numel() for module in self._heads() for p in module.parameters())
+        head = sum(p.numel() for module in self.trained_heads() for p in module.parameters())
         return parts | ({"head": head} if head else {})
 
     def print_trainable_parameters(self) -> None:
@@ -527,4 +546,4 @@ class EPTModel(nn.Module):
         """An adapter's parameters (of a folded one its buffers) as this process holds them."""
         if adapter_name is not None and adapter_name != self._active_adapter:
             return self._inactive(adapter_name).tensors(self.traits.head_names)
-        return tensors_of_adapter(self.ept, dict(zip(self.head_names, self._heads(), strict=True)))
+        return tensors_of_adapter(self.ept, dict(zip(self.head_names, self.trained_heads(), strict=True)))
