@@ -142,7 +142,7 @@ def _look(model: Any) -> LayerSites | str:
 def _whole(visits: list[_Visit], path: str, columns: int) -> LayerSites | str:
     """The sites of layers that stand in one list, each a module that reads the hidden states."""
     if len(visits) < 2:
-        return "it has no layer after the first"
+        return "it has no layers after the first"
     batch_dim = _batch_dim([visit.read for visit in visits], columns)
     if isinstance(batch_dim, str):
         return batch_dim
@@ -162,7 +162,7 @@ def _in_parts(visits: list[_Visit], paths: list[str], columns: int) -> LayerSite
         layers[-1].append(visit)
     numbers = {layer[-1].number for layer in layers}
     if len(layers) < 2:
-        return "it has no layer after the first"
+        return "it has no layers after the first"
     if len(numbers) > 1 or len({layer[-1].index for layer in layers}) < len(layers):
         return "the parts of its layers stand in several lists and are not called in their order"
     batch_dim = _batch_dim([layer[-1].gave for layer in layers], columns)
