@@ -1,0 +1,145 @@
+"""bench.accuracy.many: runs that train side by side are the package's and PEFT's, each as if it were alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from bench.accuracy.many import Encoder, Rows, Shape, features, fresh, fresh_head, logits_of, loss_of, settings, train
+from ept import EPTConfig, get_ept_model
+from ept.backbone.layers import measure
+from ept.compare.methods import adapt
+from tiny_models import POSITIONS, VOCAB, WIDTH, mean_pooling
+
+SHAPES = {"EPT": Shape("EPT", 3), "LoRA": Shape("LoRA", 2)}
+
+
+def encoder_of(model, embed_scale=1.0):
+    deep_scale = tuple(measure(model.encoder).tolist())
+    return Encoder(dict(model.encoder.state_dict()), 4, embed_scale, deep_scale)
+
+
+def rows_of(count, seed, num_labels=3):
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(5, VOCAB, rng.integers(3, 12)) for _ in range(count)]
+    labels = rng.random(count) if num_labels == 1 else rng.integers(num_labels, size=count)
+    return Rows(ids, labels, num_labels)
+
+
+def start_of(shape, encoder, seed, num_labels=3):
+    """Away from zero, so that every tensor has an effect."""
+    start = fresh(shape, encoder, seed, np.arange(5, VOCAB)) | fresh_head(num_labels, WIDTH, seed)
+    generator = torch.Generator().manual_seed(seed)
+    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
+
+
+def peers_tensors(method, model):
+    """The package's or PEFT's tensors under the names used here, in their shapes."""
+    named = dict(model.named_parameters())
+    if method == "EPT":
+        return {name: model.ept.get_parameter(name) for name in SHAPES["EPT"].sizes(2, WIDTH)}
+    stem = "base_model.model.encoder.encoder.layer.{}.attention.self.{}.lora_{}.default.weight"
+    return {
+        f"lora_{x.lower()}": [[named[stem.format(layer, kind, x)] for kind in ("query", "value")] for layer in range(2)]
+        for x in "AB"
+    }
+
+
+@pytest.mark.parametrize("method", SHAPES)
+def test_logits_and_gradients_are_those_of_the_package_and_of_peft(method):
+    base = mean_pooling(num_labels=3)
+    encoder = encoder_of(base, embed_scale=0.5)
+    shape, rows = SHAPES[method], rows_of(6, 1)
+    start = start_of(shape, encoder, 7)
+    if method == "EPT":
+        config = EPTConfig.deep(token_rank=3, embed_scale=0.5)
+        model = get_ept_model(base, config)
+    else:
+        model, _ = adapt("LoRA", base, budget=2 * 2 * 2 * 2 * WIDTH, rate=1.0)
+    theirs = peers_tensors(method, model)
+    with torch.no_grad():
+        for name, tensor in theirs.items():
+            for layer, pair in enumerate(tensor) if method == "LoRA" else ():
+                for number, parameter in enumerate(pair):
+                    parameter.copy_(start[name][layer, number])
+            if method == "EPT":
+                tensor.copy_(start[name])
+        base.classifier.weight.copy_(start["head_weight"]) if method == "EPT" else None
+    head = (
+        model.base_model.classifier if method == "EPT" else model.base_model.model.classifier.modules_to_save["default"]
+    )
+    with torch.no_grad():
+        head.weight.copy_(start["head_weight"])
+        head.bias.copy_(start["head_bias"])
+    lengths = torch.tensor([len(row) for row in rows.ids])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    for row, values in zip(ids, rows.ids, strict=True):
+        row[: len(values)] = torch.from_numpy(values)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    output = model.eval()(input_ids=ids, attention_mask=mask, labels=torch.from_numpy(rows.labels))
+    output.loss.backward()
+
+    tensors = {name: value.unsqueeze(0).requires_grad_() for name, value in start.items()}
+    logits = logits_of(encoder.pooled(ids.unsqueeze(0), lengths.unsqueeze(0), shape, tensors), tensors)
+    labels = torch.from_numpy(rows.labels).float().unsqueeze(0)
+    loss = loss_of(logits, labels, torch.tensor([3]))
+    loss.sum().backward()
+    torch.testing.assert_close(logits[0], output.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss[0], output.loss, rtol=1e-5, atol=1e-6)
+    for name, tensor in theirs.items():
+        if method == "EPT":
+            expected = tensor.grad
+        else:
+            expected = torch.stack([torch.stack([parameter.grad for parameter in pair]) for pair in tensor])
+        torch.testing.assert_close(tensors[name].grad[0], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_regressions_loss_is_the_squared_error_of_its_one_score():
+    logits = torch.tensor([[[1.0, 9.0], [2.0, 9.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    loss = loss_of(logits, torch.tensor([[0.0, 4.0], [1.0, 0.0]]), torch.tensor([1, 2]))
+    torch.testing.assert_close(loss, torch.tensor([2.5, np.log(2)]), check_dtype=False)
+
+
+def test_a_run_among_others_ends_as_it_does_alone():
+    encoder, shape = encoder_of(mean_pooling()), SHAPES["EPT"]
+    runs = [(rows_of(40, 1), 0, 1.0), (rows_of(50, 2, num_labels=1), 1, 0.5)]
+    starts = [start_of(shape, encoder, seed, rows.num_labels) for rows, seed, _ in runs]
+    rates = [settings(shape, rate, 0.005) for _, _, rate in runs]
+
+    def trained(chosen):
+        return train(
+            encoder, shape, [starts[i] for i in chosen], [runs[i][0] for i in chosen], [rates[i] for i in chosen],
+            [runs[i][1] for i in chosen], steps=12, batch_size=8,
+        )  # fmt: skip
+
+    together, losses = trained([0, 1])
+    for number in (0, 1):
+        alone, loss = trained([number])
+        torch.testing.assert_close(losses[number], loss[0], rtol=1e-4, atol=1e-6)
+        for name, tensor in alone.items():
+            kept = together[name][number][: tensor.shape[1]] if name.startswith("head") else together[name][number]
+            torch.testing.assert_close(kept, tensor[0], rtol=1e-3, atol=1e-5)
+
+
+def test_features_are_in_the_rows_own_order():
+    encoder, shape = encoder_of(mean_pooling()), SHAPES["EPT"]
+    rows = [rows_of(9, 1), rows_of(5, 2)]
+    starts = [start_of(shape, encoder, seed) for seed in (0, 1)]
+    tensors = {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
+    found = features(encoder, shape, tensors, rows, batch_size=4)
+    assert [len(x) for x in found] == [9, 5]
+    for run in (0, 1):
+        own = {name: tensor[run : run + 1] for name, tensor in tensors.items()}
+        for number, ids in enumerate(rows[run].ids):
+            alone = encoder.pooled(torch.from_numpy(ids)[None, None], torch.tensor([[len(ids)]]), shape, own)
+            torch.testing.assert_close(found[run][number], alone[0, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_untrained_layer_leaves_the_encoder_as_it_is():
+    model = mean_pooling()
+    encoder = encoder_of(model)
+    ids = torch.arange(5, 15)[None, None]
+    start = {name: value.unsqueeze(0) for name, value in fresh(SHAPES["LoRA"], encoder, 0, np.arange(5, 20)).items()}
+    pooled = encoder.pooled(ids, torch.tensor([[10]]), SHAPES["LoRA"], start)
+    expected = model.encoder(input_ids=ids[0]).last_hidden_state.mean(1)
+    torch.testing.assert_close(pooled[0], expected, rtol=1e-4, atol=1e-5)
+    assert POSITIONS > 10
