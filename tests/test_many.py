@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from bench.accuracy.many import Encoder, Rows, Shape, features, fresh, fresh_head, logits_of, loss_of, settings, train
 from ept import EPTConfig, get_ept_model
 from ept.backbone.layers import measure
-from ept.compare.methods import adapt
 from tiny_models import POSITIONS, VOCAB, WIDTH, mean_pooling
 
 SHAPES = {"EPT": Shape("EPT", 3), "LoRA": Shape("LoRA", 2)}
+LINEARS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 
 def encoder_of(model, embed_scale=1.0):
@@ -32,42 +33,44 @@ def start_of(shape, encoder, seed, num_labels=3):
     return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
 
 
-def peers_tensors(method, model):
-    """The package's or PEFT's tensors under the names used here, in their shapes."""
+def peers_tensors(shape, model):
+    """The package's or PEFT's parameters under the names used here, of LoRA a list of the layers' own."""
     named = dict(model.named_parameters())
-    if method == "EPT":
-        return {name: model.ept.get_parameter(name) for name in SHAPES["EPT"].sizes(2, WIDTH)}
-    stem = "base_model.model.encoder.encoder.layer.{}.attention.self.{}.lora_{}.default.weight"
-    return {
-        f"lora_{x.lower()}": [[named[stem.format(layer, kind, x)] for kind in ("query", "value")] for layer in range(2)]
-        for x in "AB"
-    }
+    if shape.method == "EPT":
+        return {name: [model.ept.get_parameter(name)] for name in named_sizes(shape, model.base_model)}
+    found = {}
+    for target in shape.targets:
+        path = f"attention.self.{target}" if target in ("query", "key", "value") else target
+        for x in "AB":
+            stem = f"base_model.model.encoder.encoder.layer.{{}}.{path}.lora_{x}.default.weight"
+            found[f"lora_{x.lower()}.{target}"] = [named[stem.format(layer)] for layer in range(2)]
+    return found
 
 
-@pytest.mark.parametrize("method", SHAPES)
-def test_logits_and_gradients_are_those_of_the_package_and_of_peft(method):
+def named_sizes(shape, base):
+    return shape.sizes(encoder_of(base))
+
+
+@pytest.mark.parametrize("name", ["EPT", "LoRA", "LoRA, all layers"])
+def test_logits_and_gradients_are_those_of_the_package_and_of_peft(name):
     base = mean_pooling(num_labels=3)
     encoder = encoder_of(base, embed_scale=0.5)
-    shape, rows = SHAPES[method], rows_of(6, 1)
+    shape, rows = SHAPES.get(name, Shape("LoRA", 1, LINEARS)), rows_of(6, 1)
     start = start_of(shape, encoder, 7)
-    if method == "EPT":
-        config = EPTConfig.deep(token_rank=3, embed_scale=0.5)
-        model = get_ept_model(base, config)
+    if name == "EPT":
+        model = get_ept_model(base, EPTConfig.deep(token_rank=3, embed_scale=0.5))
+        head = base.classifier
     else:
-        model, _ = adapt("LoRA", base, budget=2 * 2 * 2 * 2 * WIDTH, rate=1.0)
-    theirs = peers_tensors(method, model)
+        config = LoraConfig(
+            task_type="SEQ_CLS", r=shape.rank, lora_alpha=2 * shape.rank, target_modules=list(shape.targets)
+        )
+        model = get_peft_model(base, config)
+        head = model.base_model.model.classifier.modules_to_save["default"]
+    theirs = peers_tensors(shape, model)
     with torch.no_grad():
-        for name, tensor in theirs.items():
-            for layer, pair in enumerate(tensor) if method == "LoRA" else ():
-                for number, parameter in enumerate(pair):
-                    parameter.copy_(start[name][layer, number])
-            if method == "EPT":
-                tensor.copy_(start[name])
-        base.classifier.weight.copy_(start["head_weight"]) if method == "EPT" else None
-    head = (
-        model.base_model.classifier if method == "EPT" else model.base_model.model.classifier.modules_to_save["default"]
-    )
-    with torch.no_grad():
+        for key, parameters in theirs.items():
+            for parameter, value in zip(parameters, [start[key]] if name == "EPT" else start[key], strict=True):
+                parameter.copy_(value)
         head.weight.copy_(start["head_weight"])
         head.bias.copy_(start["head_bias"])
     lengths = torch.tensor([len(row) for row in rows.ids])
@@ -78,19 +81,17 @@ def test_logits_and_gradients_are_those_of_the_package_and_of_peft(method):
     output = model.eval()(input_ids=ids, attention_mask=mask, labels=torch.from_numpy(rows.labels))
     output.loss.backward()
 
-    tensors = {name: value.unsqueeze(0).requires_grad_() for name, value in start.items()}
+    tensors = {key: value.unsqueeze(0).requires_grad_() for key, value in start.items()}
     logits = logits_of(encoder.pooled(ids.unsqueeze(0), lengths.unsqueeze(0), shape, tensors), tensors)
     labels = torch.from_numpy(rows.labels).float().unsqueeze(0)
     loss = loss_of(logits, labels, torch.tensor([3]))
     loss.sum().backward()
     torch.testing.assert_close(logits[0], output.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss[0], output.loss, rtol=1e-5, atol=1e-6)
-    for name, tensor in theirs.items():
-        if method == "EPT":
-            expected = tensor.grad
-        else:
-            expected = torch.stack([torch.stack([parameter.grad for parameter in pair]) for pair in tensor])
-        torch.testing.assert_close(tensors[name].grad[0], expected, rtol=1e-3, atol=1e-6)
+    for key, parameters in theirs.items():
+        expected = torch.stack([parameter.grad for parameter in parameters])
+        own = tensors[key].grad if name == "EPT" else tensors[key].grad[0]
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_a_regressions_loss_is_the_squared_error_of_its_one_score():
@@ -108,7 +109,7 @@ def test_a_run_among_others_ends_as_it_does_alone():
     def trained(chosen):
         return train(
             encoder, shape, [starts[i] for i in chosen], [runs[i][0] for i in chosen], [rates[i] for i in chosen],
-            [runs[i][1] for i in chosen], steps=12, batch_size=8,
+            [runs[i][1] for i in chosen], steps=4, batch_size=8,
         )  # fmt: skip
 
     together, losses = trained([0, 1])

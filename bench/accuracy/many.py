@@ -5,7 +5,7 @@ forward and backward pass, [runs, batch, L], and through one AdamW whose rates a
 `ept` and of PEFT's LoRA (tests/test_many.py holds them to both); the plain torch here needs neither of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,24 +20,39 @@ PAD = 0
 Tensors = dict[str, Tensor]
 
 
+# Every linear layer of a BERT's layer, by the names that LoRA is given them by.
+LINEARS = {
+    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
+    "attention.output.dense": "attention.output.dense", "intermediate.dense": "intermediate.dense",
+    "output.dense": "output.dense",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Shape:
-    """What is trained in the encoder: EPT's deep preset with a prompt of `prompt_length` rows, or LoRA on query and value.
+    """What is trained in the encoder: EPT's deep preset with a prompt of `prompt_length` rows, or LoRA.
 
-    Attributes: method ("EPT" or "LoRA"), rank (q or r).
+    Attributes: method ("EPT" or "LoRA"), rank (q or r), targets (LoRA's, names in LINEARS).
     """
 
     method: str
     rank: int
+    targets: tuple[str, ...] = ("query", "value")
     prompt_length: int = 2
 
-    def sizes(self, layers: int, d: int) -> dict[str, tuple[int, ...]]:
+    def sizes(self, encoder: "Encoder") -> dict[str, tuple[int, ...]]:
         """The trained tensors of one run by name, without the head."""
+        layers, d = encoder.layers, encoder.width
+        sizes: dict[str, tuple[int, ...]] = {}
         if self.method == "LoRA":
-            return {"lora_a": (layers, 2, self.rank, d), "lora_b": (layers, 2, d, self.rank)}
+            for target in self.targets:
+                outputs, inputs = encoder.weights[f"encoder.layer.0.{LINEARS[target]}.weight"].shape
+                sizes[f"lora_a.{target}"] = (layers, self.rank, inputs)
+                sizes[f"lora_b.{target}"] = (layers, outputs, self.rank)
+            return sizes
         deep = (layers - 1, self.rank, d)
-        sizes: dict[str, tuple[int, ...]] = {"prompt": (self.prompt_length, d)}
-        return sizes | {"token_down": deep[1:], "token_up": deep[1:], "deep_down": deep, "deep_up": deep}
+        sizes = {"prompt": (self.prompt_length, d), "token_down": deep[1:], "token_up": deep[1:]}
+        return sizes | {"deep_down": deep, "deep_up": deep}
 
 
 @dataclass(frozen=True)
@@ -89,33 +104,32 @@ class Encoder:
         for number in range(self.layers):
             if is_ept and number:
                 hidden = _updated(hidden, down[number - 1], up[number - 1], self.deep_scale[number - 1])
-            hidden = self._layer(hidden, is_read, number, shape, tensors)
+            hidden = self._layer(hidden, is_read, number, tensors)
         text = hidden[:, :, prompt_rows:].float() * is_text.unsqueeze(-1)
         return text.sum(2) / lengths.unsqueeze(-1)
 
-    def _layer(self, hidden: Tensor, is_read: Tensor, number: int, shape: Shape, tensors: Tensors) -> Tensor:
+    def _layer(self, hidden: Tensor, is_read: Tensor, number: int, tensors: Tensors) -> Tensor:
         runs, batch, columns, d = hidden.shape
         name = f"encoder.layer.{number}"
 
-        def heads(kind: str, lora: int | None) -> Tensor:
-            value = self._linear(hidden, f"{name}.attention.self.{kind}")
-            if shape.method == "LoRA" and lora is not None:
-                a, b = tensors["lora_a"][:, number, lora], tensors["lora_b"][:, number, lora]
-                low = hidden.float().view(runs, batch * columns, d) @ a.mT @ b.mT
-                value = (value + 2 * low.view_as(value)).to(value.dtype)  # PEFT's alpha / r with alpha = 2·r
-            return value.view(runs * batch, columns, self.num_heads, -1).transpose(1, 2)
+        def linear(x: Tensor, target: str) -> Tensor:
+            path = f"{name}.{LINEARS[target]}"
+            value = F.linear(x, self.weights[f"{path}.weight"], self.weights[f"{path}.bias"])
+            if f"lora_a.{target}" not in tensors:
+                return value
+            a, b = tensors[f"lora_a.{target}"][:, number], tensors[f"lora_b.{target}"][:, number]
+            low = x.float().view(runs, batch * columns, -1) @ a.mT @ b.mT
+            return (value + 2 * low.view_as(value)).to(value.dtype)  # PEFT's alpha / r with alpha = 2·r
+
+        def heads(target: str) -> Tensor:
+            return linear(hidden, target).view(runs * batch, columns, self.num_heads, -1).transpose(1, 2)
 
         mask = is_read.view(runs * batch, 1, 1, columns)
-        mixed = F.scaled_dot_product_attention(heads("query", 0), heads("key", None), heads("value", 1), attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(heads("query"), heads("key"), heads("value"), attn_mask=mask)
         mixed = mixed.transpose(1, 2).reshape(runs, batch, columns, d)
-        hidden = self._norm(
-            self._linear(mixed, f"{name}.attention.output.dense") + hidden, f"{name}.attention.output.LayerNorm"
-        )
-        wide = F.gelu(self._linear(hidden, f"{name}.intermediate.dense"))
-        return self._norm(self._linear(wide, f"{name}.output.dense") + hidden, f"{name}.output.LayerNorm")
-
-    def _linear(self, x: Tensor, name: str) -> Tensor:
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+        hidden = self._norm(linear(mixed, "attention.output.dense") + hidden, f"{name}.attention.output.LayerNorm")
+        wide = F.gelu(linear(hidden, "intermediate.dense"))
+        return self._norm(linear(wide, "output.dense") + hidden, f"{name}.output.LayerNorm")
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], self.eps)
@@ -191,15 +205,15 @@ def fresh(shape: Shape, encoder: Encoder, seed: int, frequent_ids: np.ndarray) -
     """One run's start values: P from rows of frequent tokens, D and A random, W and B zero; the same at a seed."""
     generator = torch.Generator().manual_seed(1000 + seed)
     d, tensors = encoder.width, {}
-    for name, size in shape.sizes(encoder.layers, d).items():
+    for name, size in shape.sizes(encoder).items():
         if name == "prompt":
             chosen = np.random.default_rng([seed, 5]).choice(frequent_ids, size[0], replace=False)
             table = encoder.weights["embeddings.word_embeddings.weight"]
             tensors[name] = table[torch.from_numpy(chosen).to(table.device)].float().cpu() / encoder.embed_scale
         elif name.endswith("down"):
             tensors[name] = torch.randn(size, generator=generator) / d**0.5
-        elif name == "lora_a":
-            tensors[name] = (2 * torch.rand(size, generator=generator) - 1) / d**0.5
+        elif name.startswith("lora_a"):
+            tensors[name] = (2 * torch.rand(size, generator=generator) - 1) / size[-1] ** 0.5
         else:
             tensors[name] = torch.zeros(size)
     return tensors
@@ -232,7 +246,7 @@ def loss_of(logits: Tensor, labels: Tensor, num_labels: Tensor) -> Tensor:
 
 def train(
     encoder: Encoder, shape: Shape, starts: list[Tensors], rows: list[Rows], rates: list[dict[str, float]],
-    seeds: list[int], *, steps: int, batch_size: int = 32,
+    seeds: list[int], *, steps: int, batch_size: int = 32, as_adapter: Callable[[Tensors], Tensors] = dict,
 ) -> tuple[Tensors, Tensor]:  # fmt: skip
     """Trains every run on its rows: AdamW without decay, short warm-up, linear decay, each run's gradient cut at norm 1.
 
@@ -241,6 +255,7 @@ def train(
         rows: each run's training rows.
         rates: each run's learning rate for every tensor by name.
         seeds: each run's order of rows.
+        as_adapter: makes the tensors of `shape` and of the head from what is trained, where that is something else.
 
     Returns:
         The trained tensors [runs, …] by name, and the last five steps' mean loss [runs].
@@ -262,7 +277,8 @@ def train(
     warmup, last = max(1, round(WARMUP * steps)), []
     for step in range(steps):
         ids, lengths, labels = table.batch(orders[step], on_device[step])
-        loss = loss_of(logits_of(encoder.pooled(ids, lengths, shape, tensors), tensors), labels, num_labels)
+        adapter = as_adapter(tensors)
+        loss = loss_of(logits_of(encoder.pooled(ids, lengths, shape, adapter), adapter), labels, num_labels)
         gradients = torch.autograd.grad(loss.sum(), list(tensors.values()))
         with torch.no_grad():
             norm = sum(gradient.flatten(1).square().sum(1) for gradient in gradients).sqrt()  # type: ignore[union-attr]
@@ -308,6 +324,6 @@ def settings(shape: Shape, rate: float, head_rate: float) -> dict[str, float]:
     """A run's learning rate for every tensor: `rate` is a factor on EPT's defaults, and LoRA's rate itself."""
     heads = {"head_weight": head_rate, "head_bias": head_rate}
     if shape.method == "LoRA":
-        return heads | {"lora_a": rate, "lora_b": rate}
+        return heads | {f"lora_{x}.{target}": rate for x in "ab" for target in shape.targets}
     deep = dict.fromkeys(("token_down", "token_up", "deep_down", "deep_up"), 0.005 * rate)
     return heads | deep | {"prompt": 0.09 * rate}

@@ -27,7 +27,7 @@ from ept.machine import describe
 from ept.model.transfer import leave_one_out_error, weighted_sum
 
 from .arms import HEAD_RATE, STEPS, TASKS
-from .many import Encoder, Rows, Shape, features, fresh, fresh_head, logits_of, settings, train
+from .many import LINEARS, Encoder, Rows, Shape, features, fresh, fresh_head, logits_of, settings, train
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 MAX_LENGTH = 48
@@ -40,6 +40,7 @@ SHAPES = {
     "LoRA r=4": Shape("LoRA", 4),
     "LoRA r=2": Shape("LoRA", 2),
     "EPT q=8": Shape("EPT", 8),
+    "LoRA, all linear": Shape("LoRA", 1, tuple(LINEARS)),
 }
 SEARCHED, FINAL_ARMS = ("EPT", "LoRA r=4"), ("EPT", "LoRA r=4", "LoRA r=2")
 USUAL_RATE = {"EPT": 1.0, "LoRA": 0.005}
@@ -50,6 +51,7 @@ WAYS = {
     "EPT": ("single", "mean", "blend", "pick", "down", "single, fresh prompt", "single, fitted head"),
     "LoRA": ("single", "mean", "blend", "pick", "down", "mean product", "single, fitted head"),
 }
+GATE_STEPS, GATE_RATE = 30, 0.2
 SHARPNESS = 0.05  # of the blend's weights, in shares of the targets' variance
 
 Tensors = dict[str, Tensor]
@@ -191,16 +193,19 @@ def fitted_head(found: Tensor, targets: Tensor) -> Tensors:
 
 def mean_product(sources: list[Tensors]) -> Tensors:
     """The best LoRA of the same rank for the mean of the sources' products B·A, its singular values shared evenly."""
-    a = torch.cat([source["lora_a"] for source in sources], dim=-2).double()  # [layers, 2, ranks, d]
-    b = torch.cat([source["lora_b"] for source in sources], dim=-1).double() / len(sources)
-    rank = sources[0]["lora_a"].shape[-2]
-    left, low = torch.linalg.qr(b)
-    right, high = torch.linalg.qr(a.mT)
-    u, s, vt = torch.linalg.svd(low @ high.mT)
-    root = s[..., :rank].sqrt()
-    lora_a = root.unsqueeze(-1) * (vt[..., :rank, :] @ right.mT)
-    lora_b = (left @ u[..., :rank]) * root.unsqueeze(-2)
-    return {"lora_a": lora_a.float(), "lora_b": lora_b.float()}
+    total = {}
+    for name in (name for name in sources[0] if name.startswith("lora_a")):
+        other = name.replace("lora_a", "lora_b")
+        a = torch.cat([source[name] for source in sources], dim=-2).double()  # [layers, ranks, in]
+        b = torch.cat([source[other] for source in sources], dim=-1).double() / len(sources)
+        rank = sources[0][name].shape[-2]
+        left, low = torch.linalg.qr(b)
+        right, high = torch.linalg.qr(a.mT)
+        u, s, vt = torch.linalg.svd(low @ high.mT)
+        root = s[..., :rank].sqrt()
+        total[name] = (root.unsqueeze(-1) * (vt[..., :rank, :] @ right.mT)).float()
+        total[other] = ((left @ u[..., :rank]) * root.unsqueeze(-2)).float()
+    return total
 
 
 class Look(NamedTuple):
@@ -210,6 +215,17 @@ class Look(NamedTuple):
     targets: Tensor
     error: float
     tensors: Tensors
+
+
+def _sources(looked: dict[str, Look]) -> list[str]:
+    """Which of the candidates are sources by themselves."""
+    return [name for name in looked if name in TASKS]
+
+
+def _blend(looks: list[Look], sharpness: float) -> Tensors:
+    """The sum of what was looked at, each weighted by the softmax of its negative error."""
+    weights = torch.softmax(-torch.tensor([look.error for look in looks]) / sharpness, 0)
+    return weighted_sum([look.tensors for look in looks], weights.tolist())
 
 
 class Study:
@@ -259,11 +275,14 @@ class Study:
             keys = list({_start_key(job): job for job in group}.values())
             for chosen in _chunks(sorted(keys, key=lambda job: TASKS.index(job.task)), max(1, self.wave // 6)):
                 looked = self._look(chosen)
-                for job in group:
+                own = [job for job in group if _start_key(job) in looked]
+                gated = [job for job in own if job.way == "gate"]
+                gates = self._gates(gated, [looked[_start_key(job)] for job in gated]) if gated else []
+                for job in own:
                     key = _start_key(job)
-                    if key in looked:
-                        self.starts.setdefault(key, {})[job.way] = self._start_of(job, looked[key])
-                        self.errors[key] = {name: round(look.error, 4) for name, look in looked[key].items()}
+                    start = gates.pop(0) if job.way == "gate" else self._start_of(job, looked[key])
+                    self.starts.setdefault(key, {})[job.way] = start
+                    self.errors[key] = {name: round(look.error, 4) for name, look in looked[key].items()}
 
     def _look(self, jobs: list[Job]) -> dict[tuple, dict[str, "Look"]]:
         """What each candidate's head would read of each job's first rows, and how much of the labels that misses."""
@@ -291,8 +310,32 @@ class Study:
                 looked[_start_key(job)][name] = Look(own_x, own_y, error, tensors)
         return looked
 
+    def _gates(self, jobs: list[Job], looked: list[dict[str, "Look"]]) -> list[Tensors]:
+        """Each job's sources summed by the softmax of numbers that were trained, with a head, in GATE_STEPS of their own."""
+        sources = [[found[name].tensors for name in _sources(found)] for found in looked]
+        device = next(iter(self.bundle.encoder.weights.values())).device
+        stacked = {
+            name: torch.stack([torch.stack([source[name] for source in own]) for own in sources]).to(device)
+            for name in sources[0][0]
+        }
+
+        def as_adapter(trained: Tensors) -> Tensors:
+            weights = trained["gate"].softmax(1)
+            mixed = {name: torch.einsum("rk,rk...->r...", weights, tensor) for name, tensor in stacked.items()}
+            return mixed | {name: tensor for name, tensor in trained.items() if name.startswith("head")}
+
+        starts = [self._start(job, {"gate": torch.zeros(len(sources[0]))}) for job in jobs]
+        rows = [self.bundle.drawn(job.task, job.rows, job.seed) for job in jobs]
+        rates = [{"gate": GATE_RATE, "head_weight": HEAD_RATE, "head_bias": HEAD_RATE} for _ in jobs]
+        trained, _ = train(
+            self.bundle.encoder, jobs[0].shape, starts, rows, rates, [job.seed for job in jobs], steps=GATE_STEPS,
+            as_adapter=as_adapter,
+        )  # fmt: skip
+        weights = trained["gate"].softmax(1).tolist()
+        return [weighted_sum(own, weight) for own, weight in zip(sources, weights, strict=True)]
+
     def _start_of(self, job: Job, looked: dict[str, "Look"]) -> Tensors:
-        singles = [name for name in looked if name in TASKS]
+        singles = _sources(looked)
         first = looked[min(singles, key=lambda name: looked[name].error)]
         single, sources = first.tensors, [looked[name].tensors for name in singles]
         fresh_start = looked["fresh"].tensors
@@ -301,13 +344,14 @@ class Study:
                 return single
             case "mean":
                 return looked["mean"].tensors
-            case "blend":
-                weights = torch.softmax(-torch.tensor([looked[name].error for name in singles]) / SHARPNESS, 0)
-                return weighted_sum(sources, weights.tolist())
+            case "blend" | "blend 0.02" | "blend 0.1" | "blend 0.2":
+                return _blend([looked[name] for name in singles], float(job.way[6:] or SHARPNESS))
+            case "blend with fresh":
+                return _blend([looked[name] for name in (*singles, "fresh")], SHARPNESS)
             case "pick":
                 return min(looked.values(), key=lambda look: look.error).tensors
             case "down":
-                return fresh_start | {n: t for n, t in single.items() if n.endswith("down") or n == "lora_a"}
+                return fresh_start | {n: t for n, t in single.items() if n.endswith("down") or n.startswith("lora_a")}
             case "single, fitted head":
                 return single | fitted_head(first.features, first.targets)
             case "single, fresh prompt":
@@ -415,6 +459,32 @@ def everything(study: Study) -> None:
     _final(study, {100: small}, arms=("EPT q=8",))
 
 
+def more(study: Study) -> None:
+    """Other weights than the blend's, and LoRA on all linear layers."""
+    seeds, others = SEARCH_SEEDS, ("gate", "blend 0.02", "blend 0.1", "blend 0.2", "blend with fresh")
+    study.train_sources(seeds, list(SEARCHED))
+    for arm in SEARCHED:
+        for way in ("blend", *others):
+            study.prepare(_grid(100, seeds, "dev", arm=arm, way=way, factor=0.25))
+        ways = ("blend", *others)
+        study.run("weights", [j for way in ways for j in _grid(100, seeds, "dev", arm=arm, way=way, factor=0.25)])
+    arm = "LoRA, all linear"
+    study.train_sources(seeds + FINAL_SEEDS, [arm])
+    chosen = {}
+    for way in ("scratch", "blend"):
+        factors = (0.125, 0.25, 0.5, 1.0, 2.0) if way == "scratch" else FACTORS
+        records = study.run(
+            "search 100", [j for factor in factors for j in _grid(100, seeds, "dev", arm=arm, way=way, factor=factor)]
+        )
+        told = best(records, ("way", "factor"))
+        heads = [job for rate in HEAD_RATES for job in _grid(100, seeds, "dev", arm=arm, head_rate=rate, **told)]
+        records = [r for r in records if all(r[name] == value for name, value in told.items())]
+        chosen[arm, way == "blend"] = best(records + study.run("search 100", heads), ("way", "factor", "head_rate"))
+        print("chosen", arm, chosen[arm, way == "blend"], flush=True)
+    _final(study, {100: chosen}, arms=(arm,))
+    _final(study, {50: chosen}, arms=(arm,))
+
+
 def _grid(rows: int, seeds: tuple[int, ...], part: str, **told: Any) -> list[Job]:
     return [Job(task=task, rows=rows, seed=seed, part=part, **told) for seed in seeds for task in TASKS]
 
@@ -456,7 +526,7 @@ def _final(
     jobs = []
     for rows, chosen in sizes.items():
         for arm in arms:
-            searched = "EPT" if SHAPES[arm].method == "EPT" else "LoRA r=4"
+            searched = arm if (arm, True) in chosen else "EPT" if SHAPES[arm].method == "EPT" else "LoRA r=4"
             for warm in (False, True):
                 own = _grid(rows, FINAL_SEEDS, "test", arm=arm, **chosen[searched, warm])
                 jobs += own + [replace(job, far=True) for job in own if warm and job.task in SIBLING]
@@ -473,7 +543,7 @@ def encode_predictions(logits: np.ndarray) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.transfer", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("export", "run"))
+    parser.add_argument("what", choices=("export", "run", "more"))
     parser.add_argument("directory", type=Path)
     parser.add_argument("output", type=Path, nargs="?")
     parser.add_argument("--minutes", type=float, default=float("inf"))
@@ -489,7 +559,8 @@ def main() -> None:
     deadline = time.monotonic() + 60 * options.minutes
     bundle = read_bundle(options.directory, options.device)
     try:
-        everything(Study(bundle, options.output, deadline, options.steps, options.wave))
+        study = Study(bundle, options.output, deadline, options.steps, options.wave)
+        (everything if options.what == "run" else more)(study)
     except TimeoutError:
         print("out of time", flush=True)
 
