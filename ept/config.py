@@ -12,7 +12,7 @@ from ept_kernels import ACTIVATIONS, IMPLEMENTATIONS
 __all__ = ["PRESETS", "EPTConfig"]
 
 PRESETS = ("default", "paper", "deep")
-INITS = ("vocab", "text", "normal", "decompose")
+INITS = ("vocab", "text", "normal", "decompose", "adapters")
 
 # Sizes beyond these are typing errors, not models: no backbone has as many positions or columns.
 LIMITS = {
@@ -52,7 +52,8 @@ class EPTConfig:
             the first token, 0 for everything else.
         embed_scale: e, the RMS of the backbone's embeddings; None measures it, 1.0 turns the units off.
         init: start of P: "vocab" (rows of sampled frequent tokens), "text" (rows of `init_text`'s words), "normal",
-            or "decompose" (from a trained soft prompt, given to `get_ept_model`).
+            or "decompose" (from a trained soft prompt, given to `get_ept_model`). "adapters" starts all tensors from
+            trained adapters, given to `get_ept_model` too.
         init_text: the words for init="text".
         backbone_dropout: True keeps the frozen backbone's dropout on in training; it is off by default.
         impl: implementation of `ept_kernels.prompt_embed`.
