@@ -12,7 +12,7 @@ from ept_kernels import ACTIVATIONS, IMPLEMENTATIONS
 __all__ = ["PRESETS", "EPTConfig"]
 
 PRESETS = ("default", "paper", "deep")
-INITS = ("vocab", "text", "normal", "decompose", "adapters")
+INITS = ("vocab", "text", "normal", "decompose")  # of the prompt
 
 # Sizes beyond these are typing errors, not models: no backbone has as many positions or columns.
 LIMITS = {
@@ -104,7 +104,7 @@ class EPTConfig:
                 "have a higher rank than it has rows; lower rank"
             )
         _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_choice("init", self.init, INITS)
+        _check_choice("init", self.init, (*INITS, "adapters"))
         _check_choice("impl", self.impl, IMPLEMENTATIONS)
         if self.init_text is not None and not isinstance(self.init_text, str):
             raise TypeError(f"init_text={self.init_text!r} must be a string")

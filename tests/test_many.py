@@ -1,15 +1,21 @@
 """bench.accuracy.many: runs that train side by side are the package's and PEFT's, each as if it were alone."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from bench.accuracy.arms import TASKS
 from bench.accuracy.many import Encoder, Rows, Shape, features, fresh, fresh_head, logits_of, loss_of, settings, train
+from bench.accuracy.study import decode_predictions
+from bench.accuracy.transfer import Bundle, Job, Study, mean_product
 from ept import EPTConfig, get_ept_model
 from ept.backbone.layers import measure
 from tiny_models import POSITIONS, VOCAB, WIDTH, mean_pooling
 
+SIZES = {"train": 50, "dev": 8, "test": 9}
 SHAPES = {"EPT": Shape("EPT", 3), "LoRA": Shape("LoRA", 2)}
 LINEARS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
@@ -144,3 +150,36 @@ def test_an_untrained_layer_leaves_the_encoder_as_it_is():
     expected = model.encoder(input_ids=ids[0]).last_hidden_state.mean(1)
     torch.testing.assert_close(pooled[0], expected, rtol=1e-4, atol=1e-5)
     assert POSITIONS > 10
+
+
+def test_the_mean_of_products_of_one_source_is_its_product():
+    start = start_of(SHAPES["LoRA"], encoder_of(mean_pooling()), 3)
+    again = mean_product([{name: value for name, value in start.items() if name.startswith("lora")}] * 2)
+    for target in ("query", "value"):
+        expected = start[f"lora_b.{target}"] @ start[f"lora_a.{target}"]
+        torch.testing.assert_close(again[f"lora_b.{target}"] @ again[f"lora_a.{target}"], expected)
+
+
+def test_a_study_leaves_a_line_for_every_run_and_its_sources_never_see_a_judged_row(tmp_path):
+    labels = dict(zip(TASKS, (2, 1, 1, 5, 2), strict=True))
+    parts = {
+        task: {part: rows_of(size, seed, labels[task]) for seed, (part, size) in enumerate(SIZES.items())}
+        for task in TASKS
+    }
+    kept = {task: np.arange(40) for task in TASKS}
+    study = Study(
+        Bundle(encoder_of(mean_pooling()), parts, kept, np.arange(5, VOCAB)), tmp_path / "lines", np.inf, steps=2
+    )
+    drawn = study.bundle.drawn_for_source("movies", seed=0)
+    assert {row.tobytes() for row in drawn.ids} == {parts["movies"]["train"].ids[i].tobytes() for i in range(40)}
+    study.train_sources((0,), ["EPT"])
+    ways = ("scratch", "blend", "pick", "gate")
+    jobs = [Job("EPT", "news", 40, 0, way, 1.0, "test") for way in ways] + [
+        Job("EPT", "movies", 40, 0, "blend", 1.0, "dev", far=True)
+    ]
+    study.run("final", jobs)
+    lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+    assert sorted(line["way"] for line in lines) == sorted([*ways, "blend"])
+    by_task = {line["task"]: line for line in lines if line["way"] == "blend"}
+    assert set(by_task["movies"]["errors"]) == {"tweets", "news", "authors", "mean", "fresh"}
+    assert len(decode_predictions(by_task["news"]["predictions"])) == SIZES["test"]

@@ -2,10 +2,10 @@
 
     python -m bench.accuracy.transfer export DIRECTORY                     # the encoder and the tasks as plain tensors
     python -m bench.accuracy.transfer run DIRECTORY OUTPUT [--minutes 5] [--device cuda]
-    python -m bench.accuracy.transfer table
+    python -m bench.accuracy.transfer more DIRECTORY OUTPUT    # other weights, and LoRA on all linear layers
 
-`run` needs torch and numpy beside this repository, so it also runs where the packages with texts and weights are not
-installed. Its lines go to OUTPUT; the table is made of bench/results/accuracy/transfer.jsonl.
+`run` and `more` do without the packages that hold texts and weights. Their lines go to OUTPUT;
+`python -m bench.accuracy.transfer_table` makes its table of those in bench/results/accuracy/transfer.jsonl.
 """
 
 import argparse
