@@ -44,6 +44,7 @@ from ept.model.signature import with_backbones_arguments
 from ept.model.start_values import init_prompt
 from ept.model.tied import write_tied_once
 from ept.model.training_mode import Walked, enable_checkpointing, freeze_dropout
+from ept.model.transfer import Start
 from ept.plots import plot_gates
 from ept.sharding import whole
 
@@ -73,7 +74,7 @@ class EPTModel(nn.Module):
     removing and switching adapters waits until no other thread is in a call; inside a call it raises RuntimeError.
 
     Attributes: `base_model` (the wrapped model), `ept` (the active adapter's layer), `ept_config` (its settings);
-    `config` is the wrapped model's.
+    `config` is the wrapped model's; `started_from` (what `init_adapters` of `get_ept_model` came to, or None).
     """
 
     is_quantized = False  # transformers' Trainer refuses to train quantised weights: here they stay frozen
@@ -91,6 +92,7 @@ class EPTModel(nn.Module):
         keep_4_bits_differentiable(model)
         self.traits = traits_of(model)
         check_inputs_embeds(model, self.traits.kind.name)
+        self.started_from: Start | None = None
         self._lock, self._disabled = lock_of(model), Disabled()
         self._walked: Walked | None = None
         self._packing = Packing(model, self.traits)
@@ -295,6 +297,8 @@ class EPTModel(nn.Module):
         with self._lock.changing("adding an adapter"):
             self._check_new_name(adapter_name)
             config = EPTConfig() if config is None else config
+            if config.init == "adapters":
+                raise ValueError('init="adapters" is for get_ept_model: wrap the base_model anew, or use load_adapter')
             layer = new_layer(self.base_model, self.traits, config, self._sites_for(config))
             labels = Labels.of(self.config)
             if num_labels is not None:
