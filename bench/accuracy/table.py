@@ -69,14 +69,14 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
     by_arm: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         by_arm[record["arm"]][record["task"]].append(record)
-    found = [task for task in TASKS if any(task in tasks for tasks in by_arm.values())]
+    tasks_run = [task for task in TASKS if any(task in tasks for tasks in by_arm.values())]
     most = max(len(runs) for tasks in by_arm.values() for runs in tasks.values())
     lines = [f"{most} seed{'s' * (most > 1)} where not said.", ""]
-    lines += [f"| arm | trained, with the head | {' | '.join(found)} | mean |", "|---" * (len(found) + 3) + "|"]
+    lines += [f"| arm | trained, with the head | {' | '.join(tasks_run)} | mean |", "|---" * (len(tasks_run) + 3) + "|"]
     for arm in sorted(by_arm, key=list(ARMS | SMOLLM2_ARMS).index):
         tasks = by_arm[arm]
         cells, task_means = [], []
-        for task in found:
+        for task in tasks_run:
             scores = [record["score"] for record in tasks[task]]
             if not scores:
                 cells.append("–")
@@ -85,7 +85,7 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
             count = "" if len(scores) == most else f" ({len(scores)})"
             cells.append(f"{statistics.mean(scores):.3f}{spread}{count}")
             task_means.append(statistics.mean(scores))
-        mean = f"{statistics.mean(task_means):.4f}" if len(task_means) == len(found) else "–"
+        mean = f"{statistics.mean(task_means):.4f}" if len(task_means) == len(tasks_run) else "–"
         trained = max(r["trained_parameters"] for runs in tasks.values() for r in runs)
         lines.append(f"| {arm} | {trained:,} | {' | '.join(cells)} | {mean} |")
     return lines

@@ -110,9 +110,9 @@ def measure(name: str, dtype: str, checkpointing: bool, batch: int, length: int)
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory counts from here
     step()
     resident = _resident("VmHWM") - before
-    held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    held |= {id(v): v.nbytes for state in optimizer.state.values() for v in state.values()}
-    return {"peak": sum(held.values()) + profiled_peak(step), "rss": resident}
+    tensor_bytes = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    tensor_bytes |= {id(v): v.nbytes for state in optimizer.state.values() for v in state.values()}
+    return {"peak": sum(tensor_bytes.values()) + profiled_peak(step), "rss": resident}
 
 
 def _resident(which: str) -> int:

@@ -76,7 +76,7 @@ ADAPTER_HELP = {
 
 
 def _adapter_help(name: str) -> str:
-    """What a setting does, and its value in the presets."""
+    """Returns what a setting does, and its value in the presets."""
     values = {preset: getattr(make(), name) for preset, make in PRESETS.items()}
     if values["default"] is None:
         return ADAPTER_HELP[name]
@@ -112,7 +112,7 @@ AdapterArguments = make_dataclass(
 
 
 def ept_config(adapter: Any, backbone: PreTrainedModel, checkpoint: str | None = None) -> EPTConfig:
-    """The settings that AdapterArguments say, for a backbone.
+    """Makes the config that AdapterArguments say, for a backbone.
 
     Without a preset or a budget, what is not given is as it was in the adapter of a checkpoint to go on from.
     """

@@ -17,7 +17,7 @@ __all__ = ["adapter_settings", "check_same_adapter", "is_whole", "last_checkpoin
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest whole checkpoint-N in a directory, or None."""
+    """Finds the newest whole checkpoint-N in a directory; None where there is none."""
     whole = []
     for path in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -27,7 +27,7 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:
-    """Whether a checkpoint was written to its end.
+    """Tells whether a checkpoint was written to its end.
 
     The Trainer writes trainer_state.json last, so one that a kill cut short lacks it or breaks off in it.
     """
@@ -45,12 +45,16 @@ def adapter_settings(checkpoint: str) -> dict[str, Any]:
 
 
 def check_same_adapter(checkpoint: str, model: EPTModel) -> None:
-    """ValueError if a checkpoint's adapter has other sizes or labels than the model that is to go on from it."""
-    saved = read_adapter(checkpoint)[0]
+    """Raises ValueError if a checkpoint's adapter has other sizes or labels than the model that is to go on from it."""
+    checkpoint_settings = read_adapter(checkpoint)[0]
     for name, value in model.ept_config.to_dict().items():
-        if saved.get(name) != value:
-            raise ValueError(f"{checkpoint} was trained with {name} {saved.get(name)}, not {value}: resume as it began")
+        if checkpoint_settings.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} was trained with {name} {checkpoint_settings.get(name)}, not {value}: resume as it began"
+            )
     names: Any = model.config.id2label  # by number, though transformers' type has names for keys, too
     label_names = [names[number] for number in sorted(names)]
-    if model.head_names and saved.get("label_names") != label_names:
-        raise ValueError(f"{checkpoint} was trained with the labels {saved.get('label_names')}, not {label_names}")
+    if model.head_names and checkpoint_settings.get("label_names") != label_names:
+        raise ValueError(
+            f"{checkpoint} was trained with the labels {checkpoint_settings.get('label_names')}, not {label_names}"
+        )

@@ -46,8 +46,6 @@ def layer_update(
         TypeError, ValueError: an argument has the wrong dtype, shape, device or value; the message names it.
         IndexError: an index names no adapter (checked on CPU, where it costs nothing).
     """
-    if impl == "auto":
-        impl = "torch"
     impl = resolve(impl, hidden.device)
     check_update(hidden, down, up, hidden_scale, activation, adapter_index)
     if impl == "triton":
