@@ -1,6 +1,8 @@
 """Deep updates: a token-conditioned update of its own at the input of every layer after the first."""
 
 import copy
+import dataclasses
+import json
 import threading
 
 import accelerate
@@ -10,6 +12,8 @@ import transformers as hf
 
 from ept import EPTConfig, EPTModel, get_ept_model
 from ept.backbone.layers import layers_of, why_no_updates
+from ept.layer.layer import EPTLayer
+from ept.model.fresh import config_for_budget
 from ept.model.inputs import Inputs
 from ept.model.routing import Member, OneAdapter
 from ept.training.rates import parameter_groups
@@ -214,7 +218,7 @@ def test_a_training_pass_leaves_units_out_for_the_whole_batch(monkeypatch):
         torch.testing.assert_close(got[row : row + 1], want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["default", "deep"])
+@pytest.mark.parametrize("preset", ["default", "deep", "input"])
 @pytest.mark.parametrize("given", [{}, {"prompt_length": 3}, {"num_spaces": 0}])
 def test_a_budget_counts_them(preset, given):
     for budget in (7_000, 38_400, 76_800):
@@ -224,14 +228,66 @@ def test_a_budget_counts_them(preset, given):
     assert EPTConfig.for_budget(57_600, 576, preset="deep", deep_layers=29).prompt_length == 2  # the rest is not spent
     with pytest.raises(ValueError, match="raise the budget"):
         EPTConfig.for_budget(4_991, 384, preset="deep", deep_layers=5)
-    with pytest.raises(ValueError, match="deep_layers=-1 is known once a model is wrapped"):
-        EPTConfig.for_budget(38_400, 384, preset="deep")
+    for left_open, other in (("deep", -1), ("default", None)):
+        with pytest.raises(ValueError, match=f"deep_layers={other} is known once a model is wrapped.*input_only"):
+            EPTConfig.for_budget(38_400, 384, preset=left_open)
 
 
 def test_the_preset_has_them_in_all_layers():
     model = get_ept_model(backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4), EPTConfig.deep())
     assert model.ept_config.deep_layers == 3
     assert model.trainable_parameters() == {"prompt": 2 * 32, "token": 8 * 32, "deep": 24 * 32}
+
+
+def test_the_default_has_them_in_all_layers_and_is_saved_with_their_number(tmp_path):
+    model = get_ept_model(backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4))
+    assert model.ept_config == dataclasses.replace(EPTConfig.deep(deep_layers=3), embed_scale=model.ept.embed_scale)
+    model.add_adapter("second")
+    assert model._inactive("second").layer.config == model.ept_config
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["deep_layers"] == 3
+    again = EPTModel.from_pretrained(backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4), tmp_path)
+    assert again.ept_config == model.ept_config
+
+
+def test_without_layers_the_default_falls_back_to_the_input_and_says_so_once(caplog):
+    def one_layer():
+        return backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=1)
+
+    def settings_of(config):
+        return dataclasses.replace(get_ept_model(one_layer(), config).ept_config, embed_scale=None)
+
+    assert settings_of(None) == EPTConfig.input_only()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "no layer after the first" in record.getMessage()
+    assert "EPTConfig.input_only()" in record.getMessage()
+    changed = dict(prompt_length=7, num_spaces=2, token_dropout=0.1)
+    assert settings_of(EPTConfig(**changed)) == EPTConfig.input_only(**changed)
+    caplog.clear()
+    config = config_for_budget(one_layer(), 2_000, preset="default", prompt_length=3)
+    assert config == EPTConfig.for_budget(2_000, 32, preset="input", prompt_length=3) and len(caplog.records) == 1
+    with pytest.raises(ValueError, match=r"no layer after the first.*input_only"):
+        get_ept_model(one_layer(), EPTConfig.deep())
+    with pytest.raises(ValueError, match=r"no layer after the first.*input_only"):
+        config_for_budget(one_layer(), 2_000, preset="deep")
+
+
+@pytest.mark.parametrize("off", [dict(token_rank=0), dict(token_update=False)])
+def test_without_a_token_conditioned_update_the_default_leaves_the_layers_alone(off, caplog):
+    model = get_ept_model(backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4), EPTConfig(**off))
+    assert model.ept_config.deep_layers == 0 and model.trainable_parameters() == {"prompt": 2 * 32}
+    assert EPTConfig(**off).num_parameters(32) == 2 * 32 and not caplog.records
+    config = config_for_budget(model.base_model, 320, preset="default", num_spaces=2, space_dim=1, **off)
+    assert config.deep_layers == 0 and config.prompt_length == 4
+
+
+def test_a_count_that_only_a_backbone_can_say_is_refused():
+    assert EPTConfig(deep_layers=5).num_parameters(384) == (2 + 8 * 6) * 384
+    for config in (EPTConfig(), EPTConfig.deep()):
+        with pytest.raises(ValueError, match=r"known once a model is wrapped.*input_only"):
+            config.num_parameters(384)
+        with pytest.raises(ValueError, match="known once a model is wrapped"):
+            EPTLayer(dataclasses.replace(config, embed_scale=1.0), 384)
 
 
 @pytest.mark.parametrize("fold", [False, True])
@@ -352,7 +408,7 @@ def test_a_classifier_without_a_padding_token_and_an_offloaded_backbone_are_meas
         (lambda: EPTConfig(deep_layers=1.5), "whole number"),
         (lambda: EPTConfig.paper(deep_layers=-1), "token_rank >= 1"),
         (lambda: EPTConfig(token_update=False, deep_layers=2), "token_rank >= 1"),
-        (lambda: causal().prompt_embeds(ids(1, 4)), "deep_layers=0"),
+        (lambda: causal().prompt_embeds(ids(1, 4)), r"deep_layers=0, EPTConfig.input_only\(\) \(--preset input\)"),
     ],
 )
 def test_what_cannot_be_right_is_refused(make, said):

@@ -867,8 +867,8 @@ def test_the_gates_picture_is_written(tmp_path):
         wrapped(backbone("bert"), all_parts(num_spaces=0)).plot_gates()
 
 
-@pytest.mark.parametrize("config", [None, EPTConfig(), EPTConfig.paper()])
-def test_both_presets_wrap_a_model_as_they_are(config):
+@pytest.mark.parametrize("config", [None, EPTConfig(), EPTConfig.input_only(), EPTConfig.paper()])
+def test_the_presets_wrap_a_model_as_they_are(config):
     assert get_ept_model(mean_pooling(), config).eval()(ids(1, 4)).logits.shape == (1, 3)
 
 

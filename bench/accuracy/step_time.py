@@ -1,6 +1,6 @@
 """Step times of the study's arms, in turn on the same batches: `python -m bench.accuracy.step_time [--rounds 12]`.
 
-Writes bench/results/accuracy/step_time.json: each arm's time over that of the default preset, lower quartile, median
+Writes bench/results/accuracy/step_time.json: each arm's time over that of the input-only preset, lower quartile, median
 and upper quartile over the rounds. From the medians follow `EQUAL_TIME_STEPS` in arms.py.
 """
 

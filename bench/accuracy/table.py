@@ -22,7 +22,7 @@ from matplotlib import pyplot, ticker
 
 # The other stages that read the test parts, and their titles.
 OTHERS = {
-    "equal_time": "Equal time: as many steps as fit into the default preset's for 150, 2,000 training rows",
+    "equal_time": "Equal time: as many steps as fit into the input-only preset's for 150, 2,000 training rows",
     "whole_sets": "Whole training sets, 300 steps",
     "smollm2_final": "SmolLM2-135M, 2,000 training rows, 100 steps of 16 rows of at most 24 tokens",
 }

@@ -77,7 +77,8 @@ def points(device: str) -> list[Point]:
     return chosen
 
 
-# Preset -> its sizes in prompt_embed. In layer_update only the preset "deep" has any.
+# Preset -> its sizes in prompt_embed. In layer_update only the preset "deep" has any. "default preset" is
+# EPTConfig.input_only(), by its name in results on record.
 PRESETS: dict[str, dict[str, Any]] = {
     "default preset": dict(s=4, k=4, h=2, q=38),
     "deep preset": dict(s=2, q=4),

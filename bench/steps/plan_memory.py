@@ -92,7 +92,7 @@ def measure(name: str, dtype: str, checkpointing: bool, batch: int, length: int)
     before = _resident("VmRSS")
     backbone, per_token = build(name, dtype)
     backbone.config.use_cache = False
-    model = get_ept_model(backbone, EPTConfig()).train()
+    model = get_ept_model(backbone, EPTConfig.input_only()).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter_groups(model), fused=True)
@@ -143,7 +143,12 @@ def main() -> int:
                 )  # fmt: skip
                 measured = json.loads(process.stdout.splitlines()[-1])
                 planned = plan_step(
-                    config, EPTConfig(), batch=args.batch, length=args.length, dtype=dtype, checkpointing=checkpointing
+                    config,
+                    EPTConfig.input_only(),
+                    batch=args.batch,
+                    length=args.length,
+                    dtype=dtype,
+                    checkpointing=checkpointing,
                 )
                 off = planned["peak"] / measured["peak"] - 1
                 worst = max(worst, abs(off))

@@ -16,7 +16,10 @@ from ept.backbone.embeddings import device_of, embedding_width, lacks_weights, w
 from ept.backbone.probes import beside_text, evaluating
 from ept.backbone.traits import is_encoder_decoder, positions_of, text_part
 
-__all__ = ["LayerSites", "find_layers", "hidden_states_of", "layers_after_first", "layers_of", "why_no_updates"]
+__all__ = [
+    "LayerSites", "find_layers", "hidden_states_of", "layers_after_first", "layers_of", "look_for_layers",
+    "why_no_updates",
+]  # fmt: skip
 
 PROBE_TOKENS = 32
 PROBE_VOCABULARY = 5000
@@ -61,15 +64,18 @@ class LayerSites:
 
 def why_no_updates(model: Any) -> str | None:
     """Why updates in the layers of a model are impossible, in words; None where they are possible."""
-    found = _look(model)
+    found = look_for_layers(model)
     return found if isinstance(found, str) else None
 
 
 def find_layers(model: Any) -> LayerSites:
     """The sites of updates in a model's layers. ValueError, with the reason, where they are impossible."""
-    found = _look(model)
+    found = look_for_layers(model)
     if isinstance(found, str):
-        raise ValueError(f"{type(model).__name__} has no updates in its layers: {found}; set deep_layers=0")
+        raise ValueError(
+            f"{type(model).__name__} has no updates in its layers: {found}; set deep_layers=0, as EPTConfig.input_only() "
+            "(--preset input) has it"
+        )
     return found
 
 
@@ -115,8 +121,8 @@ class _Visit:
     gave: Any
 
 
-def _look(model: Any) -> LayerSites | str:
-    """The sites, or why there are none."""
+def look_for_layers(model: Any) -> LayerSites | str:
+    """The sites of updates in a model's layers, or in words why there are none."""
     candidates = _candidates(model)
     if not candidates:
         return "it has no list of layers"

@@ -84,7 +84,7 @@ def _prepare(options: TrainOptions) -> _Training:
         options.model.model_name_or_path, head=options.model.head, dtype=options.model.dtype
     )
     pad_like_tokenizer(backbone, tokenizer)
-    config = ept_config(options.adapter, backbone)
+    config = ept_config(options.adapter, backbone, checkpoint)
     max_length = input_limit(backbone, tokenizer, config.prompt_length, options.columns.max_seq_length)
     splits = {
         name: data.task.encode(table, source, tokenizer, max_length, options.columns.max_target_length)

@@ -264,9 +264,10 @@ def _with_peft(order: _Order, config: Any) -> nn.Module:
 
 METHODS: dict[str, Method] = {
     "head only": Method("the classification head alone", (0.005, 0.02, 0.05), _head_only),
-    "EPT": _ept("EPTConfig.for_budget(…, preset='default')", "default"),
+    "EPT deep": _ept("EPTConfig.for_budget(…, preset='deep'): updates in every layer, the default", "deep"),
+    # The default once, and so named in results that were written then.
+    "EPT": _ept("EPTConfig.for_budget(…, preset='input'): the input alone", "input"),
     "EPT paper": _ept("EPTConfig.for_budget(…), the paper's parts", "paper"),
-    "EPT deep": _ept("EPTConfig.for_budget(…, preset='deep')", "deep"),
     "DePT": _ept("short prompt and low-rank update only", "paper", fusion=False, spaces=False, num_spaces=0),
     "prompt tuning 20": _prompt_tuning(20),
     "prompt tuning 100": _prompt_tuning(100),
@@ -277,8 +278,8 @@ METHODS: dict[str, Method] = {
 
 # EPT without one of its parts, the other sizes grown to the same budget.
 ABLATIONS: dict[str, Method] = {
-    "EPT without spaces": _ept("the default's other parts", "default", spaces=False, num_spaces=0),
-    "EPT without token update": _ept("the default's other parts", "default", token_update=False, token_rank=0),
+    "EPT without spaces": _ept("the input-only preset's other parts", "input", spaces=False, num_spaces=0),
+    "EPT without token update": _ept("the input-only preset's other parts", "input", token_update=False, token_rank=0),
     "EPT paper without update": _ept("the paper's other parts", "paper", lowrank_update=False),
     "EPT paper without fusion": _ept("the paper's other parts", "paper", fusion=False),
     "EPT paper without spaces": _ept("the paper's other parts", "paper", spaces=False, num_spaces=0),

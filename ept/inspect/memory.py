@@ -86,11 +86,11 @@ def plan_step(
     if batch < 1 or length < 1 or (target_length is not None and target_length < 1):
         raise ValueError(f"batch {batch}, length {length} and target_length {target_length} must be at least 1")
     model = _without_weights(config, ept_config, task, dtype, checkpointing)
-    room = max_text_tokens(model.base_model, ept_config.prompt_length)
+    rows = model.ept_config.prompt_length
+    room = max_text_tokens(model.base_model, rows)
     if room is not None and length > room:
         raise ValueError(
-            f"length {length} does not fit: the model has positions for {room} tokens beside the prompt's "
-            f"{ept_config.prompt_length}"
+            f"length {length} does not fit: the model has positions for {room} tokens beside the prompt's {rows}"
         )
     return _run_on_fakes(model, batch, length, target_length or length)
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ept.backbone.embeddings import embedding_rms, embedding_width, weight_of
 from ept.backbone.fingerprint import backbone_fingerprint, check_fingerprint
-from ept.backbone.layers import LayerSites
+from ept.backbone.layers import LayerSites, look_for_layers
 from ept.backbone.traits import Traits
 from ept.config import EPTConfig
 from ept.files.adapter_dir import check_weights, read_adapter
@@ -22,7 +23,19 @@ from ept.layer.layer import EPTLayer
 from ept.model.hooks import hook_head
 from ept.sharding import put, whole_shape
 
-__all__ = ["Adapter", "Labels", "SavedAdapter", "copy_tensors", "new_heads", "new_layer", "tensors_of_adapter"]
+__all__ = [
+    "Adapter",
+    "Labels",
+    "SavedAdapter",
+    "config_for",
+    "copy_tensors",
+    "new_heads",
+    "new_layer",
+    "tensors_of_adapter",
+    "warn_of_input_only",
+]  # fmt: skip
+
+logger = logging.getLogger("ept")
 
 Layer = TypeVar("Layer", bound=AdapterLayer)
 
@@ -143,6 +156,29 @@ class SavedAdapter:
         check_weights(self.path)
 
 
+def config_for(backbone: PreTrainedModel, config: EPTConfig) -> EPTConfig:
+    """A fresh adapter's settings for a backbone: deep_layers=None becomes -1, or the input-only form with a warning."""
+    if config.deep_layers is not None:
+        return config
+    if not config.has_token_update:
+        return dataclasses.replace(config, deep_layers=0)
+    sites = look_for_layers(backbone)
+    if isinstance(sites, LayerSites):
+        return dataclasses.replace(config, deep_layers=-1)
+    warn_of_input_only(backbone, sites)
+    return config.as_input_only()
+
+
+def warn_of_input_only(backbone: PreTrainedModel, reason: str) -> None:
+    """Logs that the default acts on the input alone in a backbone, and why."""
+    logger.warning(
+        "%s has no updates in its layers (%s): the default falls back to the input-only form, EPTConfig.input_only(), "
+        "which is less accurate where both are possible",
+        type(backbone).__name__,
+        reason,
+    )
+
+
 def new_layer(
     backbone: PreTrainedModel, traits: Traits, config: EPTConfig, sites: LayerSites | None = None
 ) -> EPTLayer:
@@ -171,11 +207,11 @@ def _layer_arguments(
             f"prompt_start={prompt_start}: a causal model's prompt stands before the text, where every token sees it; "
             "leave prompt_start at None"
         )
-    if config.deep_layers and sites is not None:
+    if sites is not None and config.deep_layers:
         layers = len(sites.order)
         if config.deep_layers < 0:
             config = dataclasses.replace(config, deep_layers=layers)
-        if config.deep_layers > layers:
+        if config.known_deep_layers > layers:
             raise ValueError(f"deep_layers={config.deep_layers}, but the backbone has {layers} layers after the first")
     if traits.max_positions is not None and config.prompt_length >= traits.max_positions:
         raise ValueError(

@@ -8,23 +8,32 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ept.backbone.embeddings import embedding_width
-from ept.backbone.layers import find_layers
-from ept.config import EPTConfig
+from ept.backbone.layers import find_layers, look_for_layers
+from ept.config import PRESETS, EPTConfig
 from ept.layer.layer import EPTLayer
-from ept.model.adapters import SavedAdapter
+from ept.model.adapters import SavedAdapter, warn_of_input_only
 from ept.model.model import EPTModel
 from ept.model.start_values import init_prompt
 from ept.model.transfer import Source, Suitability, start_from
 
 
 def config_for_budget(model: PreTrainedModel, parameters: int, *, preset: str, **settings: Any) -> EPTConfig:
-    """`EPTConfig.for_budget` for a backbone, which says how wide it is and how many layers deep_layers=-1 means."""
-    layer_dim = None
-    deep_layers = settings.get("deep_layers", -1 if preset == "deep" else 0)
-    if deep_layers:
-        sites = find_layers(model)
+    """`EPTConfig.for_budget` for a backbone, which says how wide it is and how many layers have updates.
+
+    Where the preset "default" leaves the layers to the backbone and it cannot have updates there, the budget is
+    that of the preset "input", with a warning.
+    """
+    layer_dim, deep_layers = None, settings.get("deep_layers", PRESETS[preset]().deep_layers)
+    if deep_layers is None and (settings.get("token_rank") == 0 or settings.get("token_update") is False):
+        deep_layers = 0
+    sites = look_for_layers(model) if deep_layers is None else find_layers(model) if deep_layers else None
+    if isinstance(sites, str):
+        warn_of_input_only(model, sites)
+        preset, deep_layers = "input", 0
+    elif sites is not None:
         layer_dim = sites.width
-        settings["deep_layers"] = len(sites.order) if deep_layers < 0 else deep_layers
+        deep_layers = len(sites.order) if deep_layers is None or deep_layers < 0 else deep_layers
+    settings["deep_layers"] = deep_layers
     width = embedding_width(model.get_input_embeddings())
     return EPTConfig.for_budget(parameters, width, layer_dim=layer_dim, preset=preset, **settings)
 

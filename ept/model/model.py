@@ -27,6 +27,7 @@ from ept.model.adapters import (
     Adapter,
     Labels,
     SavedAdapter,
+    config_for,
     copy_tensors,
     new_heads,
     new_layer,
@@ -101,6 +102,7 @@ class EPTModel(nn.Module):
         self._check_new_name(adapter_name)
         self._adapter_names.append(adapter_name)
         self._active_adapter, self.inactive_adapters = adapter_name, nn.ModuleList()
+        config = config_for(model, config)
         with self._lock.changing("wrapping a model"):
             self.ept = new_layer(model, self.traits, config, self._sites_for(config))
             model.requires_grad_(False)
@@ -296,7 +298,7 @@ class EPTModel(nn.Module):
         """
         with self._lock.changing("adding an adapter"):
             self._check_new_name(adapter_name)
-            config = EPTConfig() if config is None else config
+            config = config_for(self.base_model, EPTConfig() if config is None else config)
             if config.init == "adapters":
                 raise ValueError('init="adapters" is for get_ept_model: wrap the base_model anew, or use load_adapter')
             layer = new_layer(self.base_model, self.traits, config, self._sites_for(config))
@@ -391,7 +393,7 @@ class EPTModel(nn.Module):
 
     def _sites_for(self, config: EPTConfig) -> LayerSites | None:
         """Where the updates in the layers act, which then have their hooks; None where a config has no such updates."""
-        if not config.deep_layers:
+        if not config.has_deep_updates:
             return None
         if self._sites is None:
             self._sites = find_layers(self.base_model)
@@ -439,10 +441,10 @@ class EPTModel(nn.Module):
         Raises:
             ValueError: the adapter has deep updates, which no input can carry.
         """
-        if self.ept_config.deep_layers:
+        if self.ept_config.has_deep_updates:
             raise ValueError(
-                "the adapter's deep updates act inside the backbone, where no input reaches: train one with deep_layers=0 "
-                "to use its embeddings elsewhere"
+                "the adapter's deep updates act inside the backbone, where no input reaches: train one with deep_layers=0, "
+                "EPTConfig.input_only() (--preset input), to use its embeddings elsewhere"
             )
         inputs = Inputs(input_ids, inputs_embeds, attention_mask)
         with self._lock.calling():

@@ -1,5 +1,6 @@
 """The checkpoints of a training: the last whole one, and whether a model can go on from one."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,10 +9,11 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ept.config import EPTConfig
 from ept.files.adapter_dir import read_adapter
 from ept.model.model import EPTModel
 
-__all__ = ["check_same_adapter", "is_whole", "last_checkpoint"]
+__all__ = ["adapter_settings", "check_same_adapter", "is_whole", "last_checkpoint"]
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -34,6 +36,12 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def adapter_settings(checkpoint: str) -> dict[str, Any]:
+    """The fields of the EPTConfig of a checkpoint's adapter."""
+    saved, fields = read_adapter(checkpoint)[0], dataclasses.fields(EPTConfig)
+    return {field.name: saved[field.name] for field in fields if field.name in saved}
 
 
 def check_same_adapter(checkpoint: str, model: EPTModel) -> None:
