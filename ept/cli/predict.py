@@ -64,8 +64,8 @@ def run(argv: list[str]) -> None:
         place, options = parser.parse(argv)
         if options.input_file is not None and not Path(options.input_file).is_file():
             raise ValueError(f"{options.input_file}: no such file")
-        saved = SavedAdapter.open(place.adapter)
-        source = _source(options, saved, saved.kind())
+        saved_adapter = SavedAdapter.open(place.adapter)
+        source = _source(options, saved_adapter, saved_adapter.kind())
         # A first pass over a file finds what is wrong with any row before the model is loaded.
         total = None if options.input_file is None else sum(1 for _ in source)
         output = _output(options)
@@ -75,8 +75,8 @@ def run(argv: list[str]) -> None:
             say(f"{options.output_file} holds {output.done} rows already, which are not done again")
         if output.done == total:
             return
-        model, tokenizer, kind = saved.load(place.model_name_or_path, dtype=place.dtype)
-        max_length = options.max_seq_length or saved.max_length
+        model, tokenizer, kind = saved_adapter.load(place.model_name_or_path, dtype=place.dtype)
+        max_length = options.max_seq_length or saved_adapter.max_length
         max_length = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, max_length)
         limit = kind.text_limit(tokenizer, max_length, options.max_target_length)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,11 +90,11 @@ def run(argv: list[str]) -> None:
                 bar.update(len(batch))
 
 
-def _source(options: PredictArguments, saved: SavedAdapter, kind: TaskKind) -> Lines | TableRows:
-    """The rows to predict for; ValueError where the options do not go with them or with the adapter."""
+def _source(options: PredictArguments, saved_adapter: SavedAdapter, kind: TaskKind) -> Lines | TableRows:
+    """Finds the rows to predict for; ValueError where the options do not go with them or with the adapter."""
     if options.all_probabilities and kind.label_names is None:
         raise ValueError(f"--all_probabilities: {kind.asked_as} has no classes: leave it out")
-    pairs = _reads_pairs(kind, saved.record)
+    pairs = _reads_pairs(kind, saved_adapter.record)
     if options.input_file is None or not is_table(options.input_file):
         for name in ("text_column", "text_pair_column", "id_column", "no_header"):
             if getattr(options, name):
@@ -102,8 +102,8 @@ def _source(options: PredictArguments, saved: SavedAdapter, kind: TaskKind) -> L
         return Lines(options.input_file, pairs)
     if kind.reads_one_text and options.text_pair_column is not None:
         raise ValueError("a causal model that writes reads one text, not a pair: leave out --text_pair_column")
-    recorded = saved.record.get("columns", {})
-    may_lack_header = has_optional_header(Path(options.input_file)) and saved.record.get("no_header", False)
+    recorded = saved_adapter.record.get("columns", {})
+    may_lack_header = has_optional_header(Path(options.input_file)) and saved_adapter.record.get("no_header", False)
     return TableRows(
         options.input_file,
         kind,
@@ -116,7 +116,7 @@ def _source(options: PredictArguments, saved: SavedAdapter, kind: TaskKind) -> L
 
 
 def _output(options: PredictArguments) -> Output:
-    """Where the predictions go; ValueError if that is where the texts are."""
+    """Opens where the predictions go; ValueError if that is where the texts are."""
     read, written = options.input_file, options.output_file
     if read is not None and written is not None and Path(written).exists() and Path(written).samefile(read):
         raise ValueError(f"--output_file {written} is the --input_file: give another")
@@ -124,7 +124,7 @@ def _output(options: PredictArguments) -> Output:
 
 
 def _reads_pairs(kind: TaskKind, record: dict[str, Any]) -> bool:
-    """Whether an adapter was trained on pairs of texts."""
+    """Tells whether an adapter was trained on pairs of texts."""
     if record.get("task_name") is not None:
         return len(kind.benchmark_templates(benchmark_task(record["task_name"]))) == 2
     return record.get("columns", {}).get("text_pair") is not None

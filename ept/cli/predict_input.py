@@ -24,7 +24,7 @@ class InputRow(NamedTuple):
 
 
 def is_table(path: str) -> bool:
-    """Whether a file is read as a table, by its extension."""
+    """Tells whether a file is read as a table, by its extension."""
     return Path(path).suffix.lower() in SUFFIXES
 
 
@@ -107,7 +107,7 @@ class TableRows:
         return self.id_column or next((name for name in ROW_NUMBER_NAMES if name in names), None)
 
     def _text_columns(self, names: list[str]) -> tuple[str, ...]:
-        """The columns with the texts; ValueError where they are missing or cannot be told."""
+        """Finds the columns with the texts; ValueError where they are missing or cannot be told."""
         there = f"it has: {listed(names)}"
         for field, name in (("text", self.wanted.text), ("text_pair", self.wanted.text_pair)):
             if name is not None and name not in names:

@@ -86,7 +86,7 @@ def _with_probabilities(line: str, record: dict[str, Any]) -> str:
 
 
 def _whole_lines(path: str) -> tuple[int, int]:
-    """The number of a file's whole lines, and their bytes; a kill may have cut one short after them."""
+    """Counts a file's whole lines, and their bytes; a kill may have cut one short after them."""
     lines = size = 0
     with open(path, "rb") as file:
         for line in file:

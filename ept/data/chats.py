@@ -8,17 +8,17 @@ Message = dict[str, Any]
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a value is meant as a conversation: a list of objects with a role."""
+    """Tells whether a value is meant as a conversation: a list of objects with a role."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
 def ends_with_answer(value: Any) -> bool:
-    """Whether a value is a conversation whose last message is the assistant's."""
+    """Tells whether a value is a conversation whose last message is the assistant's."""
     return is_chat(value) and value[-1]["role"] == "assistant"
 
 
 def checked_chat(value: Any, place: str) -> list[Message]:
-    """A conversation without the keys that other rows of its table have.
+    """Returns a conversation without the keys that other rows of its table have.
 
     Args:
         value: what a column holds.

@@ -36,7 +36,7 @@ class Columns:
 
 
 def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
-    """The columns to read: those wanted, and for what was left open those that only one choice is possible for.
+    """Chooses the columns to read: those wanted, and where one is left open the only one that is possible.
 
     Raises:
         ValueError: a wanted column is missing, or what was left open has no choice or several.
@@ -72,7 +72,7 @@ def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
 
 
 def choose_writing_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
-    """As `choose_columns`, for texts and the answers to them; `label` is None where conversations hold both.
+    """Chooses as `choose_columns`, for texts and the answers to them; `label` is None where conversations hold both.
 
     By themselves are found `prompt` and `completion`, and `messages`.
     """
@@ -95,7 +95,7 @@ def choose_writing_columns(table: Dataset, source: str, wanted: Columns) -> Colu
 
 
 def holds_text_to_write(table: Dataset) -> bool:
-    """Whether a table has the columns of texts and answers, prompt and completion or messages, and none of labels."""
+    """Tells whether a table has the columns of texts and answers, prompt and completion or messages, and none of labels."""
     names = set(table.column_names)
     return names.isdisjoint(LABEL_NAMES) and ({"prompt", "completion"} <= names or _has_messages(table))
 
@@ -105,7 +105,7 @@ def _has_messages(table: Dataset) -> bool:
 
 
 def texts_of(table: Dataset, source: str, column: str) -> list[str]:
-    """A column's texts; ValueError names the first row that has none."""
+    """Returns a column's texts. ValueError names the first row without one."""
     texts = list(table[column])
     for row, text in enumerate(texts, start=1):
         if not isinstance(text, str):
@@ -115,7 +115,7 @@ def texts_of(table: Dataset, source: str, column: str) -> list[str]:
 
 
 def label_strings(table: Dataset, source: str, column: str) -> list[str]:
-    """A column's labels as words, by their names where the table knows names; ValueError names the first row without."""
+    """Returns a column's labels as words, by name where the table has names. ValueError names the first row without one."""
     feature, values = table.features[column], []
     for row, value in enumerate(table[column], start=1):
         if value is None or value == "":

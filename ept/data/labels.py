@@ -24,7 +24,7 @@ class Labels:
 
     @classmethod
     def of(cls, table: Dataset, source: str, column: str, kind: str | None = None) -> "Labels":
-        """The labels of a training file. Floats are regressed on, everything else is classified, unless `kind` says.
+        """Reads what the labels of a training file are: values where they are floats, else classes, unless `kind` says.
 
         nan and infinity count as floats, which `encode` refuses: one bad score must not make classes of all.
         """
@@ -46,7 +46,7 @@ class Labels:
         return cls(tuple(names))
 
     def encode(self, table: Dataset, source: str, column: str) -> list[int] | list[float]:
-        """The rows' labels as class numbers or floats; ValueError names the first row that has another label."""
+        """Returns the rows' labels as class numbers or floats. ValueError names the first row that has another label."""
         feature = table.features[column]
         if isinstance(feature, ClassLabel) and self.names == tuple(feature.names) and min(table[column]) >= 0:
             return list(table[column])

@@ -55,14 +55,14 @@ class RowStream:
             raise StreamError(str(error)) from error
 
     def head(self, rows: int) -> Dataset:
-        """The first rows as a table."""
+        """Returns the first rows as a table."""
         first = list(itertools.islice(self, rows))
         if not first:
             raise ValueError(f"{self.source} holds no rows: add some")
         return Dataset.from_list(first)
 
     def distinct(self, column: str) -> Dataset:
-        """A table with each of a column's values once, from one pass over all rows; missing values are an error."""
+        """Returns a table with each of a column's values once, from one pass over all rows. ValueError if one is missing."""
         seen: dict[str, None] = {}
         for number, row in enumerate(self, start=1):
             value = row[column]

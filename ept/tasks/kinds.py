@@ -129,7 +129,7 @@ class Regression(_Headed):
         yield from (f"{value:.6g}" for value in predictions.flatten().tolist())
 
     def records(self, predictions: Tensor) -> Iterator[dict[str, Any]]:
-        """The `value`."""
+        """Yields the `value`."""
         yield from ({"value": value} for value in predictions.flatten().tolist())
 
 
@@ -188,7 +188,7 @@ class Text2Text(TaskKind):
         yield from (" ".join(text.split("\n")) for text in predictions)
 
     def records(self, predictions: list[str]) -> Iterator[dict[str, Any]]:
-        """The `text` as it was written."""
+        """Yields the `text` as it was written."""
         yield from ({"text": text} for text in predictions)
 
 
@@ -226,7 +226,7 @@ class CausalText2Text(Text2Text):
         return cls(reads_chat=is_chat(table[0][columns.text]))
 
     def target_limit(self, max_length: int | None, max_target_length: int) -> int:
-        """At most three quarters of a row, so that a quarter is left to the text."""
+        """Allows at most three quarters of a row, so that a quarter is left to the text."""
         return max_target_length if max_length is None else min(max_target_length, max_length * 3 // 4)
 
     def text_limit(
@@ -270,7 +270,7 @@ class CausalText2Text(Text2Text):
         return answer_predictor(model, tokenizer, max_new_tokens)
 
     def loss(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Any, batch_size: int) -> float | None:
-        """The mean over the answers' tokens."""
+        """Takes the mean over the answers' tokens."""
         return answer_loss(model, rows, self.collator(tokenizer, model), batch_size)
 
 
@@ -363,13 +363,13 @@ ASKED = tuple(dict.fromkeys(kind.asked_as for kind in KINDS.values()))
 
 
 def asked_kind(asked: str, name_or_path: str) -> str:
-    """The name in KINDS of what is asked for: text2text is another kind for a causal model than for an encoder-decoder."""
+    """Returns the name in KINDS of what is asked for: a causal model writes otherwise than an encoder-decoder."""
     causal = asked == Text2Text.name and architecture_of(read_config(name_or_path)) == "causal"
     return CausalText2Text.name if causal else asked
 
 
 def default_kind(name_or_path: str, *, causal_continues: bool) -> str | None:
-    """The name of the kind that a model's architecture alone decides; None where the labels decide.
+    """Returns the name of the kind that a model's architecture alone decides; None where the labels decide.
 
     Args:
         causal_continues: whether a causal model scores the labels' words where nothing else is asked for.
@@ -379,7 +379,7 @@ def default_kind(name_or_path: str, *, causal_continues: bool) -> str | None:
 
 
 def kind_of_adapter(settings: dict[str, Any], record: dict[str, Any], config_file: str) -> TaskKind:
-    """The kind that a trained adapter learned, with its labels.
+    """Returns the kind that a trained adapter learned, with its labels.
 
     Args:
         settings, record: the adapter's config and its run record.
@@ -400,7 +400,7 @@ def kind_of_adapter(settings: dict[str, Any], record: dict[str, Any], config_fil
 
 
 def _chosen(predictions: Any) -> list[Any]:
-    """The number of the highest of each row's logits or scores [rows, labels]."""
+    """Returns the number of the highest of each row's logits or scores [rows, labels]."""
     return torch.as_tensor(predictions).argmax(-1).tolist()
 
 
@@ -411,7 +411,7 @@ def _label_lines(words: list[str], predictions: Tensor) -> Iterator[str]:
 
 
 def _label_records(words: list[str], predictions: Tensor) -> Iterator[dict[str, Any]]:
-    """The likeliest `label` of each row, its `probability`, and all `probabilities` by name."""
+    """Yields the likeliest `label` of each row, its `probability`, and all `probabilities` by name."""
     for row in predictions.softmax(-1).tolist():
         best, row = max(range(len(row)), key=row.__getitem__), [round(value, 6) for value in row]
         yield {

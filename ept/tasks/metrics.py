@@ -26,12 +26,12 @@ class Answers(NamedTuple):
 
 
 def metrics_of(names: Iterable[str], answers: Answers) -> dict[str, float]:
-    """The metrics of these names, in this order."""
+    """Computes the metrics of these names, in this order."""
     return {name: float(METRICS[name](answers)) for name in names}
 
 
 def is_better_higher(name: str) -> bool:
-    """Whether more of a metric, or of "loss", is better."""
+    """Tells whether more of a metric, or of "loss", is better."""
     return name not in ("loss", "mse")
 
 
@@ -83,7 +83,7 @@ def _exact_match(answers: Answers) -> float:
 
 
 def _token_f1(answers: Answers) -> float:
-    """The mean of the rows' F1 over words, as SQuAD has it: without case, punctuation and articles."""
+    """Takes the mean of the rows' F1 over words, as SQuAD has it: without case, punctuation and articles."""
     scores = [_f1_of_words(truth, predicted) for truth, predicted in zip(answers.truth, answers.predicted, strict=True)]
     return sum(scores) / len(scores)
 

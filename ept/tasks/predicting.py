@@ -35,7 +35,7 @@ Predictor = Callable[[list[Row]], Tensor | list[str]]
 
 @torch.no_grad()
 def predict(predictor: Predictor, rows: Any, batch_size: int, description: str | None = None) -> Tensor | list[str]:
-    """The predictions of all rows, in their order; with a description, a progress bar.
+    """Predicts all rows; returns the predictions in the rows' order. A description shows a progress bar.
 
     Args:
         predictor: what one of this module's functions gave.
@@ -51,7 +51,7 @@ def predict(predictor: Predictor, rows: Any, batch_size: int, description: str |
 
 
 def logits_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Predictor:
-    """Predicts logits [rows, labels], fp32 on the CPU, with a model that has a head."""
+    """Returns a predictor of logits [rows, labels], fp32 on the CPU, of a model that has a head."""
     collate = padding_collator(model.eval(), tokenizer)
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ def logits_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def text_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
-    """Predicts the texts that a model with `generate` writes."""
+    """Returns a predictor of the texts that a model with `generate` writes."""
     writer: Any = model.eval()
     collate = DataCollatorWithPadding(tokenizer)
 
@@ -89,7 +89,7 @@ def answer_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_n
 def written_answers(
     model: nn.Module, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> Tensor:
-    """[rows, at most max_new_tokens] the likeliest tokens after each prompt, up to the end of text; padded on the right."""
+    """Writes the likeliest tokens after each prompt up to the end of text: [rows, max_new_tokens or fewer]."""
     writer: Any = model.eval()
     batch = _on_device(model, left_padded(prompts, tokenizer.pad_token_id))
     ids = writer.generate(
@@ -104,7 +104,7 @@ def written_answers(
 
 @torch.no_grad()
 def answer_loss(model: nn.Module, rows: Any, collate: Callable[[list[Row]], Any], batch_size: int) -> float:
-    """The mean loss over the tokens that are learned in all rows, with a model whose labels are tokens."""
+    """Computes the mean loss over the tokens that are learned in all rows, with a model whose labels are tokens."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     total, tokens = 0.0, 0
@@ -117,7 +117,7 @@ def answer_loss(model: nn.Module, rows: Any, collate: Callable[[list[Row]], Any]
 
 
 def score_predictor(model: nn.Module, collate: ContinuationCollator) -> Predictor:
-    """Predicts each label's score [rows, labels] as the continuation of a text, with a causal language model."""
+    """Returns a predictor of each label's score [rows, labels] as a continuation, of a causal language model."""
     model.eval()
     return lambda rows: label_scores(model, [row["input_ids"] for row in rows], collate)
 
@@ -140,7 +140,7 @@ class PaddingCollator(DataCollatorWithPadding):
 
 
 def padding_collator(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
-    """The collator for a model with a head, an EPTModel or one of the compared methods'."""
+    """Returns the collator for a model with a head, an EPTModel or one of the compared methods'."""
     collate = PaddingCollator(tokenizer)
     peft = getattr(model, "active_peft_config", None)
     if peft is not None and peft.is_prompt_learning and isinstance(

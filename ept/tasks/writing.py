@@ -36,7 +36,7 @@ class Exchange(NamedTuple):
 
 
 def read_question(tokenizer: PreTrainedTokenizerBase, prompt: Any, place: str, *, in_chat: bool) -> Exchange:
-    """A text or a conversation to be answered.
+    """Reads a text or a conversation to be answered.
 
     Args:
         prompt: text, or a conversation; answers at its end are left out.
@@ -57,7 +57,7 @@ def read_question(tokenizer: PreTrainedTokenizerBase, prompt: Any, place: str, *
 
 
 def read_pair(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, place: str) -> Exchange:
-    """A prompt and its completion, two texts or two conversations; only the completion is learned."""
+    """Reads a prompt and its completion, two texts or two conversations; only the completion is learned."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return Exchange([(prompt, False)], completion, completion, begins=True)
     if not is_chat(prompt):
@@ -70,14 +70,14 @@ def read_pair(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any, 
 
 
 def read_chat(tokenizer: PreTrainedTokenizerBase, messages: Any, place: str) -> Exchange:
-    """A conversation, whose every answer is learned."""
+    """Reads a conversation, whose every answer is learned."""
     return _exchange(tokenizer, checked_chat(messages, place), place, learned_from=0)
 
 
 def _exchange(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: str, *, learned_from: int
 ) -> Exchange:
-    """A conversation's pieces; the assistant's messages from `learned_from` on are learned."""
+    """Cuts a conversation into pieces; the assistant's messages from `learned_from` on are learned."""
     if messages[-1]["role"] != "assistant":
         raise ValueError(
             f"{place}: the last message is the {messages[-1]['role']}'s: end with an answer of the assistant"
@@ -99,7 +99,7 @@ def _exchange(
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, asks: bool = False) -> str:
-    """Messages as the chat template writes them; `asks`: with the beginning of an answer."""
+    """Writes messages as the chat template does; `asks`: with the beginning of an answer."""
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template, which conversations need: take the model's instruction-tuned form, or "
@@ -114,7 +114,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, ask
 def encode_exchanges(
     tokenizer: PreTrainedTokenizerBase, exchanges: Sequence[Exchange], limit: int | None, max_target_length: int
 ) -> tuple[list[dict[str, Any]], int, int]:
-    """Rows of `input_ids`, `attention_mask` and, where there is an answer, `labels`; how many contexts and answers were cut.
+    """Encodes rows as `input_ids`, `attention_mask` and, of an answer, `labels`; counts the contexts and answers cut.
 
     Of a context that is longer than `limit` the end stays, after the tokenizer's first token. Of an answer longer than
     `max_target_length` the beginning stays, and no end is learned.
@@ -156,7 +156,7 @@ def encode_exchanges(
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, exchanges: Sequence[Exchange]) -> list[list[int]]:
-    """The token ids of every piece in order, without special tokens that the text does not hold."""
+    """Returns the token ids of every piece in order, without special tokens that the text does not hold."""
     texts = []
     for exchange in exchanges:
         texts += [text for text, _ in exchange.context]
@@ -165,7 +165,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, exchanges: Sequence[Exchange]
 
 
 def prompt_of(row: dict[str, Any]) -> list[int]:
-    """The token ids before a row's last answer; all of a row without labels."""
+    """Returns the token ids before a row's last answer; all of a row without labels."""
     ids, labels = list(row["input_ids"]), row.get("labels")
     if labels is None:
         return ids
@@ -174,7 +174,7 @@ def prompt_of(row: dict[str, Any]) -> list[int]:
 
 
 def left_padded(rows: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [rows, longest] of token ids, padded on the left."""
+    """Makes `input_ids` and `attention_mask` [rows, longest] of token ids, padded on the left."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_token_id)
     mask = torch.zeros(len(rows), width, dtype=torch.int64)
