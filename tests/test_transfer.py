@@ -116,6 +116,8 @@ def test_of_adapters_of_several_starts_the_best_is_taken_or_none():
         start = start_from(layer, sources, None, lambda read=read: next(read))
         assert start.weights == expected and list(start.errors.values()) == list(errors)
         assert torch.equal(layer.deep_down, layer_of(0 if "fresh" in expected else 2).deep_down)
+    one = iter((0.5, 0.6))
+    assert start_from(layer_of(0), sources[:1], None, lambda: next(one)).weights == {"fresh": 1.0}
 
 
 def told_by_the_head(model, seed):
