@@ -108,6 +108,7 @@ def _prepare(options: TrainOptions) -> _Training:
             shutil.rmtree(old)
     say(f"{data.task.kind.asked_as}: {', '.join(sizes.values())}")
     model.print_trainable_parameters()
+    say(f"learning rates: {trainer.rates_in_words()}")
     return _Training(trainer, data.task, checkpoint, splits.get("test"), _record(options, data.task, model, max_length))
 
 
