@@ -14,7 +14,16 @@ from ept.data.tables import read_file
 from ept.tasks.kinds import KINDS, CausalText2Text, asked_kind, kind_of_adapter
 from ept.tasks.predicting import answer_loss, answer_predictor
 from ept.tasks.task import Task
-from ept.tasks.writing import Exchange, encode_exchanges, left_padded, prompt_of, read_chat, read_pair, read_question
+from ept.tasks.writing import (
+    Exchange,
+    encode_exchanges,
+    left_padded,
+    packed,
+    prompt_of,
+    read_chat,
+    read_pair,
+    read_question,
+)
 from tiny_models import backbone, wrapped
 from tiny_text import reviews
 
@@ -197,6 +206,18 @@ def test_the_loss_is_the_mean_over_the_answers_tokens_and_answers_do_not_depend_
     assert left_padded([[5], [6, 7]], 0)["input_ids"].tolist() == [[0, 5], [6, 7]]
 
 
+def test_packed_rows_have_the_loss_of_their_examples_alone_and_no_more_tokens_than_there_is_room(words):
+    model = wrapped(backbone("llama", hf.AutoModelForCausalLM))
+    pairs = [read_pair(words, " ".join(["film"] * n), "very dull", "row") for n in (1, 2, 3, 4, 5)]
+    rows, _, _ = encode_exchanges(words, pairs, None, 10)  # of 4 to 8 tokens
+    together = packed(rows, 24, 5)
+    assert [len(row["input_ids"]) + 5 * row["position_ids"].count(0) for row in together] == [24, 22, 9]
+    collate = CausalText2Text().collator(words, model)
+    assert answer_loss(model, together, collate, 3) == pytest.approx(answer_loss(model, rows, collate, 5), rel=1e-5)
+    with pytest.raises(ValueError, match="packing is for causal models that write"):
+        KINDS["text2text"]().packed(rows, 24, 5)
+
+
 # ---------------------------------------------------------------------- the command line
 
 
@@ -257,6 +278,9 @@ def test_conversations_are_learned_and_other_columns_by_their_names(place, tmp_p
     capsys.readouterr()
     assert command("eval", "--adapter", tmp_path / "chat", "--test_file", place / "chats.jsonl") == 0
     assert last_json(capsys)["rows"] == 64
+    packing = ["--packing", "--output_dir", tmp_path / "packed"]
+    assert command("train", *model, "--train_file", place / "rows.jsonl", *packing) == 0
+    assert "text2text: 64 train rows packed into " in capsys.readouterr().err
     names = ["--text_column", "question", "--label_column", "answer", "--task", "text2text"]
     assert command("train", *model, "--train_file", place / "rows.csv", *names, "--output_dir", tmp_path / "csv") == 0
     assert json.loads((tmp_path / "csv" / "run.json").read_text())["columns"]["label"] == "answer"

@@ -97,6 +97,9 @@ def _prepare(options: TrainOptions) -> _Training:
     if data.stream is not None:
         splits["train"].data = token_stream(data, options, tokenizer, max_length, model.ept.prompt_start)
         sizes["train"] = "streamed train rows"
+    if options.data.packing:
+        splits["train"].data = _packed(data.task, splits["train"], model, max_length)
+        sizes["train"] += f" packed into {len(splits['train'].data)}"
     if checkpoint is not None:
         check_same_adapter(checkpoint, model)
     _complete_arguments(options, data.task, max_length, resumes=checkpoint is not None)
@@ -110,6 +113,18 @@ def _prepare(options: TrainOptions) -> _Training:
     model.print_trainable_parameters()
     say(f"learning rates: {trainer.rates_in_words()}")
     return _Training(trainer, data.task, checkpoint, splits.get("test"), _record(options, data.task, model, max_length))
+
+
+def _packed(task: Task, train: Split, model: EPTModel, max_length: int | None) -> Any:
+    """Packs the training rows; ValueError where the task or the backbone cannot have several in a row."""
+    if max_length is None:
+        raise ValueError("--packing fills rows of --max_seq_length tokens: give it, since the model has no limit")
+    prompt_length = model.ept_config.prompt_length
+    rows = task.kind.packed(train.data, max_length + prompt_length, prompt_length)
+    two = torch.zeros(1, 2, dtype=torch.int64)
+    with torch.no_grad():
+        model(input_ids=two, position_ids=two)  # a backbone in which they would see each other says so
+    return rows
 
 
 def _checkpoint(options: TrainOptions) -> str | None:

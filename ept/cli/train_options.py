@@ -59,6 +59,12 @@ class DataArguments:
     )
     shuffle_buffer: int = option("With --streaming: rows that are read ahead and shuffled together.", 10_000)
 
+    packing: bool = option(
+        "Put several short texts with their answers into one row of --max_seq_length tokens, each with a prompt of its own "
+        "(a causal model's text2text). A batch then has as many rows, and more texts.",
+        False,
+    )
+
 
 @dataclass
 class RunArguments:

@@ -181,6 +181,14 @@ class TaskKind(ABC):
 
         return tokenize(table, source, columns, tokenizer, limit, labels)
 
+    def packed(self, rows: Any, room: int, apart: int) -> Any:
+        """Packs several encoded rows into each of at most `room` tokens, of which every one takes `apart` more.
+
+        Raises:
+            ValueError: the kind has one prediction a row, or an encoder that reads all of it.
+        """
+        raise ValueError(f"packing is for causal models that write (text2text), not for {self.asked_as}: leave it out")
+
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
         """Returns what makes a padded batch of encoded rows."""
         return padding_collator(model, tokenizer)

@@ -24,7 +24,7 @@ from ept.tasks.glue import BenchmarkTask, Rows
 from ept.tasks.kind import TaskKind, Texts
 from ept.tasks.metrics import Answers
 from ept.tasks.predicting import Predictor, answer_loss, answer_predictor, score_predictor, text_predictor
-from ept.tasks.writing import encode_exchanges, read_chat, read_pair, read_question
+from ept.tasks.writing import ExchangeCollator, encode_exchanges, packed, read_chat, read_pair, read_question
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -265,6 +265,14 @@ class CausalText2Text(Text2Text):
     def encode_texts(self, tokenizer: PreTrainedTokenizerBase, texts: Texts, limit: int | None) -> list[dict[str, Any]]:
         asked = [read_question(tokenizer, row[0], "a text", in_chat=self.reads_chat) for row in texts]
         return encode_exchanges(tokenizer, asked, limit, 0)[0]
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
+        return ExchangeCollator(tokenizer.pad_token_id)
+
+    def packed(self, rows: Any, room: int, apart: int) -> Any:
+        from datasets import Dataset
+
+        return Dataset.from_list(packed(list(rows), room, apart))
 
     def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
         return answer_predictor(model, tokenizer, max_new_tokens)

@@ -16,7 +16,20 @@ from transformers import PreTrainedTokenizerBase
 from ept.backbone.traits import IGNORE_INDEX
 from ept.data.chats import Message, checked_chat, is_chat
 
-__all__ = ["Exchange", "encode_exchanges", "left_padded", "prompt_of", "read_chat", "read_pair", "read_question"]
+__all__ = [
+    "Exchange",
+    "ExchangeCollator",
+    "encode_exchanges",
+    "left_padded",
+    "packed",
+    "prompt_of",
+    "read_chat",
+    "read_pair",
+    "read_question",
+]
+
+
+OPEN_PACKS = 100  # packed rows that are still tried for another one; more cost time and save little
 
 
 class Exchange(NamedTuple):
@@ -171,6 +184,52 @@ def prompt_of(row: dict[str, Any]) -> list[int]:
         return ids
     answer = next((n for n, label in enumerate(reversed(list(labels))) if label == IGNORE_INDEX), len(ids))
     return ids[: len(ids) - answer]
+
+
+def packed(rows: Sequence[dict[str, Any]], room: int, apart: int) -> list[dict[str, Any]]:
+    """Packs several encoded rows into one, each with `position_ids` that start anew, so that it sees itself alone.
+
+    The longest row that still has room is taken next, so that few tokens of padding are left.
+
+    Args:
+        room: the most tokens of a packed row, with `apart` more for each row in it, its prompt's.
+    """
+    packs: list[list[int]] = []
+    rooms: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True):
+        size = len(rows[i]["input_ids"]) + apart
+        place = next((n for n in range(max(0, len(packs) - OPEN_PACKS), len(packs)) if rooms[n] >= size), None)
+        if place is None:
+            packs.append([])
+            rooms.append(room)
+            place = len(packs) - 1
+        packs[place].append(i)
+        rooms[place] -= size
+    return [_one_row([rows[i] for i in pack]) for pack in packs]
+
+
+def _one_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        name: [value for one in rows for value in one[name]] for name in ("input_ids", "attention_mask")
+    }
+    row["labels"] = [label for one in rows for label in (IGNORE_INDEX, *one["labels"][1:])]
+    row["position_ids"] = [position for one in rows for position in range(len(one["input_ids"]))]
+    return row
+
+
+class ExchangeCollator:
+    """Makes a batch of encoded rows, packed or not, padded on the right."""
+
+    def __init__(self, pad_token_id: int):
+        self.padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX, "position_ids": 0}
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        return {
+            name: torch.tensor([[*row[name], *[value] * (width - len(row[name]))] for row in rows])
+            for name, value in self.padding.items()
+            if name in rows[0]
+        }
 
 
 def left_padded(rows: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
