@@ -163,7 +163,8 @@ def test_the_head_fits_the_model_or_the_wish_and_is_found_again(model, head, kin
 def test_decimal_labels_are_regressed_on_and_predicted_as_values(place, tmp_path, capsys, monkeypatch):
     rows = [(text, 2.5 if label == "positive" else -2.5) for text, label in reviews(64)]
     data = write_csv(tmp_path / "scores.csv", rows)
-    assert train(place, tmp_path / "out", "--train_file", data, "--validation_file", data) == 0
+    files = ["--train_file", data, "--validation_file", data]
+    assert train(place, tmp_path / "out", *files, "--task", "regression") == 0
     assert last_json(capsys)["eval_pearson"] > 0.5  # 64 rows that say nothing reach 0.25 one time in twenty
     monkeypatch.setattr(sys, "stdin", Bytes(b"a superb film\nthe weak plot\n"))
     assert main(["predict", "--adapter", str(tmp_path / "out")]) == 0

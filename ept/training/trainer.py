@@ -19,7 +19,7 @@ from ept.files.adapter_dir import read_adapter
 from ept.model.model import EPTModel
 from ept.sharding import load_optimizer_state, whole_optimizer_state
 from ept.tasks.continuation import ContinuationCollator, label_scores
-from ept.tasks.kinds import Classification, Continuation, Regression, Text2Text
+from ept.tasks.kinds import Classification, Continuation, MultiLabel, Regression, Text2Text
 from ept.training.checkpoints import last_checkpoint
 from ept.training.health import gate_health
 from ept.training.rates import EPTArguments, EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
@@ -213,6 +213,7 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
 # Name of a kind of task -> the trainer for it.
 TRAINERS: dict[str, type[_EPTTrainerMixin]] = {
     Classification.name: EPTTrainer,
+    MultiLabel.name: EPTTrainer,
     Regression.name: EPTTrainer,
     Text2Text.name: EPTSeq2SeqTrainer,
     Continuation.name: EPTContinuationTrainer,
