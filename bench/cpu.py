@@ -20,7 +20,7 @@ from .quiet import quiet
 from .steps.by_length import BY_LENGTH, by_length
 from .steps.inference import inference, mixed
 from .steps.ratios import FEWEST_ROUNDS
-from .steps.shapes import SHAPES
+from .steps.shapes import SHAPES, Shape
 from .steps.training import training
 from .tables import records
 
@@ -32,6 +32,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 def on_cpu(options: argparse.Namespace) -> int:
     """Everything on the CPU. Returns 1 if a result was wrong."""
+    points, shapes = named("cpu", options.points), _shapes(options.shapes)  # a mistake in them is told before anything
     threads = options.threads or min(2, os.cpu_count() or 1)
     torch.set_num_threads(threads)
     started, machine = time.time(), describe()  # before the first table: the commit is that of what runs
@@ -39,24 +40,29 @@ def on_cpu(options: argparse.Namespace) -> int:
     headline: dict[str, Any] = machine | {"clock": options.clock}
     failed = False
     if "micro" in options.parts:
-        points = named("cpu", options.points)
         rows, failed = _micro_on_cpu(options.points, threads, options.clock)
         records.write(directory / "micro.csv", [row | machine | {"clock": options.clock} for row in rows])
         headline["micro"] = {"timed": len(rows), "of": 3 * len(points), "wrong": failed}
     if "end_to_end" in options.parts:
-        headline |= _steps(options, directory, machine)
+        headline |= _steps(shapes, options, directory, machine)
     headline |= {"seconds": round(time.time() - started), "load": [round(x, 2) for x in os.getloadavg()]}
     print(json.dumps(headline))
     return int(failed)
 
 
-def _steps(options: argparse.Namespace, directory: Path, machine: dict[str, Any]) -> dict[str, Any]:
+def _shapes(chosen: list[str] | None) -> list[Shape]:
+    """The shapes of these names, or all. ValueError if there is none of a name."""
+    names = [shape.name for shape in SHAPES]
+    if set(chosen or ()) - set(names):
+        raise ValueError(f"--shapes {' '.join(chosen or ())}: choose among {', '.join(names)}")
+    return [shape for shape in SHAPES if chosen is None or shape.name in chosen]
+
+
+def _steps(
+    shapes: list[Shape], options: argparse.Namespace, directory: Path, machine: dict[str, Any]
+) -> dict[str, Any]:
     """Writes end_to_end.csv and ratios.csv, prints the ratios, and returns their part of the headline."""
     quiet()
-    names = [shape.name for shape in SHAPES]
-    chosen = options.shapes or names
-    if set(chosen) - set(names):
-        raise ValueError(f"--shapes {' '.join(chosen)}: choose among {', '.join(names)}")
 
     def rounds(usual: int) -> int:
         return max(FEWEST_ROUNDS, round(usual * options.rounds))
@@ -64,7 +70,7 @@ def _steps(options: argparse.Namespace, directory: Path, machine: dict[str, Any]
     clock, machine = CLOCKS[options.clock], machine | {"clock": options.clock}
     rows: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
-    for shape in (shape for shape in SHAPES if shape.name in chosen):
+    for shape in shapes:
         of_shape, of_pairs = training(shape, "cpu", rounds(shape.rounds), clock)
         rows += of_shape
         ratios += of_pairs

@@ -42,7 +42,7 @@ def tuned(config: EPTConfig):
 def check(name: str, settings: dict, directory: Path) -> dict:
     from vllm import LLM, SamplingParams
 
-    model = tuned(EPTConfig(**dict(prompt_length=8, rank=4, max_text_length=64, token_rank=6) | settings))
+    model = tuned(EPTConfig.input_only(**dict(prompt_length=8, rank=4, max_text_length=64, token_rank=6) | settings))
     rows = [torch.randint(5, 512, (1, n), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
     want, alone = [], []
     for ids in rows:

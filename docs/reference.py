@@ -28,14 +28,19 @@ def command_line() -> str:
 
 def config() -> str:
     """A table of EPTConfig's fields with the values of the presets."""
-    ours, papers, deep = EPTConfig(), EPTConfig.paper(), EPTConfig.deep()
-    rows = ["| setting | default | `EPTConfig.paper()` | `EPTConfig.deep()` | |", "|---|---|---|---|---|"]
+    presets = EPTConfig(), EPTConfig.input_only(), EPTConfig.paper()
+    rows = ["| setting | default | `EPTConfig.input_only()` | `EPTConfig.paper()` | |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(EPTConfig):
-        values = " | ".join(f"`{getattr(preset, field.name)!r}`" for preset in (ours, papers, deep))
+        values = " | ".join(f"`{getattr(preset, field.name)!r}`" for preset in presets)
         rows.append(f"| `{field.name}` | {values} | {ADAPTER_HELP[field.name]} |")
-    counts = f"At d = 768 the default trains {ours.num_parameters(768):,} parameters, the paper's {papers.num_parameters(768):,}."
+    ours = EPTConfig(deep_layers=11)
+    counts = (
+        f"At d = 768 and 12 layers the default trains {ours.num_parameters(768):,} parameters, the other two "
+        f"{presets[1].num_parameters(768):,} and {presets[2].num_parameters(768):,}."
+    )
     about = (
-        "Symbols as in [method.md](method.md). `EPTConfig.for_budget(parameters, d)` chooses the sizes for a budget.\n"
+        "Symbols as in [method.md](method.md). `EPTConfig.for_budget(parameters, d)` chooses the sizes for a budget. "
+        "`EPTConfig.deep()` is the default with `deep_layers=-1`: it refuses a backbone whose layers cannot be found.\n"
     )
     return "\n".join(["# EPTConfig\n", NOTE, about, "\n".join(rows), "", counts, ""])
 

@@ -11,7 +11,7 @@ from ept_kernels import ACTIVATIONS, IMPLEMENTATIONS
 
 __all__ = ["PRESETS", "EPTConfig"]
 
-INITS = ("vocab", "text", "normal", "decompose")
+INITS = ("vocab", "text", "normal", "decompose")  # of the prompt
 
 # Sizes beyond these are typing errors, not models: no backbone has as many positions or columns.
 LIMITS = {
@@ -30,9 +30,9 @@ LIMITS = {
 class EPTConfig:
     """Settings of an EPT adapter. Symbols as in docs/method.md.
 
-    The default preset [ours] has a prompt of 4 rows, 4 spaces and a token-conditioned update with dropout: 100·d trained
-    parameters, as many as a soft prompt of 100 tokens. `EPTConfig.paper()` has the paper's parts, `EPTConfig.deep()`
-    that update in every layer.
+    The default [ours] is the most accurate of the presets (bench/NOTES.md): a prompt of 2 rows and a narrow
+    token-conditioned update in every layer. `EPTConfig.deep()` asks for the same, and refuses a backbone whose layers
+    cannot be found. `EPTConfig.input_only()` changes the input alone, `EPTConfig.paper()` has the paper's parts.
 
     Args:
         prompt_length: s, rows of the short prompt.
@@ -41,7 +41,9 @@ class EPTConfig:
         num_spaces, space_dim: K and h of the spaces; K = 0 turns them off.
         token_rank: q of the token-conditioned update; 0 turns it off.
         deep_layers: layers of the backbone after the first whose input gets a token-conditioned update of its own, of
-            rank q too (deep updates [ours], after adapters); 0 turns them off, -1 takes all layers.
+            rank q too (deep updates [ours], after adapters); 0 turns them off, -1 takes all layers. None takes all
+            layers where the backbone's can be found. Elsewhere, which a warning says, it means the input-only form:
+            `input_only()`'s values for the settings that are as they were. Without a token-conditioned update it is 0.
         token_dropout: probability with which a hidden unit of a token-conditioned update is left out of a training
             step, for the whole batch alike; the others are scaled by 1 / (1 − probability).
         alpha: the low-rank pair is scaled by c = alpha / √rank.
@@ -51,7 +53,8 @@ class EPTConfig:
             the first token, 0 for everything else.
         embed_scale: e, the RMS of the backbone's embeddings; None measures it, 1.0 turns the units off.
         init: start of P: "vocab" (rows of sampled frequent tokens), "text" (rows of `init_text`'s words), "normal",
-            or "decompose" (from a trained soft prompt, given to `get_ept_model`).
+            or "decompose" (from a trained soft prompt, given to `get_ept_model`). "adapters" starts all tensors from
+            trained adapters, given to `get_ept_model` too.
         init_text: the words for init="text".
         backbone_dropout: True keeps the frozen backbone's dropout on in training; it is off by default.
         impl: implementation of `ept_kernels.prompt_embed`.
@@ -60,14 +63,14 @@ class EPTConfig:
         ValueError, TypeError: a setting that cannot work, with the reason.
     """
 
-    prompt_length: int = 4
+    prompt_length: int = 2
     max_text_length: int = 256
     rank: int = 0
-    num_spaces: int = 4
+    num_spaces: int = 0
     space_dim: int = 2
-    token_rank: int = 38
-    token_dropout: float = 0.25
-    deep_layers: int = 0
+    token_rank: int = 4
+    token_dropout: float = 0.0
+    deep_layers: int | None = None
     alpha: float = 8.0
     activation: str = "silu"
     lowrank_update: bool = True
@@ -86,7 +89,8 @@ class EPTConfig:
             self._check_size(name, minimum=1)
         for name in ("rank", "num_spaces", "token_rank"):
             self._check_size(name, minimum=0)
-        self._check_size("deep_layers", minimum=-1)
+        if self.deep_layers is not None:
+            self._check_size("deep_layers", minimum=-1)
         if self.prompt_start is not None:
             self._check_size("prompt_start", minimum=0)
         for name in ("lowrank_update", "fusion", "spaces", "token_update", "backbone_dropout"):
@@ -102,7 +106,7 @@ class EPTConfig:
                 "have a higher rank than it has rows; lower rank"
             )
         _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_choice("init", self.init, INITS)
+        _check_choice("init", self.init, (*INITS, "adapters"))
         _check_choice("impl", self.impl, IMPLEMENTATIONS)
         if self.init_text is not None and not isinstance(self.init_text, str):
             raise TypeError(f"init_text={self.init_text!r} must be a string")
@@ -143,12 +147,28 @@ class EPTConfig:
 
     @property
     def known_deep_layers(self) -> int:
-        """`deep_layers`; ValueError while that is -1, which only a backbone can say."""
-        if self.deep_layers < 0:
+        """`deep_layers` as a number; ValueError while that is -1 or None, where only a backbone can say it."""
+        layers = self.deep_layers
+        if layers is None and not self.has_token_update:
+            layers = 0
+        if layers is None or layers < 0:
             raise ValueError(
-                "deep_layers=-1 is known once a model is wrapped: give the number of layers after the first"
+                f"deep_layers={self.deep_layers} is known once a model is wrapped: give the number of layers after the "
+                "first, or 0 (EPTConfig.input_only())"
             )
-        return self.deep_layers
+        return layers
+
+    @property
+    def has_deep_updates(self) -> bool:
+        """Whether layers after the first have updates; ValueError while only a backbone can say."""
+        return self.deep_layers == -1 or self.known_deep_layers > 0
+
+    def as_input_only(self) -> "EPTConfig":
+        """These settings in the input-only form: those that are the default's become `input_only()`'s."""
+        default, input_only = EPTConfig(), EPTConfig.input_only()
+        names = [field.name for field in dataclasses.fields(self)]
+        moved = {name: getattr(input_only, name) for name in names if getattr(self, name) == getattr(default, name)}
+        return dataclasses.replace(self, **moved)
 
     @property
     def has_lowrank(self) -> bool:
@@ -182,15 +202,23 @@ class EPTConfig:
     def paper(cls, **settings: Any) -> "EPTConfig":
         """The paper's form: all parts but the token-conditioned update. T5-base's 76,800 parameters by default."""
         preset = dict(
-            prompt_length=40, rank=30, num_spaces=4, space_dim=2, token_rank=0, token_dropout=0.0, token_update=False
+            prompt_length=40, rank=30, num_spaces=4, space_dim=2, token_rank=0, token_update=False, deep_layers=0
         )
         return cls(**preset | settings)
 
     @classmethod
     def deep(cls, **settings: Any) -> "EPTConfig":
-        """A narrow token-conditioned update in every layer, no spaces [ours]: the most accurate of the presets
-        (bench/NOTES.md), for whoever runs the adapter inside transformers."""
-        preset = dict(prompt_length=2, num_spaces=0, token_rank=4, token_dropout=0.0, deep_layers=-1)
+        """The default with its updates in the layers asked for: a backbone that cannot have them is refused."""
+        return cls(**dict(deep_layers=-1) | settings)
+
+    @classmethod
+    def input_only(cls, **settings: Any) -> "EPTConfig":
+        """What acts on the input alone [ours], for programs that take embeddings (vLLM) and for PEFT's format.
+
+        A prompt of 4 rows, 4 spaces and a token-conditioned update with dropout: 100·d trained parameters, as many as a
+        soft prompt of 100 tokens.
+        """
+        preset = dict(prompt_length=4, num_spaces=4, space_dim=2, token_rank=38, token_dropout=0.25, deep_layers=0)
         return cls(**preset | settings)
 
     @classmethod
@@ -204,14 +232,16 @@ class EPTConfig:
             embed_dim: d, width of the backbone's word embeddings.
             layer_dim: width of its layers; None: as wide as the embeddings.
             preset: "paper" divides the budget as the paper's T5-base setting does (40 % prompt, 40 % low-rank pair,
-                20 % spaces: [reading]); "default" keeps the prompt at 4 rows, gives the spaces up to 20 % and the
-                token-conditioned update the rest [ours]; "deep" keeps it at 2 rows and gives the token-conditioned
-                updates the rest [ours]; it needs `deep_layers`. What is left over, less than a rank of what fills the
-                rest, goes into more prompt rows, but not beside deep updates: rows cost time. There is always one row.
+                20 % spaces: [reading]); "default" and "deep" keep the prompt at 2 rows and give the token-conditioned
+                updates the rest [ours]; they need `deep_layers`, a number; "input" keeps it at 4 rows, gives the spaces
+                up to 20 % and the token-conditioned update the rest [ours]. What is left over, less than a rank of what
+                fills the rest, goes into more prompt rows, but not beside deep updates: rows cost time. There is always
+                one row.
             settings: any field of EPTConfig; a size given here is kept and the others fill the rest.
 
         Raises:
-            ValueError: the budget is too small, or the given sizes already exceed it.
+            ValueError: the budget is too small, or the given sizes already exceed it; or how many layers have updates
+                is left to a backbone.
         """
         _check_choice("preset", preset, PRESETS)
         widths = embed_dim, embed_dim if layer_dim is None else layer_dim
@@ -227,7 +257,7 @@ class EPTConfig:
             # The rank is chosen below; the preset's own may not fit a short max_text_length.
             config = _fill_paper(cls.paper(**{"rank": 0} | settings), parameters, widths, settings)
         else:
-            config = _fill_default(PRESETS[preset](**settings), parameters, widths, settings)
+            config = _fill_updates(PRESETS[preset](**settings), parameters, widths, settings)
         if config.num_parameters(*widths) > parameters:
             raise ValueError(
                 f"the given sizes take {config.num_parameters(*widths)} parameters, more than the budget of "
@@ -251,8 +281,9 @@ class EPTConfig:
 # Name of a preset -> what makes its config, with any settings over the preset's.
 PRESETS: dict[str, Callable[..., EPTConfig]] = {
     "default": EPTConfig,
-    "paper": EPTConfig.paper,
     "deep": EPTConfig.deep,
+    "paper": EPTConfig.paper,
+    "input": EPTConfig.input_only,
 }
 
 
@@ -268,7 +299,7 @@ def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 def _fill_paper(base: EPTConfig, parameters: int, widths: tuple[int, int], fixed: dict[str, Any]) -> EPTConfig:
     """Prompt 40 %, spaces up to 20 %, low-rank pair the rest; then the prompt moves a little to close the gap.
 
-    `widths`: of the embeddings and of the layers, as in `_fill_default`.
+    `widths`: of the embeddings and of the layers, as in `_fill_updates`.
     """
     d = widths[0]
     base = _fit_spaces(base, parameters, d, fixed)
@@ -316,19 +347,20 @@ def _fit_spaces(base: EPTConfig, parameters: int, d: int, fixed: dict[str, Any])
     return dataclasses.replace(base, num_spaces=0)
 
 
-def _fill_default(base: EPTConfig, parameters: int, widths: tuple[int, int], fixed: dict[str, Any]) -> EPTConfig:
+def _fill_updates(base: EPTConfig, parameters: int, widths: tuple[int, int], fixed: dict[str, Any]) -> EPTConfig:
     """Few prompt rows and up to a fifth for the spaces; the token-conditioned updates take the rest."""
     d = widths[0]
     base = _fit_spaces(base, parameters, d, fixed)
-    per_rank = 2 * d + base.known_deep_layers * 2 * widths[1]  # D and W, of the input and of each layer
+    layers = base.known_deep_layers
+    per_rank = 2 * d + layers * 2 * widths[1]  # D and W, of the input and of each layer
     if "prompt_length" not in fixed:
         # Deep updates take at least a rank each; what they leave is the prompt's.
-        most = (parameters - per_rank) // d if base.deep_layers else parameters // (5 * d)
+        most = (parameters - per_rank) // d if layers else parameters // (5 * d)
         base = dataclasses.replace(base, prompt_length=max(1, min(base.prompt_length, most)))
     if "token_rank" not in fixed and base.token_update:
         rest = parameters - (base.num_parameters(*widths) - per_rank * base.token_rank)
-        base = dataclasses.replace(base, token_rank=max(1 if base.deep_layers else 0, rest // per_rank))
+        base = dataclasses.replace(base, token_rank=max(1 if layers else 0, rest // per_rank))
     left = parameters - base.num_parameters(*widths)
-    if "prompt_length" not in fixed and not base.deep_layers and left >= d:
+    if "prompt_length" not in fixed and not layers and left >= d:
         base = dataclasses.replace(base, prompt_length=base.prompt_length + left // d)
     return base

@@ -16,7 +16,7 @@ def say(message: str) -> None:
 
 @contextlib.contextmanager
 def without_load_reports() -> Iterator[None]:
-    """Within, transformers does not list a checkpoint's missing and left-over weights: a head's, which are expected."""
+    """Keeps transformers, in the block, from listing a checkpoint's missing and left-over weights: a head's are expected."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

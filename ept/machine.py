@@ -13,7 +13,7 @@ __all__ = ["describe"]
 
 
 def describe() -> dict[str, Any]:
-    """Device, threads, versions and the commit of the checkout ("-dirty" where tracked files differ from it)."""
+    """Returns device, threads, versions and the commit of the checkout ("-dirty" where tracked files differ from it)."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {_cpu()}"
     return {
         "device": device,

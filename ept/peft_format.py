@@ -212,7 +212,13 @@ def save_peft(model: EPTModel, directory: str | os.PathLike) -> None:
     """
     reason = why_not_peft(model)
     if reason is not None:
-        raise ValueError(f"this adapter cannot be a PEFT prompt-tuning adapter: {reason}")
+        config = model.ept_config
+        remedy = ""
+        if config.has_token_update or (config.has_lowrank and config.lowrank_update):
+            remedy = (
+                "; train one whose prompt is all: EPTConfig.input_only(token_rank=0) (--preset input --token_rank 0)"
+            )
+        raise ValueError(f"this adapter cannot be a PEFT prompt-tuning adapter: {reason}{remedy}")
     name, text = type(model.base_model).__name__, model.config.get_text_config()
     settings = {
         "peft_type": "PROMPT_TUNING",

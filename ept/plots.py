@@ -21,7 +21,10 @@ def _figure(columns: int, size: tuple[float, float]) -> tuple["Figure", Any]:
 
 
 def plot_gates(after: Tensor, before: Tensor | None = None, path: str | os.PathLike | None = None) -> "Figure":
-    """Heat maps of the gate's weights [s, K], prompt rows × spaces; written to `path` if given. Returns the figure."""
+    """Draws heat maps of the gate's weights [s, K], prompt rows × spaces.
+
+    Returns the figure, and writes it to `path` if given.
+    """
     if after.dim() != 2 or after.shape[1] == 0:
         raise ValueError("this adapter has no spaces, so there is no gate to plot: use num_spaces >= 1")
     maps = {"after training": after} if before is None else {"before training": before, "after training": after}
@@ -37,7 +40,7 @@ def plot_gates(after: Tensor, before: Tensor | None = None, path: str | os.PathL
 
 
 def plot_loss(curves: dict[str, tuple[list[float], list[float]]], path: str | os.PathLike | None = None) -> "Figure":
-    """Training loss over steps, one curve (steps, losses) per method; written to `path` if given. Returns the figure."""
+    """Draws the training loss over steps, one curve (steps, losses) per method; figure and `path` as in `plot_gates`."""
     figure, (axis,) = _figure(1, (6, 4))
     for name, (steps, losses) in curves.items():
         axis.plot(steps, losses, label=name)
@@ -49,7 +52,7 @@ def plot_loss(curves: dict[str, tuple[list[float], list[float]]], path: str | os
 
 
 def plot_singular_values(values: Tensor, path: str | os.PathLike | None = None) -> "Figure":
-    """Bars of the singular values [r] of C, largest first; written to `path` if given. Returns the figure."""
+    """Draws bars of the singular values [r] of C, largest first; figure and `path` as in `plot_gates`."""
     figure, (axis,) = _figure(1, (6, 3))
     axis.bar(range(len(values)), values.tolist())
     axis.set(xlabel="number", ylabel="singular value of C, in units of e")
@@ -59,7 +62,7 @@ def plot_singular_values(values: Tensor, path: str | os.PathLike | None = None) 
 
 
 def plot_attention(attention: Tensor, path: str | os.PathLike | None = None) -> "Figure":
-    """Heat map of the fusion's attention [s, N], prompt rows × rows of C; written to `path` if given. Returns the figure."""
+    """Draws a heat map of the fusion's attention [s, N], prompt rows × rows of C; figure and `path` as in `plot_gates`."""
     figure, (axis,) = _figure(1, (8, 4))
     image = axis.imshow(attention.float(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axis.set(xlabel="text position", ylabel="prompt row")
@@ -72,7 +75,7 @@ def plot_attention(attention: Tensor, path: str | os.PathLike | None = None) -> 
 def plot_scores(
     scores: dict[str, list[tuple[float, float]]], tasks: list[str], path: str | os.PathLike | None = None
 ) -> "Figure":
-    """Each method's (mean, spread) on each task, one panel a task; written to `path` if given. Returns the figure."""
+    """Draws each method's (mean, spread) on each task, one panel a task; figure and `path` as in `plot_gates`."""
     figure, axes = _figure(len(tasks), (1.5 + 2.6 * len(tasks), 1.2 + 0.28 * len(scores)))
     for number, (axis, task) in enumerate(zip(axes, tasks, strict=True)):
         means, spreads = zip(*(row[number] for row in scores.values()), strict=True)

@@ -47,7 +47,7 @@ class SavedAdapter:
 
     @classmethod
     def open(cls, directory: str) -> "SavedAdapter":
-        """Reads the files of an adapter; ValueError or FileNotFoundError says what is wrong with them."""
+        """Reads the files of an adapter. ValueError or FileNotFoundError says what is wrong with them."""
         record = read_record(directory)
         settings, tensors = read_adapter(directory)
         _check_settings(Path(directory) / CONFIG_NAME, settings)
@@ -66,7 +66,7 @@ class SavedAdapter:
     def load(
         self, name_or_path: str | None = None, *, dtype: str = "auto"
     ) -> tuple[EPTModel, PreTrainedTokenizerBase, TaskKind]:
-        """The adapter on its backbone in eval mode, its tokenizer, and the kind of task that it learned.
+        """Loads the adapter on its backbone in eval mode; returns it, its tokenizer, and the kind of task that it learned.
 
         Args:
             name_or_path: the backbone, where it is not in its old place.
@@ -84,7 +84,7 @@ class SavedAdapter:
         return EPTModel.from_pretrained(backbone, self.directory).eval(), tokenizer, kind
 
     def load_to_fold(self, name_or_path: str | None = None, *, with_weights: bool) -> EPTModel:
-        """The adapter on its backbone in eval mode; without weights, the backbone is on the meta device, but its head.
+        """Loads the adapter on its backbone in eval mode; without weights, all but its head is on the meta device.
 
         Any class of transformers' is a backbone here, also one that learned no kind of task.
         """
@@ -113,20 +113,20 @@ class SavedAdapter:
         return EPTModel.from_pretrained(backbone, self.directory).eval()
 
     def load_embeddings(self, name_or_path: str | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        """The backbone's word embeddings and the tokenizer."""
+        """Loads the backbone's word embeddings and the tokenizer."""
         source = base_model_name(self.directory, self.settings, name_or_path)
         with without_load_reports():
             embeddings = transformers.AutoModel.from_pretrained(source).get_input_embeddings()
         return embeddings, self.load_tokenizer(source)
 
     def load_tokenizer(self, name_or_path: str) -> PreTrainedTokenizerBase:
-        """The tokenizer that was saved with the adapter, or else the backbone's."""
+        """Loads the tokenizer that was saved with the adapter, or else the backbone's."""
         has_tokenizer = (Path(self.directory) / "tokenizer_config.json").is_file()
         return load_tokenizer(self.directory if has_tokenizer else name_or_path)
 
 
 def base_model_name(directory: str, settings: dict[str, Any], name_or_path: str | None = None) -> str:
-    """The backbone of an adapter, ours or PEFT's: `name_or_path`, or else what its config says.
+    """Returns the backbone of an adapter, ours or PEFT's: `name_or_path`, or else what its config says.
 
     Raises:
         ValueError: neither says it.
@@ -140,7 +140,7 @@ def base_model_name(directory: str, settings: dict[str, Any], name_or_path: str 
 def load_peft_backbone(
     directory: str, settings: dict[str, Any], head_tensors: dict[str, Tensor], name_or_path: str | None = None
 ) -> PreTrainedModel:
-    """The backbone of a PEFT adapter, with a head of the adapter's size.
+    """Loads the backbone of a PEFT adapter, with a head of the adapter's size.
 
     Args:
         directory, settings: of the adapter, and its config.
@@ -164,7 +164,7 @@ def load_peft_backbone(
 
 
 def _number_of_labels(auto_class: Any, name_or_path: str, head_tensors: dict[str, Tensor]) -> dict[str, int]:
-    """`num_labels` of an adapter whose head has another number than the model's config says, which PEFT does not note."""
+    """Returns `num_labels` of an adapter whose head has another number than the model's config says; PEFT does not note it."""
     with torch.device("meta"):
         empty = auto_class.from_config(read_config(name_or_path))
     for head in head_names(empty):
@@ -176,7 +176,7 @@ def _number_of_labels(auto_class: Any, name_or_path: str, head_tensors: dict[str
 
 
 def _check_settings(file: Path, settings: dict[str, Any]) -> None:
-    """ValueError if what an adapter's config says is not of the type that is read."""
+    """Raises ValueError if what an adapter's config says is not of the type that is read."""
     types = {"base_model_name_or_path": str, "base_model_class": str, "label_names": list, "backbone": dict}
     for name, expected in types.items():
         value = settings.get(name)
@@ -194,6 +194,6 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
 
 
 def _config_in(settings: dict[str, Any]) -> EPTConfig:
-    """The EPTConfig among the settings of an adapter's config, which also holds facts about the run."""
+    """Returns the EPTConfig among the settings of an adapter's config, which also holds facts about the run."""
     names = {field.name for field in dataclasses.fields(EPTConfig)}
     return EPTConfig(**{name: value for name, value in settings.items() if name in names})

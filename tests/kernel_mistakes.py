@@ -22,7 +22,10 @@ MAX_INSTRUCTIONS = 4_000_000  # some ten times what a right launch of these shap
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """`old` becomes `new` in one file. `never`: why no schedule can show it, for those that are never caught."""
+    """`old` becomes `new` in one file. `never`: why no schedule can show it, for those that are never caught.
+
+    A mistake in layer_update's files is looked for in its launches, any other in the input stage's.
+    """
 
     name: str
     file: str
@@ -35,6 +38,7 @@ class Mistake:
 C = "common/triton_device.py"
 F = "prompt_embed/triton_forward.py"
 FP, FT = (F.replace(".py", role) for role in ("_prompt.py", "_text.py"))
+L = "layer_update/triton_backward.py"
 BR, BW = (f"prompt_embed/triton_backward_{launch}.py" for launch in ("reduce", "weights"))
 BARRIER = "        )\n    tl.debug_barrier()"
 WAIT = "    if AMD:\n        lanes"
@@ -72,6 +76,10 @@ MISTAKES = [
     Mistake("scale twice in the backward", BR, "        dy *= scale / D**0.5", "        dy *= scale * scale / D**0.5"),
     Mistake("one arrival too few in the second launch", BW, "        arrivals += 1", "        arrivals += 0"),
     Mistake("one share of dB not added", BW, "for share in range(shares):", "for share in range(shares - 1):"),
+    Mistake("layer: shares added up by the first to arrive", L, "if arrive(counter + wanted * SLICES + part, shares, AMD):",
+            "if arrive(counter + wanted * SLICES + part, 1, AMD):"),
+    Mistake("layer: one share of dD and dW not added", L, "in tl.range(0, shares, loop", "in tl.range(0, shares - 1, loop"),
+    Mistake("layer: arrivals of adapters in one counter", L, "counter + wanted * SLICES + part", "counter + part"),
     Mistake("last program's count relaxed", F, DONE, DONE.replace("acq_rel", "relaxed"), "wave",
             "nothing is read after it, and the zeros it lets through are only read by the next launch"),
 ]  # fmt: skip
@@ -85,10 +93,11 @@ def load(mistake: Mistake, folder: str):
     text = source.read_text(encoding="utf-8")
     assert mistake.old in text, f"{mistake.name}: {mistake.old!r} is no longer in {mistake.file}"
     source.write_text(text.replace(mistake.old, mistake.new), encoding="utf-8")
+    stem = f"{package.name}.{'layer_update' if mistake.file == L else 'prompt_embed'}"
     sys.path.insert(0, folder)
     try:
-        forward = importlib.import_module(f"{package.name}.prompt_embed.triton_forward").forward
-        backward = importlib.import_module(f"{package.name}.prompt_embed.triton_backward").backward
+        forward = importlib.import_module(f"{stem}.triton_forward").forward
+        backward = importlib.import_module(f"{stem}.triton_backward").backward
     finally:
         sys.path.remove(folder)
     return forward, backward
@@ -106,14 +115,26 @@ def is_caught(mistake: Mistake, seed: int, folder_of: dict) -> bool:
     """Whether two forwards and a backward in one schedule end in an error or in wrong numbers."""
     from emulate import emulate
     from gfx942 import EmulatorError
+
+    if mistake.name not in folder_of:
+        folder_of[mistake.name] = load(mistake, tempfile.mkdtemp(dir=folder_of["folder"]))
+    launch = (_layer_launches if mistake.file == L else _input_launches)(*folder_of[mistake.name], seed)
+    try:
+        with emulate(**schedule(seed, mistake.weak)):
+            for got, expected in launch():
+                torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    except (EmulatorError, AssertionError):
+        return True
+    return False
+
+
+def _input_launches(forward, backward, seed: int):
+    """A function that yields pairs of a result and what it must be, of prompt_embed."""
     from test_prompt_embed import make_case
 
     from ept_kernels import prompt_embed
     from ept_kernels.prompt_embed.arguments import Settings, Text, Weights
 
-    if mistake.name not in folder_of:
-        folder_of[mistake.name] = load(mistake, tempfile.mkdtemp(dir=folder_of["folder"]))
-    forward, backward = folder_of[mistake.name]
     case = make_case(seed, parts="paper", s=18, n=20, r=33, k=5, h=8, d=70, length=20, batch=2)
     leaves = [case[name].requires_grad_() for name in Weights._fields[:6]]  # all but D and W
     want = prompt_embed(**case, impl="torch")
@@ -121,17 +142,38 @@ def is_caught(mistake: Mistake, seed: int, folder_of: dict) -> bool:
     want_grads = torch.autograd.grad(want, leaves, grad)
     text = Text(case["input_ids"], case["embedding_weight"], case["attention_mask"])
     weights, settings = Weights(*(leaf.detach() for leaf in leaves)), Settings(case["scale"])
-    try:
-        with emulate(**schedule(seed, mistake.weak)):
-            for _ in range(2):
-                out, _, kept = forward(text, weights, settings, save=True)
-                torch.testing.assert_close(out, want.detach(), rtol=1e-3, atol=1e-3)
-            grads = backward(grad, None, text, weights, kept, settings, input_grad=False)
-            for got, expected in zip(grads.weights, want_grads, strict=False):
-                torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
-    except (EmulatorError, AssertionError):
-        return True
-    return False
+
+    def launch():
+        for _ in range(2):
+            out, _, kept = forward(text, weights, settings, save=True)
+            yield out, want.detach()
+        grads = backward(grad, None, text, weights, kept, settings, input_grad=False)
+        yield from zip(grads.weights[:6], want_grads, strict=True)
+
+    return launch
+
+
+def _layer_launches(forward, backward, seed: int):
+    """The same of layer_update, with several adapters and several shares of the tokens."""
+    from ept_kernels import layer_update
+    from ept_kernels.layer_update.arguments import Settings, Update
+
+    g = torch.Generator().manual_seed(seed)
+    index = torch.tensor([0, 1, -1, 1, 0, 1, 0, 0, 1])
+    leaves = [torch.randn(size, generator=g).requires_grad_() for size in ((9, 33, 20), (2, 3, 20), (2, 3, 20))]
+    want = layer_update(*leaves, hidden_scale=4.0, adapter_index=index, impl="torch")
+    grad = torch.randn(want.shape, generator=g)
+    want_grads = torch.autograd.grad(want, leaves, grad)
+    update, settings = Update(*(leaf.detach() for leaf in leaves), index), Settings(4.0)
+
+    def launch():
+        for _ in range(2):
+            out, z = forward(update, settings, save=True)
+            yield out, want.detach()
+        grads = backward(grad, update, z, settings, input_grad=True, weight_grad=True)
+        yield from zip(grads, want_grads, strict=True)
+
+    return launch
 
 
 def find_emulator() -> Path:

@@ -313,7 +313,7 @@ def test_a_causal_models_adapter_predicts_label_words(place, tmp_path, capsys):
 def test_an_adapter_with_numbered_labels_is_judged_on_a_task_and_on_files_with_numbers(place, tmp_path, capsys):
     with without_load_reports():
         base = hf.AutoModelForSequenceClassification.from_pretrained(place / "bert")
-    get_ept_model(base, EPTConfig(prompt_length=2, max_text_length=9)).save_pretrained(tmp_path / "adapter")
+    get_ept_model(base, EPTConfig.input_only(prompt_length=2, max_text_length=9)).save_pretrained(tmp_path / "adapter")
     common = ["eval", "--adapter", str(tmp_path / "adapter"), "--model_name_or_path", str(place / "bert")]
     assert main([*common, "--task_name", "sst2", "--data_dir", str(place / "sst2")]) == 0
     on_task = json.loads(capsys.readouterr().out.splitlines()[-1])

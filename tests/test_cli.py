@@ -288,7 +288,8 @@ def test_presets_budgets_and_single_sizes_reach_the_adapter(place, tmp_path):
     def expected(config):
         return {key: value for key, value in config.to_dict().items() if key != "embed_scale"}
 
-    assert sizes("--prompt_length", 3) == expected(EPTConfig(prompt_length=3))
+    assert sizes("--prompt_length", 3) == expected(EPTConfig(prompt_length=3, deep_layers=1))
+    assert sizes("--preset", "input", "--prompt_length", 3) == expected(EPTConfig.input_only(prompt_length=3))
     paper = dict(rank=2, max_text_length=16, fusion=False)
     assert sizes(
         "--preset", "paper", "--rank", 2, "--max_text_length", 16, "--fusion", "false", "--prompt_length", 5

@@ -14,7 +14,7 @@ MODELS = {
     "t5": hf.AutoModelForSeq2SeqLM,
 }
 PRESETS = {
-    "input": EPTConfig(token_dropout=0.0),
+    "input": EPTConfig.input_only(token_dropout=0.0),
     "paper": EPTConfig.paper(prompt_length=4, rank=3, max_text_length=16),
 }
 

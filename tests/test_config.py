@@ -12,7 +12,7 @@ def test_the_papers_budget_on_t5_base_gives_the_papers_sizes():
     assert config.num_parameters(768) == 76_800
 
 
-@pytest.mark.parametrize("preset", ["paper", "default"])
+@pytest.mark.parametrize("preset", ["paper", "input"])
 @pytest.mark.parametrize("embed_dim", [64, 384, 512, 768, 1024, 4096])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 10, 50, 100, 333])
 def test_a_budget_is_filled_exactly_or_just_below(rows, embed_dim, preset):
@@ -34,7 +34,7 @@ def test_sizes_given_with_a_budget_are_kept():
     assert config.prompt_length == 20 and 37_000 < config.num_parameters(384) <= 38_400
     assert EPTConfig.for_budget(38_400, 384, rank=10).rank == 10
     assert EPTConfig.for_budget(38_400, 384, num_spaces=0).num_spaces == 0
-    assert EPTConfig.for_budget(38_400, 384, preset="default", prompt_length=2).prompt_length == 2
+    assert EPTConfig.for_budget(38_400, 384, preset="input", prompt_length=2).prompt_length == 2
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_given_sizes_beyond_the_budget_are_refused():
 
 
 def test_the_number_of_parameters_is_the_formula_of_the_method():
-    config = EPTConfig(prompt_length=5, max_text_length=16, rank=3, num_spaces=4, space_dim=2, token_rank=6)
+    config = EPTConfig.input_only(prompt_length=5, max_text_length=16, rank=3, token_rank=6)
     d = 32
     assert config.num_parameters(d) == 5 * d + 16 * 3 + 3 * d + 2 * 4 * d * 2 + d * 4 + 2 * 6 * d
     off = EPTConfig(

@@ -83,14 +83,14 @@ def test_lora_is_refused_where_the_budget_holds_nothing():
 
 
 CONFIGS = {
-    "default": EPTConfig(token_rank=6),
+    "input": EPTConfig.input_only(token_rank=6),
     "paper": EPTConfig.paper(rank=3, max_text_length=16),
     "all": all_parts(),
     "dropout": all_parts(token_dropout=0.5),
     "short N": all_parts(max_text_length=4),
     "no fusion": all_parts(fusion=False),
     "no update": all_parts(lowrank_update=False),
-    "prompt alone": EPTConfig(num_spaces=0, token_rank=0),
+    "prompt alone": EPTConfig(prompt_length=4, num_spaces=0, token_rank=0),
 }
 
 

@@ -92,7 +92,7 @@ def test_the_method_is_named_by_its_parts():
     off = dict(rank=0, num_spaces=0, token_rank=0)
     assert method_of(EPTConfig(**off)).startswith("prompt tuning")
     assert method_of(EPTConfig(**off | dict(rank=2, fusion=False))) == "DePT: short prompt, low-rank update"
-    assert method_of(EPTConfig()) == "EPT: short prompt, spaces, token-conditioned update"
+    assert method_of(EPTConfig.input_only()) == "EPT: short prompt, spaces, token-conditioned update"
 
 
 def test_the_doctor_says_which_implementation_runs_and_why(capsys, monkeypatch):

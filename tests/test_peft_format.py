@@ -140,8 +140,12 @@ def test_ept_import_gives_the_model_as_many_labels_as_the_adapters_head(name, tm
 def test_what_peft_cannot_express_is_refused_with_the_reason(make, settings, words, tmp_path):
     model = wrapped(make(), all_parts(**settings))
     assert words in why_not_peft(model)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as refusal:
         save_peft(model, tmp_path)
+    changes_the_text = bool(settings.get("rank") or settings.get("token_rank"))
+    assert (
+        "EPTConfig.input_only(token_rank=0) (--preset input --token_rank 0)" in str(refusal.value)
+    ) == changes_the_text
     assert not list(tmp_path.iterdir())
 
 

@@ -57,9 +57,12 @@ def test_the_predicted_peak_is_that_of_a_real_step(name, checkpointing):
 
 def test_checkpointing_saves_activations_and_half_precision_halves_the_weights():
     config, given = CONFIGS["bert"](), dict(batch=8, length=32)
-    plain = plan_step(config, EPTConfig(), **given)
-    assert plan_step(config, EPTConfig(), **given, checkpointing=True)["activations"] < 0.8 * plain["activations"]
-    half = plan_step(config, EPTConfig(), **given, dtype="bfloat16")
+    plain = plan_step(config, EPTConfig.input_only(), **given)
+    assert (
+        plan_step(config, EPTConfig.input_only(), **given, checkpointing=True)["activations"]
+        < 0.8 * plain["activations"]
+    )
+    half = plan_step(config, EPTConfig.input_only(), **given, dtype="bfloat16")
     assert half["weights"] < 0.51 * plain["weights"] and half["activations"] < 0.6 * plain["activations"]
     assert plain["adapter"] == 3 * 4 * plain["trained"] == half["adapter"]
 
@@ -70,7 +73,7 @@ def test_quantised_weights_take_their_bits_and_their_scales():
     )  # fmt: skip
     given = dict(batch=2, length=16)
     whole, eight, four = (
-        plan_step(config, EPTConfig(), **given, dtype=d)["weights"] for d in ("bfloat16", "8bit", "4bit")
+        plan_step(config, EPTConfig.input_only(), **given, dtype=d)["weights"] for d in ("bfloat16", "8bit", "4bit")
     )
     quantised = 2 * (4 * 256 * 256 + 3 * 256 * 512)
     rows = 2 * (5 * 256 + 2 * 512)
@@ -81,7 +84,7 @@ def test_quantised_weights_take_their_bits_and_their_scales():
 def test_the_backbones_config_is_left_as_it_is():
     config = CONFIGS["gpt2"]()
     before = config.to_dict()
-    plan_step(config, EPTConfig(), batch=1, length=4, task="classification", checkpointing=True)
+    plan_step(config, EPTConfig.input_only(), batch=1, length=4, task="classification", checkpointing=True)
     assert config.to_dict() == before
 
 

@@ -3,10 +3,12 @@
 Needs the folder gpu-emulator: beside the repository in shared/, or where EPT_GPU_EMULATOR says.
 """
 
+import functools
 import json
 import os
 import sys
 
+import layer_cases
 import pytest
 import torch
 from kernel_cases import errors, kernel_case, run, source_dtype
@@ -36,16 +38,34 @@ CASES = {
     "spaces": dict(shape="no text", parts="spaces", start="first"),
     "tokens": dict(shape="long", parts="token", mask="right", inputs=True),
 }
-SHORT = {"main case": "wave", "inputs_embeds": True}
+SHORT = {"main case": "wave", "inputs_embeds": True, "layer": "wave"}
+
+
+LAYER_DEFAULTS = dict(
+    shape="", dtype=torch.float32, source_dtype=torch.float32, activation="silu", scale="number", strides="plain",
+)  # fmt: skip
+# Tokens enough for several shares of a slice, whose last one adds them up.
+LAYER_CASES = {
+    "layer": dict(adapters=None, sizes=dict(batch=2, columns=140, d=40, q=5)),
+    "layer, bfloat16": dict(
+        adapters=None, source_dtype=torch.bfloat16, strides="turned", sizes=dict(batch=3, columns=100, d=70, q=4)
+    ),
+    "layer, adapters": dict(adapters=2, scale="by adapter", sizes=dict(batch=9, columns=33, d=40, q=3)),
+}
 
 
 def check(name, seeds, weak):
-    case = kernel_case(0, **DEFAULTS | CASES[name])
+    if name in LAYER_CASES:
+        case = layer_cases.layer_case(0, **LAYER_DEFAULTS | LAYER_CASES[name])
+        compute, wrong = functools.partial(layer_cases.run, case, "triton"), layer_cases.errors
+    else:
+        case = kernel_case(0, **DEFAULTS | CASES[name])
+        compute, wrong = functools.partial(run, case, "triton", source_dtype(case)), errors
     bits = None
     for seed in seeds:
         with emulate(**schedule(seed, weak)):
-            got = run(case, "triton", source_dtype(case))
-        assert errors(case, got) == {}, f"seed {seed}"
+            got = compute()
+        assert wrong(case, got) == {}, f"seed {seed}"
         assert bits is None or all(torch.equal(bits[key], value) for key, value in got.items()), f"seed {seed}"
         bits = got
 
@@ -57,7 +77,7 @@ def test_any_schedule_gives_the_right_numbers_and_the_same_bits(name, weak):
 
 @pytest.mark.full
 @pytest.mark.parametrize("weak", [True, "wave"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *LAYER_CASES])
 def test_many_schedules(name, weak):
     check(name, [*range(6), *range(12, 18)], weak)
 

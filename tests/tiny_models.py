@@ -62,7 +62,7 @@ def mean_pooling(name: str = "bert", num_labels: int = 3, seed: int = 0):
 def all_parts(**settings) -> EPTConfig:
     """Every part on, at sizes where no two are equal; without dropout, so that a forward pass has one result."""
     sizes = dict(prompt_length=5, max_text_length=16, rank=3, num_spaces=4, space_dim=2, token_rank=6)
-    return EPTConfig(**sizes | dict(token_dropout=0.0) | settings)
+    return EPTConfig(**sizes | dict(token_dropout=0.0, deep_layers=0) | settings)
 
 
 def wrapped(model, config: EPTConfig | None = None, seed: int = 1):

@@ -165,7 +165,7 @@ def final() -> list[Job]:
     ]
 
 
-# As many steps as fit into the default preset's time for 150, where that is fewer: bench/results/accuracy/step_time.json.
+# As many steps as fit into the input-only preset's time for 150, where that is fewer: bench/results/accuracy/step_time.json.
 EQUAL_TIME_STEPS = {
     "prompt tuning 20": 104, "prompt tuning 10": 129, "prompt tuning 100": 36, "DePT": 73, "EPT paper": 71, "BitFit": 89,
     "full fine-tuning": 52,

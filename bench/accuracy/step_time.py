@@ -1,6 +1,6 @@
 """Step times of the study's arms, in turn on the same batches: `python -m bench.accuracy.step_time [--rounds 12]`.
 
-Writes bench/results/accuracy/step_time.json: each arm's time over that of the default preset, lower quartile, median
+Writes bench/results/accuracy/step_time.json: each arm's time over that of the input-only preset, lower quartile, median
 and upper quartile over the rounds. From the medians follow `EQUAL_TIME_STEPS` in arms.py.
 """
 
@@ -42,10 +42,10 @@ def measure(rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.step_time", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
-    found = measure(parser.parse_args().rounds)
+    measured = measure(parser.parse_args().rounds)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "step_time.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for arm, (low, middle, high) in found["over EPT"].items():
+    (RESULTS / "step_time.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    for arm, (low, middle, high) in measured["over EPT"].items():
         print(f"{arm:24} {middle:.3f} ({low:.3f} to {high:.3f}): {round(STEPS / middle)} steps in EPT's time")
 
 

@@ -191,9 +191,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--arms", nargs="+", help="only these; default: all")
     options = parser.parse_args()
-    known = list(dict.fromkeys(job["arm"] for job in STAGES[options.stage]()))
-    if unknown := set(options.arms or ()) - set(known):
-        parser.error(f"{options.stage} has no {', '.join(sorted(unknown))}: choose of {', '.join(map(repr, known))}")
+    arms = list(dict.fromkeys(job["arm"] for job in STAGES[options.stage]()))
+    if unknown := set(options.arms or ()) - set(arms):
+        parser.error(f"{options.stage} has no {', '.join(sorted(unknown))}: choose of {', '.join(map(repr, arms))}")
     run_stage(options.stage, options.processes, options.minutes, options.arms)
 
 

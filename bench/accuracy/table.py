@@ -22,7 +22,7 @@ from matplotlib import pyplot, ticker
 
 # The other stages that read the test parts, and their titles.
 OTHERS = {
-    "equal_time": "Equal time: as many steps as fit into the default preset's for 150, 2,000 training rows",
+    "equal_time": "Equal time: as many steps as fit into the input-only preset's for 150, 2,000 training rows",
     "whole_sets": "Whole training sets, 300 steps",
     "smollm2_final": "SmolLM2-135M, 2,000 training rows, 100 steps of 16 rows of at most 24 tokens",
 }
@@ -30,7 +30,7 @@ OTHERS = {
 Runs = dict[str, dict[int, np.ndarray]]  # task -> seed -> predictions [test rows]
 
 
-def _scores(predictions: np.ndarray, labels: np.ndarray, is_regression: bool) -> np.ndarray:
+def scores_of(predictions: np.ndarray, labels: np.ndarray, is_regression: bool) -> np.ndarray:
     """[…] accuracy or Pearson's correlation over the last axis of predictions and labels [… , rows]."""
     if not is_regression:
         return (predictions == labels).mean(-1)
@@ -58,7 +58,7 @@ def bootstrap(first: Runs, second: Runs, draws: int) -> tuple[float, float, floa
         differences = np.zeros(draws + 1)
         for seed in seeds:
             a, b = (runs[name][seed].astype(float)[rows] for runs in (first, second))
-            differences += _scores(a, labels[rows], is_regression) - _scores(b, labels[rows], is_regression)
+            differences += scores_of(a, labels[rows], is_regression) - scores_of(b, labels[rows], is_regression)
         by_task.append(differences / len(seeds))
     mean = np.mean(by_task, axis=0)  # [1 + draws]; the first is the rows as they are
     low, high = np.quantile(mean[1:], (0.025, 0.975))
@@ -69,14 +69,14 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
     by_arm: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         by_arm[record["arm"]][record["task"]].append(record)
-    found = [task for task in TASKS if any(task in tasks for tasks in by_arm.values())]
+    tasks_run = [task for task in TASKS if any(task in tasks for tasks in by_arm.values())]
     most = max(len(runs) for tasks in by_arm.values() for runs in tasks.values())
     lines = [f"{most} seed{'s' * (most > 1)} where not said.", ""]
-    lines += [f"| arm | trained, with the head | {' | '.join(found)} | mean |", "|---" * (len(found) + 3) + "|"]
+    lines += [f"| arm | trained, with the head | {' | '.join(tasks_run)} | mean |", "|---" * (len(tasks_run) + 3) + "|"]
     for arm in sorted(by_arm, key=list(ARMS | SMOLLM2_ARMS).index):
         tasks = by_arm[arm]
         cells, task_means = [], []
-        for task in found:
+        for task in tasks_run:
             scores = [record["score"] for record in tasks[task]]
             if not scores:
                 cells.append("–")
@@ -85,7 +85,7 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
             count = "" if len(scores) == most else f" ({len(scores)})"
             cells.append(f"{statistics.mean(scores):.3f}{spread}{count}")
             task_means.append(statistics.mean(scores))
-        mean = f"{statistics.mean(task_means):.4f}" if len(task_means) == len(found) else "–"
+        mean = f"{statistics.mean(task_means):.4f}" if len(task_means) == len(tasks_run) else "–"
         trained = max(r["trained_parameters"] for runs in tasks.values() for r in runs)
         lines.append(f"| {arm} | {trained:,} | {' | '.join(cells)} | {mean} |")
     return lines

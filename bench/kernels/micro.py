@@ -62,7 +62,7 @@ def _rows(point: Point, device: str, clock: Clock, bandwidth: float) -> Rows:
         if "graph" in times:
             graphs[way] = times.pop("graph")
         rows.append(timed(row(point, way, error, launches(point, way, checked, device), bandwidth), **times))
-    if graphs.keys() == {"forward", "both"}:
+    if {"forward", "both"} <= graphs.keys():
         graphs["backward"] = graphs["both"] - graphs["forward"]
         rows = [of_way | {"graph_ms": 1e3 * graphs[of_way["way"]]} for of_way in rows]
     if point.impl == "auto":

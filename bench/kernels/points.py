@@ -68,16 +68,17 @@ def points(device: str) -> list[Point]:
     """Every point of a device type, the implementations of the same sizes beside each other."""
     base, axes = BASE[device], AXES[device]
     impls = ("reference", "torch", "compile") + (("triton",) if device == "cuda" else ())
-    found = []
+    chosen = []
     for stem, depends in STEMS.items():
         for axis, sizes in _along(base, {axis: axes[axis] for axis in depends}):
-            found += [Point(stem, impl, axis, sizes_of_stem(sizes, stem)) for impl in impls]
+            chosen += [Point(stem, impl, axis, sizes_of_stem(sizes, stem)) for impl in impls]
     for axis, sizes in _along(base, {axis: axes[axis] for axis in ("d", "batch", "length")}):
-        found += [Point("embedding_step", peer, axis, sizes_of_peer(sizes, peer)) for peer in PEERS]
-    return found
+        chosen += [Point("embedding_step", peer, axis, sizes_of_peer(sizes, peer)) for peer in PEERS]
+    return chosen
 
 
-# Preset -> its sizes in prompt_embed. In layer_update only the preset "deep" has any.
+# Preset -> its sizes in prompt_embed. In layer_update only the preset "deep" has any. "default preset" is
+# EPTConfig.input_only(), by its name in results on record.
 PRESETS: dict[str, dict[str, Any]] = {
     "default preset": dict(s=4, k=4, h=2, q=38),
     "deep preset": dict(s=2, q=4),
@@ -91,26 +92,26 @@ def points_of_presets(small: bool = False) -> list[Point]:
     In bf16 at d = 768 (25 MB of embeddings read and written) and d = 4096 (268 MB); `small`: in fp32 at tiny sizes.
     """
     texts = ((32, 256, 768), (64, 256, 4096))
-    found = []
+    chosen = []
     for batch, length, d in ((2, 8, 32), (2, 8, 48)) if small else texts:
         text: dict[str, Any] = dict(batch=batch, length=length, d=d, source_bytes=4 if small else 2)
         sizes = {preset: traffic.Shapes(**text, **parts) for preset, parts in PRESETS.items()}
         for preset in PRESETS:
-            found += [Point("prompt_embed", impl, preset, sizes[preset]) for impl in ("auto", "torch")]
+            chosen += [Point("prompt_embed", impl, preset, sizes[preset]) for impl in ("auto", "torch")]
         deep = sizes_of_stem(sizes["deep preset"], "layer_update")
         for adapters in (0, 2 if small else 32):
             axis = f"{adapters} adapters" if adapters else "deep preset"
-            found += [Point("layer_update", impl, axis, deep, adapters) for impl in ("auto", "torch")]
-        found.append(Point("embedding_step", FLOOR, "default preset", sizes_of_peer(sizes["default preset"], FLOOR)))
-    return found
+            chosen += [Point("layer_update", impl, axis, deep, adapters) for impl in ("auto", "torch")]
+        chosen.append(Point("embedding_step", FLOOR, "default preset", sizes_of_peer(sizes["default preset"], FLOOR)))
+    return chosen
 
 
 def named(device: str, part: str) -> list[Point]:
     """The points whose name holds `part`. ValueError if there are none."""
-    found = [point for point in points(device) if part in str(point)]
-    if not found:
+    matching = [point for point in points(device) if part in str(point)]
+    if not matching:
         raise ValueError(f"{part!r}: no microbenchmark has this in its name; names are like {points(device)[0]}")
-    return found
+    return matching
 
 
 def _along(base: traffic.Shapes, axes: dict[str, tuple[int, ...]]) -> list[tuple[str, traffic.Shapes]]:

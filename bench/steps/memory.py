@@ -34,16 +34,16 @@ def own_bytes(layer: nn.Module, forward: Callable[[], Tensor], inputs: list[Tens
     beside those and its `inputs` (E, ids, …).
     """
     trained = list(layer.parameters())
-    there = {t.untyped_storage()._cdata for t in trained + inputs}
-    kept: dict[int, Tensor] = {}  # holds the tensors, so that no other storage takes the place of one
+    inputs_and_weights = {t.untyped_storage()._cdata for t in trained + inputs}
+    saved: dict[int, Tensor] = {}  # holds the tensors, so that no other storage takes the place of one
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = forward()
-    bytes_kept = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in there)
+    bytes_kept = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in inputs_and_weights)
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     out.float().sum().backward()
     optimizer.step()

@@ -92,7 +92,7 @@ def measure(name: str, dtype: str, checkpointing: bool, batch: int, length: int)
     before = _resident("VmRSS")
     backbone, per_token = build(name, dtype)
     backbone.config.use_cache = False
-    model = get_ept_model(backbone, EPTConfig()).train()
+    model = get_ept_model(backbone, EPTConfig.input_only()).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter_groups(model), fused=True)
@@ -110,9 +110,9 @@ def measure(name: str, dtype: str, checkpointing: bool, batch: int, length: int)
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory counts from here
     step()
     resident = _resident("VmHWM") - before
-    held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    held |= {id(v): v.nbytes for state in optimizer.state.values() for v in state.values()}
-    return {"peak": sum(held.values()) + profiled_peak(step), "rss": resident}
+    tensor_bytes = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    tensor_bytes |= {id(v): v.nbytes for state in optimizer.state.values() for v in state.values()}
+    return {"peak": sum(tensor_bytes.values()) + profiled_peak(step), "rss": resident}
 
 
 def _resident(which: str) -> int:
@@ -143,7 +143,12 @@ def main() -> int:
                 )  # fmt: skip
                 measured = json.loads(process.stdout.splitlines()[-1])
                 planned = plan_step(
-                    config, EPTConfig(), batch=args.batch, length=args.length, dtype=dtype, checkpointing=checkpointing
+                    config,
+                    EPTConfig.input_only(),
+                    batch=args.batch,
+                    length=args.length,
+                    dtype=dtype,
+                    checkpointing=checkpointing,
                 )
                 off = planned["peak"] / measured["peak"] - 1
                 worst = max(worst, abs(off))

@@ -45,8 +45,8 @@ def floor_step(model: PreTrainedModel, groups: Groups, embeds: Tensor, labels: T
     """
     embeds = embeds.detach().requires_grad_()
     mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
-    own = {id(p) for p in model.parameters()}
-    stand_ins = [(p, torch.zeros_like(p)) for group in groups for p in group["params"] if id(p) not in own]
+    of_model = {id(p) for p in model.parameters()}
+    stand_ins = [(p, torch.zeros_like(p)) for group in groups for p in group["params"] if id(p) not in of_model]
     update = _update(groups)
 
     def step() -> None:

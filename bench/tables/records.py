@@ -75,10 +75,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def tables(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """A directory's tables by name. ValueError if it has none."""
-    found = {name: read(directory / f"{name}.csv") for name in TABLES if (directory / f"{name}.csv").exists()}
-    if not found:
+    by_name = {name: read(directory / f"{name}.csv") for name in TABLES if (directory / f"{name}.csv").exists()}
+    if not by_name:
         raise ValueError(f"{directory} holds no result table ({', '.join(f'{name}.csv' for name in TABLES)})")
-    return found
+    return by_name
 
 
 def _short(value: Any) -> Any:

@@ -30,8 +30,8 @@ def _stems(rows: Rows) -> list[str]:
     if not rows:
         return []
     lines = [
-        f"a large copy: {float(rows[0]['copy_gb_per_s']):.0f} GB/s. Milliseconds of a call and of its graph, and the share of",
-        "that copy which the predicted bytes reach in the graph, or in the call where there is none:",
+        f"a large copy: {float(rows[0]['copy_gb_per_s']):.0f} GB/s. Milliseconds of a call and of its graph, and the share",
+        "of that copy which the predicted bytes reach in the graph, or in the call where there is none:",
         f"{'stem':16}{'sizes':28}{'ran':27}{'forward: call, graph, share':>28}{'backward: the same':>28}{'launches':>10}",
     ]
     points: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
@@ -84,8 +84,8 @@ def _overs(ratios: Rows, of_row: dict[str, str], way: str) -> str:
     """The ratios over the floor, prompt tuning 100 and LoRA, a dash where there is none."""
     cells = []
     for over in ("floor", "prompt tuning 100", "LoRA"):
-        found = [r for r in ratios if _is(r, of_row) and (r.get("way") or "") == way and r["over"].startswith(over)]
-        cells.append(f"{found[0]['median']:9.3f}" if found else f"{'–':>9}")
+        matching = [r for r in ratios if _is(r, of_row) and (r.get("way") or "") == way and r["over"].startswith(over)]
+        cells.append(f"{matching[0]['median']:9.3f}" if matching else f"{'–':>9}")
     return "".join(cells)
 
 

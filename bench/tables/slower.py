@@ -17,25 +17,25 @@ def compare(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, Any]:
     "single" (counts), "only" (counts of rows without a partner) and "shift" (the median ratio of all times, B over A).
     """
     before, after = ({identity(row): row for row in rows} for rows in (a, b))
-    found: dict[str, Any] = {"slower": [], "faster": [], "same": 0, "single": 0}
+    outcome: dict[str, Any] = {"slower": [], "faster": [], "same": 0, "single": 0}
     ratios = []
     for key in before.keys() & after.keys():
         old, new = before[key], after[key]
         if old["unit"] == "ms":
             ratios.append(new["median"] / old["median"])
         if min(int(row.get("rounds") or 1) for row in (old, new)) < 2:
-            found["single"] += 1
+            outcome["single"] += 1
         elif new["low"] > old["high"]:
-            found["slower"].append((old, new))
+            outcome["slower"].append((old, new))
         elif new["high"] < old["low"]:
-            found["faster"].append((old, new))
+            outcome["faster"].append((old, new))
         else:
-            found["same"] += 1
-    found["slower"].sort(key=_ratio, reverse=True)
-    found["faster"].sort(key=_ratio)
-    found["only"] = tuple(len(x.keys() - y.keys()) for x, y in ((before, after), (after, before)))
-    found["shift"] = statistics.median(ratios) if ratios else None
-    return found
+            outcome["same"] += 1
+    outcome["slower"].sort(key=_ratio, reverse=True)
+    outcome["faster"].sort(key=_ratio)
+    outcome["only"] = tuple(len(x.keys() - y.keys()) for x, y in ((before, after), (after, before)))
+    outcome["shift"] = statistics.median(ratios) if ratios else None
+    return outcome
 
 
 def _ratio(pair: tuple[dict[str, Any], dict[str, Any]]) -> float:
@@ -54,28 +54,28 @@ def report(a: Path, b: Path) -> int:
         raise ValueError(f"{a} and {b} have no table of the same name")
     slower = 0
     for name in names:
-        found = compare(before[name], after[name])
-        pairs = len(found["slower"]) + len(found["faster"]) + found["same"] + found["single"]
+        outcome = compare(before[name], after[name])
+        pairs = len(outcome["slower"]) + len(outcome["faster"]) + outcome["same"] + outcome["single"]
         if not pairs:
             raise ValueError(
                 f"{name}: the two tables have no row in common (they are of {_devices(before[name])} "
                 f"and of {_devices(after[name])})"
             )
-        slower += len(found["slower"])
-        print(f"{name}: {pairs} rows in both, {found['only'][0]} only in {a}, {found['only'][1]} only in {b}")
+        slower += len(outcome["slower"])
+        print(f"{name}: {pairs} rows in both, {outcome['only'][0]} only in {a}, {outcome['only'][1]} only in {b}")
         for word in ("slower", "faster"):
-            print(f"  {len(found[word])} {word} beyond the noise of both")
-            for old, new in found[word]:
+            print(f"  {len(outcome[word])} {word} beyond the noise of both")
+            for old, new in outcome[word]:
                 unit = old["unit"] if old["unit"] != "ratio" else ""
                 print(
                     f"    {_ratio((old, new)):7.2f} ×  {old['median']:.4g} ({old['low']:.4g} … {old['high']:.4g}) -> "
                     f"{new['median']:.4g} ({new['low']:.4g} … {new['high']:.4g}) {unit}  {_words(old)}"
                 )
-        if found["single"]:
-            print(f"  {found['single']} measured once, so without a noise to judge by")
-        if found["shift"] is not None:
+        if outcome["single"]:
+            print(f"  {outcome['single']} measured once, so without a noise to judge by")
+        if outcome["shift"] is not None:
             print(
-                f"  all times together: {found['shift']:.2f} × (far from 1: the machine was busier, or everything changed)"
+                f"  all times together: {outcome['shift']:.2f} × (far from 1: the machine was busier, or everything changed)"
             )
     return slower
 

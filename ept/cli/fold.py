@@ -51,8 +51,8 @@ def run(argv: list[str]) -> None:
         description = "Folds an adapter into the constants that inference needs. Prints the folded prompt's SHA-256."
         (options,) = OptionParser("fold", description, FoldArguments).parse(argv)
         output = new_adapter_dir(options.output_dir)
-        saved = SavedAdapter.open(options.adapter)
-        model = saved.load_to_fold(options.model_name_or_path, with_weights=options.embedding_table)
+        saved_adapter = SavedAdapter.open(options.adapter)
+        model = saved_adapter.load_to_fold(options.model_name_or_path, with_weights=options.embedding_table)
         folded = fold_layer(model.ept)
         reason = why_not_peft(model)
         if options.format == "peft" or (options.format == "auto" and reason is None):
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> None:
             say(f"{output}: a PEFT prompt-tuning adapter")
         else:
             heads = {name: t for name, t in model.adapter_tensors().items() if name.startswith("head.")}
-            write_adapter(output, saved.settings | folded.facts(), folded.state_dict() | heads)
+            write_adapter(output, saved_adapter.settings | folded.facts(), folded.state_dict() | heads)
             record = Path(options.adapter) / RUN_NAME
             if record.is_file():  # eval and predict know from it the columns, the label words and pairs of texts
                 shutil.copyfile(record, output / RUN_NAME)

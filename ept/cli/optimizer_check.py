@@ -10,7 +10,7 @@ __all__ = ["check_optimizer"]
 
 
 def check_optimizer(trainer: Any) -> None:
-    """ValueError if the trainer's optimiser or its schedule cannot be made; it makes its own when it trains."""
+    """Raises ValueError if the trainer's optimiser or its schedule cannot be made; it makes its own when it trains."""
     args = trainer.args
     if args.optim_args and not all(word.count("=") == 1 for word in args.optim_args.split(",")):
         raise ValueError(f"--optim_args {args.optim_args} must be name=value, with commas between several")

@@ -8,8 +8,10 @@ from transformers import PreTrainedModel
 from ept.backbone.loading import DTYPES
 from ept.cli.parser import option
 from ept.config import INITS, PRESETS, EPTConfig
+from ept.model.adapters import config_for
 from ept.model.fresh import config_for_budget
 from ept.tasks.glue import BENCHMARK_TASKS
+from ept.training.checkpoints import adapter_settings
 
 __all__ = [
     "ADAPTER_HELP",
@@ -62,7 +64,8 @@ ADAPTER_HELP = {
     "space_dim": "h, width of each space.",
     "token_rank": "q of the token-conditioned update; 0 turns it off.",
     "token_dropout": "Share of the token-conditioned update's hidden units that a training step leaves out.",
-    "deep_layers": "Layers after the first whose input gets an update of rank q of its own; -1: all, 0: none.",
+    "deep_layers": "Layers after the first whose input gets an update of rank q of its own; -1: all, 0: none; by default "
+    "all, or none where the model's layers cannot have updates.",
     "alpha": "The low-rank pair is scaled by alpha / sqrt(rank).",
     "activation": "Of spaces and token-conditioned update: silu, relu, gelu or identity.",
     "lowrank_update": "Whether the low-rank pair updates the text.",
@@ -79,7 +82,7 @@ ADAPTER_HELP = {
 
 
 def _adapter_help(name: str) -> str:
-    """What a setting does, and its value in the presets."""
+    """Returns what a setting does, and its value in the presets."""
     values = {preset: getattr(make(), name) for preset, make in PRESETS.items()}
     if values["default"] is None:
         return ADAPTER_HELP[name]
@@ -93,8 +96,13 @@ AdapterArguments = make_dataclass(
     [
         (
             "preset",
-            str,
-            option("Sizes to start from: ours, the paper's parts, or deep updates.", "default", choices=tuple(PRESETS)),
+            str | None,
+            option(
+                "Sizes to start from: updates in every layer where the model can have them (default) or else refused "
+                "(deep), the paper's parts, or what acts on the input alone, for vLLM and PEFT (input); by default "
+                "default.",
+                choices=tuple(PRESETS),
+            ),
         ),
         ("budget", int | None, option("Choose the sizes that fill this many trained parameters (without a head).")),
         ("soft_prompt", str | None, option(
@@ -109,12 +117,18 @@ AdapterArguments = make_dataclass(
 )  # fmt: skip
 
 
-def ept_config(adapter: Any, backbone: PreTrainedModel) -> EPTConfig:
-    """The settings that AdapterArguments say, for a backbone."""
+def ept_config(adapter: Any, backbone: PreTrainedModel, checkpoint: str | None = None) -> EPTConfig:
+    """Makes the config that AdapterArguments say, for a backbone.
+
+    Without a preset or a budget, what is not given is as it was in the adapter of a checkpoint to go on from.
+    """
     not_settings = ("preset", "budget", "soft_prompt")
     settings = {k: v for k, v in vars(adapter).items() if v is not None and k not in not_settings}
     if (settings.get("init") == "decompose") != (adapter.soft_prompt is not None):
         raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
+    preset = adapter.preset or "default"
     if adapter.budget is not None:
-        return config_for_budget(backbone, adapter.budget, preset=adapter.preset, **settings)
-    return PRESETS[adapter.preset](**settings)
+        return config_for_budget(backbone, adapter.budget, preset=preset, **settings)
+    if checkpoint is not None and adapter.preset is None:
+        return EPTConfig(**adapter_settings(checkpoint) | settings)
+    return config_for(backbone, PRESETS[preset](**settings))

@@ -25,7 +25,7 @@ LONGEST_HELP = 240  # of another library's explanation, some of which run over m
 
 
 def option(help: str, default: Any = None, **metadata: Any) -> Any:
-    """A dataclass's field that is an option with a default."""
+    """Declares a dataclass's field that is an option with a default."""
     return field(default=default, metadata={"help": help} | metadata)
 
 
@@ -62,7 +62,7 @@ class OptionParser(HfArgumentParser):
         super().__init__(types, prog=f"ept {command}", description=description, allow_abbrev=False)
 
     def parse(self, argv: list[str]) -> tuple[Any, ...]:
-        """One object for each dataclass; an option that none has is an error."""
+        """Parses the words into one object for each dataclass; an option that none has is an error."""
         *groups, unknown = self.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
@@ -94,7 +94,7 @@ class OptionParser(HfArgumentParser):
 
 
 def _unmet_requirement(name: str, value: Any) -> str | None:
-    """What a number's option takes, if `value` is something else."""
+    """Returns what a number's option takes, if `value` is something else."""
     if name in AT_LEAST_ONE and value is not None and value < 1:
         return "at least 1"
     if name == "dataloader_num_workers" and value < 0:
@@ -107,7 +107,7 @@ def _unmet_requirement(name: str, value: Any) -> str | None:
 
 
 def _foreign_group(foreign: ForeignOptions, fields: dict[str, dataclasses.Field], width: int) -> list[str]:
-    """The help's lines for another library's options."""
+    """Returns the help's lines for another library's options."""
     lines = [f"\n{foreign.title}:\n"]
     for name in foreign.explained:
         if name in fields:
@@ -121,7 +121,7 @@ def _foreign_group(foreign: ForeignOptions, fields: dict[str, dataclasses.Field]
 
 
 def _entry(f: dataclasses.Field, text: str, width: int) -> str:
-    """An option's lines in the help: its name, and from column NAME_WIDTH what it does and its default."""
+    """Returns an option's lines in the help: its name, and from column NAME_WIDTH what it does and its default."""
     if "choices" in f.metadata:
         text += f" One of {', '.join(f.metadata['choices'])}."
     if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:

@@ -84,7 +84,7 @@ def _table(rows: list[dict[str, Any]], gpu: str | None) -> str:
 
 
 def _in_units(size: int) -> str:
-    """Bytes in units of 10^9, 10^6 or 10^3, three digits."""
+    """Returns bytes in units of 10^9, 10^6 or 10^3, three digits."""
     for factor, unit in ((10**9, "GB"), (10**6, "MB")):
         if size >= factor:
             return f"{size / factor:.3g} {unit}" if size < 1000 * factor else f"{size / factor:.0f} {unit}"

@@ -47,11 +47,11 @@ def run(argv: list[str]) -> None:
         place, options = parser.parse(argv)
         if options.input_file is not None and not Path(options.input_file).is_file():
             raise ValueError(f"{options.input_file}: no such file")
-        saved = SavedAdapter.open(place.adapter)
-        model, tokenizer, kind = saved.load(place.model_name_or_path, dtype=place.dtype)
+        saved_adapter = SavedAdapter.open(place.adapter)
+        model, tokenizer, kind = saved_adapter.load(place.model_name_or_path, dtype=place.dtype)
         if options.threshold is not None:
             kind = kind.with_threshold(options.threshold)
-        max_length = options.max_seq_length or saved.max_length
+        max_length = options.max_seq_length or saved_adapter.max_length
         max_length = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, max_length)
         limit = kind.text_limit(tokenizer, max_length)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,20 +60,20 @@ def run(argv: list[str]) -> None:
         with contextlib.ExitStack() as stack:
             source = options.input_file or "standard input"
             lines = stack.enter_context(open(options.input_file, "rb")) if options.input_file else sys.stdin.buffer
-            for texts in _batches(_texts(lines, source, _reads_pairs(kind, saved.record)), batch_size):
+            for texts in _batches(_texts(lines, source, _reads_pairs(kind, saved_adapter.record)), batch_size):
                 for line in kind.lines(predictor(kind.encode_texts(tokenizer, texts, limit))):
                     print(line, flush=True)
 
 
 def _reads_pairs(kind: TaskKind, record: dict[str, Any]) -> bool:
-    """Whether an adapter was trained on pairs of texts."""
+    """Tells whether an adapter was trained on pairs of texts."""
     if record.get("task_name") is not None:
         return len(kind.benchmark_templates(benchmark_task(record["task_name"]))) == 2
     return record.get("columns", {}).get("text_pair") is not None
 
 
 def _texts(lines: Iterable[bytes], source: str, pairs: bool) -> Iterator[tuple[str, ...]]:
-    """Each line's text, or its two texts."""
+    """Yields each line's text, or its two texts."""
     for number, line in enumerate(lines, start=1):
         try:
             text = line.decode("utf-8").rstrip("\r\n")

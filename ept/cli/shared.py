@@ -10,7 +10,7 @@ __all__ = ["check_prompt_start", "new_adapter_dir"]
 
 
 def check_prompt_start(model: EPTModel, data: Any, source: str) -> None:
-    """ValueError if a text does not reach the column at which the prompt stands: it could be a batch by itself."""
+    """Raises ValueError if a text does not reach the column at which the prompt stands: it could be a batch by itself."""
     start = model.ept.prompt_start
     for row, ids in enumerate(data["input_ids"] if start else [], start=1):
         if len(ids) < start:
@@ -21,7 +21,7 @@ def check_prompt_start(model: EPTModel, data: Any, source: str) -> None:
 
 
 def new_adapter_dir(output_dir: str) -> Path:
-    """The directory for an adapter to be written; ValueError if it is a file or holds another adapter."""
+    """Returns the directory for an adapter to be written. ValueError if it is a file or holds another adapter."""
     path = Path(output_dir)
     if path.is_file() or (path / CONFIG_NAME).exists():
         raise ValueError(f"--output_dir {output_dir} is a file or holds another adapter: give a new directory")

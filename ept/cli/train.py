@@ -78,7 +78,7 @@ class _Training:
 
 
 def _prepare(options: TrainOptions) -> _Training:
-    """From the options to a trainer; all that can be wrong is found here, before the first step."""
+    """Makes a trainer from the options; all that can be wrong is found here, before the first step."""
     args: Any = options.training
     checkpoint = _checkpoint(options)
     data = read_training_data(options)
@@ -89,7 +89,7 @@ def _prepare(options: TrainOptions) -> _Training:
         options.model.model_name_or_path, head=options.model.head, dtype=options.model.dtype
     )
     pad_like_tokenizer(backbone, tokenizer)
-    config = ept_config(options.adapter, backbone)
+    config = ept_config(options.adapter, backbone, checkpoint)
     max_length = input_limit(backbone, tokenizer, config.prompt_length, options.columns.max_seq_length)
     splits = {
         name: data.task.encode(table, source, tokenizer, max_length, options.columns.max_target_length)
@@ -118,7 +118,7 @@ def _prepare(options: TrainOptions) -> _Training:
 
 
 def _checkpoint(options: TrainOptions) -> str | None:
-    """The checkpoint to go on from, or None for the start.
+    """Returns the checkpoint to go on from, or None for the start.
 
     Raises:
         ValueError: it is not whole, or a new run would be written over another one.
@@ -137,7 +137,7 @@ def _checkpoint(options: TrainOptions) -> str | None:
 
 
 def _refuse_used(output_dir: str) -> None:
-    """ValueError if a directory holds anything."""
+    """Raises ValueError if a directory holds anything."""
     path = Path(output_dir)
     if path.is_file():
         raise ValueError(f"--output_dir {output_dir} is a file: give a directory")
@@ -151,7 +151,7 @@ def _refuse_used(output_dir: str) -> None:
 
 
 def _check_validation(options: TrainOptions, data: TrainingData) -> None:
-    """ValueError if an evaluation is asked for and there are no rows for it."""
+    """Raises ValueError if an evaluation is asked for and there are no rows for it."""
     args: Any = options.training
     if "validation" in data.tables:
         return
@@ -168,7 +168,7 @@ def _fresh_model(
     tokenizer: PreTrainedTokenizerBase,
     train: Split,
 ) -> EPTModel:
-    """The backbone with a fresh adapter, whose prompt starts as the options say."""
+    """Puts a fresh adapter on the backbone; its prompt starts as the options say."""
     counts = None
     if config.init == "vocab":
         counts = token_counts(train.data["input_ids"], len(weight_of(backbone.get_input_embeddings())))
@@ -216,7 +216,7 @@ def _trainer(
 
 
 def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int | None) -> dict[str, Any]:
-    """What run.json says of a run, but for what only its end shows."""
+    """Returns what run.json says of a run, but for what only its end shows."""
     return {
         "command": shlex.join(["ept", "train", *options.argv]),
         "task": task.kind.name,
@@ -237,7 +237,7 @@ def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int 
 
 
 def _evaluate(training: _Training) -> dict[str, float]:
-    """The metrics on the validation rows and the test rows, of those that there are."""
+    """Evaluates on the validation rows and the test rows, of those that there are; returns the metrics."""
     trainer = training.trainer
     metrics: dict[str, float] = {}
     if trainer.eval_dataset is not None:
@@ -249,7 +249,7 @@ def _evaluate(training: _Training) -> dict[str, float]:
 
 
 def _loss_last(metrics: dict[str, float], loss: str) -> dict[str, float]:
-    """An evaluation's metrics with the task's own first, where transformers puts the loss."""
+    """Puts an evaluation's metrics in the task's order, the loss last; transformers puts it first."""
     return dict(sorted(metrics.items(), key=lambda item: item[0] == loss))
 
 

@@ -35,7 +35,7 @@ class TrainingData:
 
 
 def read_training_data(options: TrainOptions) -> TrainingData:
-    """Reads the rows and finds out what they teach; ValueError if the data's options do not go together."""
+    """Reads the rows and finds out what they teach. ValueError if the data's options do not go together."""
     data, model_name = options.data, options.model.model_name_or_path
     kind = options.model.task or default_kind(model_name, causal_continues=data.task_name is not None)
     if data.task_name is not None:
@@ -64,7 +64,7 @@ def token_stream(
     max_length: int | None,
     prompt_start: int,
 ) -> TokenStream:
-    """The stream's rows as tokens, in the order that the seed gives."""
+    """Returns the stream's rows as tokens, in the order that the seed gives."""
     assert data.stream is not None
     args: Any = options.training
     return TokenStream(
@@ -83,7 +83,7 @@ def _check_only_benchmark(data: DataArguments) -> None:
 
 
 def _row_stream(options: TrainOptions) -> RowStream:
-    """The training rows as a stream; ValueError if the other options do not go with one."""
+    """Opens the training rows as a stream. ValueError if the other options do not go with one."""
     data, args = options.data, options.training
     if args.max_steps < 1:
         raise ValueError("--streaming needs --max_steps: how many rows there are is not known before the end")
@@ -101,7 +101,7 @@ def _row_stream(options: TrainOptions) -> RowStream:
 
 
 def _read_tables(data: DataArguments, *, header: bool, stream: RowStream | None) -> dict[str, tuple[Dataset, str]]:
-    """Tables and their sources by split; "train" is always there, of a stream its first rows."""
+    """Reads tables and their sources by split; "train" is always there, of a stream its first rows."""
     tables = {}
     if stream is not None:
         tables["train"] = (stream.head(data.shuffle_buffer), stream.source)

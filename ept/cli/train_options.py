@@ -116,7 +116,7 @@ class TrainOptions(NamedTuple):
 
 
 def parse_train_options(argv: list[str]) -> TrainOptions:
-    """The options of `ept train`; ValueError if some do not go together."""
+    """Parses the options of `ept train`. ValueError if some do not go together."""
     explicit = _explicit(argv)
     judged_by = {"validation_file", "dataset_name", "task_name"}
     if _wants_best_model(explicit) and not explicit.keys() & judged_by:
@@ -151,12 +151,15 @@ def _explicit(argv: list[str]) -> dict[str, str]:
 
 
 def _wants_best_model(explicit: dict[str, str]) -> bool:
-    """Whether --load_best_model_at_end is among the options, and not with a word that transformers takes for false."""
+    """Tells whether --load_best_model_at_end is among the options, and not with a word that transformers takes for false."""
     return explicit.get("load_best_model_at_end", "false").lower() not in ("false", "f", "no", "n", "0")
 
 
 def _implied_strategies(explicit: dict[str, str]) -> list[str]:
-    """With rows to validate on, evaluation each epoch unless said; the best model needs checkpoints where it is judged."""
+    """Returns the options that follow from others.
+
+    With rows to validate on there is an evaluation each epoch; for the best model, a checkpoint at each evaluation.
+    """
     evaluate = explicit.get("eval_strategy") or ("steps" if "eval_steps" in explicit else "epoch")
     words = []
     if "eval_strategy" not in explicit and ("validation_file" in explicit or _wants_best_model(explicit)):

@@ -61,7 +61,7 @@ class Method:
 def build(
     method: str, encoder: str | os.PathLike, num_labels: int, problem_type: str, **settings: Any
 ) -> tuple[nn.Module, Groups]:
-    """`adapt`, with its `settings`, on a pretrained encoder with a fresh linear head on the mean of its text tokens."""
+    """Calls `adapt`, with its `settings`, on a pretrained encoder with a fresh linear head on the mean of its text tokens."""
     base = MeanPoolingForSequenceClassification.from_encoder(str(encoder), num_labels, problem_type)
     return adapt(method, base, **settings)
 
@@ -78,7 +78,7 @@ def adapt(
     settings: dict[str, Any] | None = None,
     rates: dict[str, float] | None = None,
 ) -> tuple[nn.Module, Groups]:
-    """The model, frozen but for what the method trains, and its optimiser groups with their learning rates.
+    """Freezes a backbone but for what a method trains; returns the model and the optimiser's groups with their rates.
 
     Args:
         method: a name in METHODS or ABLATIONS, or "prompt tuning" with any number of rows.
@@ -111,7 +111,7 @@ def _method(name: str) -> Method:
 
 
 def _ept(description: str, preset: str, **settings: Any) -> Method:
-    """EPT with the sizes of a preset that fill the budget, and `settings` over them."""
+    """Makes a row of EPT with the sizes of a preset that fill the budget, and `settings` over them."""
 
     def put_on(order: _Order) -> tuple[nn.Module, Groups]:
         config = config_for_budget(order.base, order.budget, preset=preset, **settings | order.settings)
@@ -136,7 +136,7 @@ def _peer(
     *,
     trains_backbone: bool = False,
 ) -> Method:
-    """A method whose parameters all train at one rate, and the head at its own.
+    """Makes a row of a method whose parameters all train at one rate, and the head at its own.
 
     Args:
         put_on: makes the model from the backbone and marks what is trained.
@@ -196,7 +196,7 @@ def _prompt_tuning(rows: int) -> Method:
 
 
 def _lora(order: _Order) -> nn.Module:
-    """LoRA on what PEFT names for the model's kind: on all of them where the budget holds a rank of them, else at rank
+    """Puts LoRA on what PEFT names for the model's kind: on all of them where the budget holds a rank of them, else at rank
     1 on the first kind of them (the query) in as many last layers as fit."""
     from peft import LoraConfig
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
@@ -234,14 +234,14 @@ def _freeze(order: _Order) -> None:
 
 
 def _mark_trained(order: _Order, is_trained: Callable[[str], bool]) -> nn.Module:
-    """The backbone itself, of which the head and the parameters of these names are trained."""
+    """Marks the head and the parameters of these names as trained; returns the backbone itself."""
     for name, parameter in order.base.named_parameters():
         parameter.requires_grad_(_is_in(order.heads, name) or is_trained(name))
     return order.base
 
 
 def _is_in(heads: list[str], name: str) -> bool:
-    """Whether a parameter belongs to a head, also under the names that PEFT gives it."""
+    """Tells whether a parameter belongs to a head, also under the names that PEFT gives it."""
     return any(f".{head}." in f".{name}" for head in heads)
 
 
@@ -264,9 +264,10 @@ def _with_peft(order: _Order, config: Any) -> nn.Module:
 
 METHODS: dict[str, Method] = {
     "head only": Method("the classification head alone", (0.005, 0.02, 0.05), _head_only),
-    "EPT": _ept("EPTConfig.for_budget(…, preset='default')", "default"),
+    "EPT deep": _ept("EPTConfig.for_budget(…, preset='deep'): updates in every layer, the default", "deep"),
+    # The default once, and so named in results that were written then.
+    "EPT": _ept("EPTConfig.for_budget(…, preset='input'): the input alone", "input"),
     "EPT paper": _ept("EPTConfig.for_budget(…), the paper's parts", "paper"),
-    "EPT deep": _ept("EPTConfig.for_budget(…, preset='deep')", "deep"),
     "DePT": _ept("short prompt and low-rank update only", "paper", fusion=False, spaces=False, num_spaces=0),
     "prompt tuning 20": _prompt_tuning(20),
     "prompt tuning 100": _prompt_tuning(100),
@@ -277,8 +278,8 @@ METHODS: dict[str, Method] = {
 
 # EPT without one of its parts, the other sizes grown to the same budget.
 ABLATIONS: dict[str, Method] = {
-    "EPT without spaces": _ept("the default's other parts", "default", spaces=False, num_spaces=0),
-    "EPT without token update": _ept("the default's other parts", "default", token_update=False, token_rank=0),
+    "EPT without spaces": _ept("the input-only preset's other parts", "input", spaces=False, num_spaces=0),
+    "EPT without token update": _ept("the input-only preset's other parts", "input", token_update=False, token_rank=0),
     "EPT paper without update": _ept("the paper's other parts", "paper", lowrank_update=False),
     "EPT paper without fusion": _ept("the paper's other parts", "paper", fusion=False),
     "EPT paper without spaces": _ept("the paper's other parts", "paper", spaces=False, num_spaces=0),

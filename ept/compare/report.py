@@ -59,7 +59,7 @@ def table(records: list[dict[str, Any]]) -> dict[str, dict[str, Cell]]:
 
 
 def markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], baseline: str) -> str:
-    """The table as Markdown, the best average first, with what the runs have in common below it.
+    """Writes the table as Markdown, the best average first, with what the runs have in common below it.
 
     Args:
         cells: of `table(records)`.
@@ -85,7 +85,7 @@ def markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], b
 
 
 def draw(cells: dict[str, dict[str, Cell]], path: str) -> None:
-    """The table as a picture, written to `path`."""
+    """Draws the table as a picture at `path`."""
     tasks = _tasks_of(cells)
     scores = {
         method: [(row[task].mean, row[task].spread) if task in row else (math.nan, 0.0) for task in tasks]
@@ -99,7 +99,7 @@ def _tasks_of(cells: dict[str, dict[str, Cell]]) -> list[str]:
 
 
 def _average(row: dict[str, Cell], tasks: list[str]) -> float:
-    """The mean over all tasks; nan while one is missing."""
+    """Returns the mean over all tasks; nan while one is missing."""
     return statistics.mean(row[task].mean for task in tasks) if all(task in row for task in tasks) else math.nan
 
 
@@ -115,14 +115,14 @@ def _score(cell: Cell | None, num_seeds: int) -> str:
 
 
 def _gain(baseline: float, average: float) -> str:
-    """The baseline's average over a method's, less one."""
+    """Returns the baseline's average over a method's, less one."""
     if math.isnan(average) or math.isnan(baseline) or average == 0:
         return "–"
     return f"{(baseline - average) / abs(average):+.1%}"
 
 
 def _legend(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]]) -> list[str]:
-    """The lines below the table: the runs' settings, the learning rates that were chosen, the machines."""
+    """Returns the lines below the table: the runs' settings, the learning rates that were chosen, the machines."""
     first, tasks = records[0], _tasks_of(cells)
     has_test = all("test" in record["metrics"] for record in records)
     split = "test" if has_test else "validation (or, where there is one, test)"

@@ -14,12 +14,12 @@ KEY = (
 
 
 def key_of(record: dict[str, Any]) -> str:
-    """What tells a run, finished or not, from others."""
+    """Returns what tells a run, finished or not, from others."""
     return json.dumps([record.get(name) for name in KEY])
 
 
 def finished(path: Path) -> list[dict[str, Any]]:
-    """The runs that stand in a results file; a last line that a kill cut short is left out."""
+    """Reads the runs in a results file; a last line that a kill cut short is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

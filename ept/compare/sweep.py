@@ -46,7 +46,7 @@ class Unfit(ValueError):
 
 
 def grid(options: Any) -> list[Job]:
-    """The runs' settings, the seeds outermost, so that a sweep that is cut short has all methods on some seeds.
+    """Lists the runs' settings, the seeds outermost, so that a sweep that is cut short has all methods on some seeds.
 
     Args:
         options: with the attributes of `ept.cli.sweep.SweepArguments`.
@@ -75,13 +75,13 @@ def grid(options: Any) -> list[Job]:
 
 
 def read_tasks(jobs: list[Job]) -> None:
-    """Reads every task's rows once; ValueError says which cannot be read."""
+    """Reads every task's rows once. ValueError says which cannot be read."""
     for model, task, data in {(job["model"], job["task"], job["data"]): None for job in jobs}:
         _read_task(model, task, data)
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """One run of the grid: the job with its metrics by split, its parameters and seconds, and the machine."""
+    """Runs one job of the grid; returns it with its metrics by split, its parameters and seconds, and the machine."""
     started = time.perf_counter()
     task, tokenizer, splits = _splits(job["model"], job["task"], job["data"], job["max_seq_length"])
     transformers.set_seed(job["seed"])
@@ -157,7 +157,7 @@ def run_on_ray(jobs: list[Job], path: Path, *, cpus_per_run: float, gpus_per_run
 
 
 def _benchmark(task: str) -> BenchmarkTask | None:
-    """The benchmarks' task of a name or of a directory with its name; None for a directory of own files."""
+    """Finds the benchmarks' task of a name or of a directory with its name; None for a directory of own files."""
     if not Path(task).is_dir():
         return benchmark_task(task)
     try:
@@ -172,7 +172,7 @@ def _name_of(task: str) -> str:
 
 
 def _files_of(task: str, data_dir: str | None) -> str | None:
-    """The directory with a task's files, or None for the hub's."""
+    """Returns the directory with a task's files, or None for the hub's."""
     if Path(task).is_dir():
         return task
     if data_dir is None:
@@ -187,7 +187,7 @@ def _files_of(task: str, data_dir: str | None) -> str | None:
 
 @functools.lru_cache(maxsize=4)
 def _read_task(model: str, task: str, data: str | None) -> tuple[Task, dict[str, tuple[Dataset | Rows, str]]]:
-    """What a task is for a kind of model, and its rows by split."""
+    """Reads what a task is for a kind of model, and its rows by split."""
     kind = default_kind(model, causal_continues=True)
     benchmark = _benchmark(task if data is None else data)
     if benchmark is not None:
@@ -207,7 +207,7 @@ def _read_task(model: str, task: str, data: str | None) -> tuple[Task, dict[str,
 def _splits(
     model: str, task_name: str, data: str | None, max_length: int
 ) -> tuple[Task, PreTrainedTokenizerBase, dict[str, Split]]:
-    """A task, the model's tokenizer, and the task's splits as tokens."""
+    """Returns a task, the model's tokenizer, and the task's splits as tokens."""
     tokenizer = load_tokenizer(model)
     task, tables = _read_task(model, task_name, data)
     return task, tokenizer, {

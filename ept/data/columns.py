@@ -50,7 +50,7 @@ class Columns:
 
 
 def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
-    """The columns to read: those wanted, and for what was left open those that only one choice is possible for.
+    """Chooses the columns to read: those wanted, and where one is left open the only one that is possible.
 
     Raises:
         ValueError: a wanted column is missing, or what was left open has no choice or several.
@@ -86,7 +86,7 @@ def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
 
 
 def texts_of(table: Dataset, source: str, column: str) -> list[str]:
-    """A column's texts; ValueError names the first row that has none."""
+    """Returns a column's texts. ValueError names the first row without one."""
     texts = list(table[column])
     for row, text in enumerate(texts, start=1):
         if not isinstance(text, str):
@@ -96,7 +96,7 @@ def texts_of(table: Dataset, source: str, column: str) -> list[str]:
 
 
 def label_strings(table: Dataset, source: str, column: str) -> list[str]:
-    """A column's labels as words, by their names where the table knows names; ValueError names the first row without."""
+    """Returns a column's labels as words, by name where the table has names. ValueError names the first row without one."""
     feature, values = table.features[column], []
     for row, value in enumerate(table[column], start=1):
         if value is None or value == "":

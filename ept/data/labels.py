@@ -39,7 +39,7 @@ class LabelCounts:
 
     @classmethod
     def merged(cls, rows: Mapping[str, int], *, several: bool = False) -> "LabelCounts":
-        """The same counts, in which whole numbers that are written as floats are whole numbers."""
+        """Counts by label, where whole numbers that are written as floats are one with those that are not."""
         counts = cls(dict(rows), several)
         if not counts.is_whole:
             return counts
@@ -74,7 +74,7 @@ class LabelCounts:
         return not self.is_whole and all(_number(label) is not None for label in self.rows)
 
     def lines(self) -> list[str]:
-        """The classes with their rows, and a warning for those that look like slips."""
+        """Describes the classes with their rows, and warns of those that look like slips."""
         by_size = sorted(self.rows, key=lambda name: (-self.rows[name], name))
         lines = [f"{len(by_size)} classes: " + _first(f"{_shown(name)} ({self.rows[name]} rows)" for name in by_size)]
         alike = defaultdict(list)
@@ -111,7 +111,7 @@ class Labels:
 
     @classmethod
     def of(cls, table: Dataset, source: str, column: str, kind: str | None = None) -> "Labels":
-        """The labels of a training file, see `of_counts`.
+        """Reads the labels of a training file, see `of_counts`.
 
         nan and infinity count as floats, which `encode` refuses: one bad score must not make classes of all.
         """
@@ -127,8 +127,8 @@ class Labels:
 
     @classmethod
     def of_counts(cls, counts: LabelCounts, source: str, column: str, kind: str | None = None) -> "Labels":
-        """What counted labels are: lists are several classes a row, decimal numbers are regressed on, the rest is
-        classified, unless `kind` says ("classification", "regression" or "multi_label").
+        """Reads counted labels: lists are several classes a row, decimal numbers are regressed on, the rest is classified,
+        unless `kind` says ("classification", "regression" or "multi_label").
 
         Raises:
             ValueError: there is nothing to tell apart, the labels could be classes as well as values, or they are
@@ -167,7 +167,7 @@ class Labels:
         return cls(tuple(names), counts.several)
 
     def encode(self, table: Dataset, source: str, column: str) -> list[int] | list[float] | list[list[float]]:
-        """The rows' labels as class numbers, as floats, or (`several`) as a 0.0 or 1.0 for each class.
+        """Returns the rows' labels as class numbers, as floats, or (`several`) as a 0.0 or 1.0 for each class.
 
         Raises:
             ValueError: the first row that has another label, with its number.
@@ -189,7 +189,7 @@ class Labels:
         return [self._number_of(value, number_of, f"{source}, row {row}") for row, value in enumerate(values, start=1)]
 
     def _numbers(self) -> dict[str, int]:
-        """The class numbers by name."""
+        """Returns the class numbers by name."""
         numbers = {name: i for i, name in enumerate(self.names or ())}
         return numbers | {str(i): i for i in range(len(numbers))} if self.unnamed else numbers
 
@@ -218,17 +218,17 @@ def _finite(value: str, at: str) -> float:
 
 
 def _without_decimals(label: str) -> str:
-    """A whole number that is written as a float, as one: 2.0 is 2."""
+    """Returns a whole number that is written as a float as one: 2.0 is 2."""
     match = re.fullmatch(r"([+-]?\d+)\.0*", label)
     return label if match is None else match[1]
 
 
 def _shown(name: str) -> str:
-    """A class's name, in quotation marks where it would be misread without."""
+    """Returns a class's name, in quotation marks where it would be misread without."""
     return repr(name) if name != name.strip() or not name else name
 
 
 def _first(words: Iterable[str]) -> str:
-    """The first words of many, with commas between."""
+    """Lists the first of many words, with commas between."""
     words = list(words)
     return listed(words[:SHOWN]) + (", …" if len(words) > SHOWN else "")

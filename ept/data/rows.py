@@ -21,7 +21,7 @@ csv.field_size_limit(2**31 - 1)  # the default refuses texts of more than 131,07
 
 
 def checked_path(path: str | os.PathLike, *, header: bool = True) -> Path:
-    """The path of a file that can be read; ValueError if it is missing, empty or of an unknown kind."""
+    """Checks that a file can be read, and returns its path. ValueError if it is missing, empty or of an unknown kind."""
     path = Path(path)
     if path.suffix.lower() not in _READERS:
         raise ValueError(
@@ -37,12 +37,12 @@ def checked_path(path: str | os.PathLike, *, header: bool = True) -> Path:
 
 
 def has_optional_header(path: Path) -> bool:
-    """Whether a file's kind may lack a header."""
+    """Tells whether a file's kind may lack a header."""
     return _READERS[path.suffix.lower()] is _csv_rows
 
 
 def read_rows(path: Path, *, header: bool = True) -> Iterator[Row]:
-    """The rows of a file that `checked_path` gave. Columns of a file without a header are "0", "1", ….
+    """Yields the rows of a file that passed `checked_path`. Columns of a file without a header are "0", "1", ….
 
     csv follows RFC 4180; in tsv a quotation mark is a character like any other, as in GLUE's files. Both give strings.
     """
@@ -50,7 +50,7 @@ def read_rows(path: Path, *, header: bool = True) -> Iterator[Row]:
 
 
 def text_lines(path: str | os.PathLike, newline: str) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, which `newline` tells apart as in `open`."""
+    """Yields the lines of a UTF-8 file with their ends; `newline` as in `open`."""
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
             yield from file
@@ -60,7 +60,7 @@ def text_lines(path: str | os.PathLike, newline: str) -> Iterator[str]:
 
 
 def json_objects(path: Path, hint: str) -> Iterator[tuple[int, Row]]:
-    """The objects of a jsonl file with the numbers of their lines; `hint` says what to write in place of another value."""
+    """Yields the objects of a jsonl file with the numbers of their lines; an error about another value ends with `hint`."""
     for number, line in enumerate(text_lines(path, newline="\n"), start=1):
         if not line.strip():
             continue
@@ -74,7 +74,7 @@ def json_objects(path: Path, hint: str) -> Iterator[tuple[int, Row]]:
 
 
 def listed(names: Any) -> str:
-    """Names with commas between."""
+    """Joins names with commas."""
     return ", ".join(map(str, names))
 
 

@@ -56,7 +56,7 @@ class RowStream:
             raise StreamError(str(error)) from error
 
     def head(self, rows: int) -> Dataset:
-        """The first rows as a table."""
+        """Returns the first rows as a table."""
         first = list(itertools.islice(self, rows))
         if not first:
             raise ValueError(f"{self.source} holds no rows: add some")
@@ -172,7 +172,7 @@ class TokenStream(IterableDataset):
 
 
 def _names_of(value: Any, classes: ClassLabel) -> Any:
-    """The names of a class number or of a list of them; what is missing stays so."""
+    """Names a class number or a list of them; what is missing stays so."""
     if isinstance(value, list):
         return [_names_of(number, classes) for number in value]
     return value if value is None or value < 0 else classes.int2str(value)

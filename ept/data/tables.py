@@ -13,7 +13,7 @@ __all__ = ["read_file", "read_hub", "read_parquet_files"]
 
 
 def read_file(path: str | os.PathLike, *, header: bool = True) -> Dataset:
-    """The rows of a csv, tsv, jsonl (json lines) or parquet file, as `read_rows` gives them; parquet keeps its types.
+    """Reads a csv, tsv, jsonl (json lines) or parquet file as a table, the rows as in `read_rows`; parquet keeps its types.
 
     Raises:
         ValueError: the file is missing, empty, damaged or of an unknown kind, or `header=False` does not go with it.
@@ -33,7 +33,7 @@ def read_file(path: str | os.PathLike, *, header: bool = True) -> Dataset:
 
 
 def read_hub(name: str, config: str | None, split: str) -> Dataset | None:
-    """A split of a data set by its hub name, or None if it has no such split."""
+    """Reads a split of a data set by its hub name; None if it has no such split."""
     try:
         splits = load_dataset(name, config)
     except (OSError, ValueError) as error:
@@ -42,7 +42,7 @@ def read_hub(name: str, config: str | None, split: str) -> Dataset | None:
 
 
 def read_parquet_files(paths: list[Path]) -> Dataset:
-    """The rows of parquet files of the same columns, one after the other."""
+    """Reads parquet files of the same columns as one table."""
     tables = []
     for path in paths:
         try:

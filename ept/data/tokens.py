@@ -19,7 +19,7 @@ def tokenize(
     max_length: int | None,
     labels: list | None = None,
 ) -> tuple[Dataset, int]:
-    """The rows as tokens, cut to `max_length` and not padded, with `labels` if given; and how many rows were cut."""
+    """Returns the rows as tokens, cut to `max_length` and not padded, with `labels` if given; and how many rows were cut."""
     texts = [texts_of(table, source, name) for name in (columns.text, columns.text_pair) if name is not None]
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
     if max_length is not None and max_length <= special:
@@ -51,6 +51,6 @@ def tokenize(
 def tokenize_targets(
     table: Dataset, source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[list[int]]:
-    """The token ids of the texts to be generated, for `tokenize`'s `labels`."""
+    """Returns the token ids of the texts to be generated, for `tokenize`'s `labels`."""
     texts = texts_of(table, source, column)
     return tokenizer(text_target=texts, truncation=True, max_length=max_length)["input_ids"]

@@ -46,7 +46,7 @@ def write_adapter(directory: str | os.PathLike, settings: dict[str, Any], tensor
 
 
 def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and tensors of an adapter directory; ValueError or FileNotFoundError says what is wrong with it."""
+    """Reads an adapter directory: settings and tensors. ValueError or FileNotFoundError says what is wrong with it."""
     directory = Path(directory)
     config_file = directory / CONFIG_NAME
     if not config_file.is_file():
@@ -75,7 +75,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
 
 
 def check_weights(directory: str | os.PathLike) -> None:
-    """ValueError if the weights of an adapter directory are not those that its config names.
+    """Raises ValueError if the weights of an adapter directory are not those that its config names.
 
     Apart from `read_adapter`, so that what is wrong with the tensors themselves is said first.
     """

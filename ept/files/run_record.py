@@ -18,7 +18,7 @@ def write_record(output_dir: str | os.PathLike, record: dict[str, Any]) -> None:
 
 
 def read_record(directory: str | os.PathLike) -> dict[str, Any]:
-    """What `ept train` wrote beside an adapter; empty for an adapter that was saved from Python.
+    """Reads what `ept train` wrote beside an adapter; empty for an adapter that was saved from Python.
 
     Raises:
         ValueError: the file is damaged, or what is read from it has another type.

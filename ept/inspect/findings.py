@@ -26,7 +26,7 @@ class Findings:
 
     Attributes:
         directory, settings, record: where it is, its adapter_config.json, its run.json (empty if there is none).
-        config, embed_dim: the settings, and d.
+        config, embed_dim, layer_dim: the settings, d, and the width of the layers' own updates (None without any).
         folded: whether it holds P* and C in place of the trained tensors.
         prompt: P* [s, d].
         gate: the weights of the spaces, [s, K].
@@ -59,17 +59,26 @@ def examine(directory: str, name_or_path: str | None = None, nearest: int = 3) -
         ValueError, OSError: the adapter is damaged, or the backbone that `name_or_path` names cannot be read; one that
             only the adapter names may be gone.
     """
-    saved = SavedAdapter.open(directory)
-    layer = _layer_of(saved)
+    saved_adapter = SavedAdapter.open(directory)
+    layer = _layer_of(saved_adapter)
     check_weights(directory)
     prompt, gate = layer.reconstruct()
     findings = Findings(
-        directory, saved.settings, saved.record, layer.config, layer.embed_dim, isinstance(layer, FoldedLayer), prompt,
-        gate if gate.shape[1] else None, _singular_values(layer), _attention(layer), layer_dim=layer.layer_dim,
-    )  # fmt: skip
+        directory,
+        saved_adapter.settings,
+        saved_adapter.record,
+        layer.config,
+        layer.embed_dim,
+        isinstance(layer, FoldedLayer),
+        prompt,
+        gate if gate.shape[1] else None,
+        _singular_values(layer),
+        _attention(layer),
+        layer_dim=layer.layer_dim,
+    )
     if nearest > 0:
         try:
-            embeddings, tokenizer = saved.load_embeddings(name_or_path)
+            embeddings, tokenizer = saved_adapter.load_embeddings(name_or_path)
         except (OSError, ValueError) as error:
             if name_or_path is not None:
                 raise
@@ -79,23 +88,23 @@ def examine(directory: str, name_or_path: str | None = None, nearest: int = 3) -
     return findings
 
 
-def _layer_of(saved: SavedAdapter) -> EPTLayer | FoldedLayer:
-    """The adapter's layer, without a backbone."""
-    prompt = saved.tensors.get("prompt")
+def _layer_of(saved_adapter: SavedAdapter) -> EPTLayer | FoldedLayer:
+    """Makes the adapter's layer, without a backbone."""
+    prompt = saved_adapter.tensors.get("prompt")
     if prompt is None or prompt.dim() != 2:
-        raise ValueError(f"{saved.directory} holds no prompt [s, d]: it is damaged, copy it again")
-    layer_dim = saved.tensors["deep_down"].shape[-1] if "deep_down" in saved.tensors else None
-    kind = FoldedLayer if saved.settings.get("folded") else EPTLayer
-    layer = kind(saved.config, prompt.shape[1], layer_dim=layer_dim)
+        raise ValueError(f"{saved_adapter.directory} holds no prompt [s, d]: it is damaged, copy it again")
+    layer_dim = saved_adapter.tensors["deep_down"].shape[-1] if "deep_down" in saved_adapter.tensors else None
+    layer_class = FoldedLayer if saved_adapter.settings.get("folded") else EPTLayer
+    layer = layer_class(saved_adapter.config, prompt.shape[1], layer_dim=layer_dim)
     try:
-        layer.load_state_dict({name: t for name, t in saved.tensors.items() if not name.startswith("head.")})
+        layer.load_state_dict({name: t for name, t in saved_adapter.tensors.items() if not name.startswith("head.")})
     except RuntimeError as error:
-        raise ValueError(f"{saved.directory}: the tensors do not fit the config: {error}") from error
+        raise ValueError(f"{saved_adapter.directory}: the tensors do not fit the config: {error}") from error
     return layer
 
 
 def _singular_values(layer: EPTLayer | FoldedLayer) -> Tensor | None:
-    """Of C in units of e: at most r of them are not zero."""
+    """Computes the singular values of C in units of e: at most r of them are not zero."""
     config = layer.config
     if isinstance(layer, FoldedLayer):
         update = layer.text_update
@@ -108,7 +117,7 @@ def _singular_values(layer: EPTLayer | FoldedLayer) -> Tensor | None:
 
 
 def _attention(layer: EPTLayer | FoldedLayer) -> Tensor | None:
-    """softmax(P·Cᵀ/√d), step 3 of docs/method.md."""
+    """Computes softmax(P·Cᵀ/√d), step 3 of docs/method.md."""
     if isinstance(layer, FoldedLayer) or layer.lowrank_a is None or layer.lowrank_b is None:
         return None
     if not layer.config.fusion:
@@ -118,7 +127,7 @@ def _attention(layer: EPTLayer | FoldedLayer) -> Tensor | None:
 
 
 def _nearest_words(prompt: Tensor, embeddings: nn.Module, tokenizer: PreTrainedTokenizerBase, nearest: int) -> Words:
-    """The vocabulary's words whose embeddings have the largest cosine with each row of P*."""
+    """Finds the vocabulary's words whose embeddings have the largest cosine with each row of P*."""
     vocab = len(weight_of(embeddings))
     table = torch.cat([embeddings(ids) for ids in torch.arange(vocab).split(8192)]).float()
     if table.shape[1] != prompt.shape[1]:

@@ -44,7 +44,7 @@ BYTES = ("weights", "adapter", "activations", "logits", "peak")
 
 
 def gpu_memory(gpu: str) -> int:
-    """Bytes of a GPU given by name ("h100") or by size ("24GB", "24GiB")."""
+    """Returns the bytes of a GPU given by name ("h100") or by size ("24GB", "24GiB")."""
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib)", gpu.strip().lower())
     if size:
         return int(float(size[1]) * (10**9 if size[2] == "gb" else 2**30))
@@ -64,7 +64,7 @@ def plan_step(
     dtype: str = "float32",
     checkpointing: bool = False,
 ) -> dict[str, Any]:
-    """Bytes of one training step of the model of `config` behind EPT; no weight is loaded or made.
+    """Predicts the bytes of one training step of the model of `config` behind EPT; no weight is loaded or made.
 
     Args:
         config: the backbone's.
@@ -86,19 +86,19 @@ def plan_step(
     if batch < 1 or length < 1 or (target_length is not None and target_length < 1):
         raise ValueError(f"batch {batch}, length {length} and target_length {target_length} must be at least 1")
     model = _without_weights(config, ept_config, task, dtype, checkpointing)
-    room = max_text_tokens(model.base_model, ept_config.prompt_length)
+    rows = model.ept_config.prompt_length
+    room = max_text_tokens(model.base_model, rows)
     if room is not None and length > room:
         raise ValueError(
-            f"length {length} does not fit: the model has positions for {room} tokens beside the prompt's "
-            f"{ept_config.prompt_length}"
+            f"length {length} does not fit: the model has positions for {room} tokens beside the prompt's {rows}"
         )
     return _run_on_fakes(model, batch, length, target_length or length)
 
 
 def _run_on_fakes(model: EPTModel, batch: int, length: int, target_length: int) -> dict[str, Any]:
-    """What `plan_step` returns, from one step of a model on the meta device."""
+    """Runs one step of a model on the meta device; returns what `plan_step` does."""
     config = model.base_model.config
-    per_token = "ForSequenceClassification" not in type(model.base_model).__name__
+    per_token = not model.traits.classifies_rows
     labels_shape: tuple[int, ...] = (batch,)
     if per_token:
         labels_shape = (batch, target_length if config.is_encoder_decoder else length)
@@ -125,16 +125,8 @@ def _run_on_fakes(model: EPTModel, batch: int, length: int, target_length: int) 
 def _without_weights(
     config: PreTrainedConfig, ept_config: EPTConfig, task: str | None, dtype: str, checkpointing: bool
 ) -> EPTModel:
-    """The wrapped model on the meta device, in training mode."""
-    if task is None:
-        task = "classification" if architecture_of(config) == "encoder" else "text2text"
-    if task == "text2text" and not (config.is_encoder_decoder or has_causal_form(config)):
-        raise ValueError(f"a {config.model_type} writes no text: use the task classification")
-    if task == "classification" and config.is_encoder_decoder:
-        raise ValueError(f"a {config.model_type} is an encoder-decoder: use the task text2text")
-    auto: Any = AutoModelForSequenceClassification
-    if task == "text2text":
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    """Builds the wrapped model on the meta device, in training mode."""
+    auto_class = _auto_class(config, task)
     bits = DTYPES[dtype]
     stored = torch.bfloat16 if bits < 16 else getattr(torch, dtype)
     config = copy.deepcopy(config)
@@ -144,7 +136,7 @@ def _without_weights(
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=stored)
+        model = auto_class.from_config(config, dtype=stored)
         if bits < 16:
             quantise(model, bits)
         ept_config = dataclasses.replace(ept_config, embed_scale=1.0, impl="torch")
@@ -154,6 +146,21 @@ def _without_weights(
             raise ValueError(f"{type(model).__name__} does not support activation checkpointing")
         wrapped.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return wrapped.train()
+
+
+def _auto_class(config: PreTrainedConfig, task: str | None) -> Any:
+    """Returns transformers' class that builds a model for a task; ValueError if the model does not do it."""
+    if task is None:
+        task = "classification" if architecture_of(config) == "encoder" else "text2text"
+    if task == "classification":
+        if config.is_encoder_decoder:
+            raise ValueError(f"a {config.model_type} is an encoder-decoder: use the task text2text")
+        return AutoModelForSequenceClassification
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if not has_causal_form(config):
+        raise ValueError(f"a {config.model_type} writes no text: use the task classification")
+    return AutoModelForCausalLM
 
 
 class _FakeStepCounter(StorageCounter):

@@ -16,7 +16,7 @@ __all__ = ["write_page"]
 
 
 def write_page(findings: Findings, output_dir: str | Path) -> list[Path]:
-    """PNG files of the parts that can be drawn, and inspect.html, which holds the texts and the pictures by itself."""
+    """Writes PNG files of the parts that can be drawn, and inspect.html, which holds the texts and the pictures by itself."""
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, tuple[Callable[..., Any], Tensor | None]] = {

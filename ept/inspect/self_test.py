@@ -25,7 +25,7 @@ ALLOWED = 2  # times the error of the plain formula in the same dtype; as tests/
 
 
 def versions(problems: list[str]) -> list[str]:
-    """A line for each package, its version against what setup.py declares; what only an extra needs may be missing."""
+    """Returns a line for each package, its version against what setup.py declares; what an extra needs may be missing."""
     lines = [f"ept {__version__}, Python {platform.python_version()} on {platform.platform()}"]
     try:
         declared = importlib.metadata.requires("ept") or []
@@ -57,7 +57,7 @@ def versions(problems: list[str]) -> list[str]:
 
 
 def devices(problems: list[str]) -> list[str]:
-    """A line for each device, with what impl="auto" takes there."""
+    """Returns a line for each device, with what impl="auto" takes there."""
     lines = []
     for device in _present():
         if device.type == "cuda":
@@ -81,7 +81,7 @@ def _present() -> list[torch.device]:
 
 
 def self_tests(problems: list[str]) -> list[str]:
-    """A line for every implementation that can run here; what is wrong goes into `problems`."""
+    """Tests every implementation that can run here; returns a line for each, what is wrong goes into `problems`."""
     lines = []
     for device in _present():
         impls = ["torch"] + (["triton"] if device.type == "cuda" and why_no_triton(device) is None else [])
@@ -110,7 +110,7 @@ def _judged(name: str, test: Any, problems: list[str]) -> str:
 
 
 def self_test(impl: str, device: torch.device) -> dict[str, tuple[float, float]]:
-    """(error, allowed) of the result and of every gradient of an implementation on small random input in fp32.
+    """Returns (error, allowed) of the result and of every gradient of an implementation on small random input in fp32.
 
     The error is against the reference in float64 on the CPU, relative in norm; allowed is twice the reference's own in
     fp32, and at least one unit in the last place for each of the sums' d terms under the square root, √d·2⁻²³.
@@ -150,7 +150,7 @@ def _results(impl: str, dtype: torch.dtype, device: torch.device) -> dict[str, t
 
 
 def _in_the_interpreter() -> dict[str, tuple[float, float]]:
-    """`self_test` of the Triton kernels in a process of its own: the interpreter is chosen before Triton's import."""
+    """Runs `self_test` of the Triton kernels in a process of its own: Triton chooses its interpreter when it is imported."""
     code = (
         "import json, torch; from ept.inspect.self_test import self_test; "
         "print(json.dumps(self_test('triton', torch.device('cpu'))))"

@@ -17,7 +17,7 @@ COLUMNS = 64  # of a heat map in the terminal
 
 
 def sections(findings: Findings) -> list[tuple[str, str]]:
-    """Titles and texts, in order."""
+    """Returns titles and texts, in order."""
     parts = [("adapter", _about(findings)), ("budget", _budget(findings))]
     if findings.record:
         parts.append(("run", _run(findings.record)))
@@ -60,7 +60,7 @@ def _about(findings: Findings) -> str:
 
 
 def method_of(config: EPTConfig) -> str:
-    """The method's name by the parts that are on."""
+    """Returns the method's name by the parts that are on."""
     labels: list[str] = []
     for part in PARTS:
         if part.name == "lowrank" and part.is_on(config):
@@ -102,7 +102,7 @@ def _run(record: dict[str, Any]) -> str:
 
 
 def _heat_map(weights: Tensor, numbers: bool = False) -> str:
-    """Rows of shaded cells between 0 and the largest weight; more than COLUMNS columns are joined by their maximum."""
+    """Draws rows of shaded cells between 0 and the largest weight; more than COLUMNS columns are joined by their maximum."""
     cells = weights.float()
     if cells.shape[1] > COLUMNS:
         cells = F.adaptive_max_pool1d(cells.unsqueeze(0), COLUMNS)[0]

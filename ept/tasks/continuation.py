@@ -18,7 +18,7 @@ CUE = " Answer:"  # stands between a text and its label, which follows after a s
 
 
 def candidates(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[list[int]]:
-    """Each label's token ids as they follow CUE. ValueError if two labels have the same."""
+    """Returns each label's token ids as they follow CUE. ValueError if two labels have the same."""
     cue = _plain(tokenizer, [CUE.strip()])[0]
     ids = []
     for whole in _plain(tokenizer, [f"{CUE.strip()} {word}" for word in words]):
@@ -33,7 +33,7 @@ def candidates(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[lis
 
 
 def contexts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int | None = None) -> list[list[int]]:
-    """The texts' token ids with CUE after them, in at most `max_length` tokens: the text is cut, never the cue."""
+    """Returns the texts' token ids with CUE after them, at most `max_length` tokens: the text is cut, never the cue."""
     cue = _plain(tokenizer, [CUE.strip()])[0]
     begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
     start = [tokenizer.bos_token_id] if begins else []
@@ -60,7 +60,7 @@ class ContinuationCollator:
         return self.continued([(row["input_ids"], self.label_ids[int(row["labels"])]) for row in rows])
 
     def continued(self, pairs: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and `labels` [rows, L], padded on the right, of contexts and continuations."""
+        """Makes `input_ids`, `attention_mask` and `labels` [rows, L], padded on the right, of contexts and continuations."""
         width = max(len(context) + len(ids) for context, ids in pairs)
         batch = {
             "input_ids": torch.full((len(pairs), width), self.pad_token_id),
@@ -75,7 +75,7 @@ class ContinuationCollator:
         return batch
 
     def separate(self, batch: dict[str, Tensor]) -> tuple[list[list[int]], list[int]]:
-        """The contexts and class numbers that a batch was made of."""
+        """Returns the contexts and class numbers that a batch was made of."""
         texts, classes = [], []
         for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
             target = labels[labels != IGNORE_INDEX].tolist()
@@ -86,7 +86,10 @@ class ContinuationCollator:
 
 @torch.no_grad()
 def label_scores(model: nn.Module, rows: list[list[int]], collate: ContinuationCollator, at_once: int = 64) -> Tensor:
-    """[rows, labels] the summed log-probabilities of every label's tokens after each context; `at_once` sequences a pass."""
+    """Returns the summed log-probabilities [rows, labels] of each label's tokens after each context.
+
+    A pass of the model takes `at_once` sequences.
+    """
     pairs = [(context, ids) for context in rows for ids in collate.label_ids]
     device = next(model.parameters()).device
     scores = []

@@ -15,7 +15,7 @@ def fit_texts(
     count: Callable[[list[tuple[str, ...]]], list[int]],
     limit: int | None,
 ) -> tuple[list[tuple[str, ...]], int]:
-    """Each row's texts in at most `limit` tokens, and how many rows had to be cut for it.
+    """Cuts each row's texts to at most `limit` tokens; returns them, and how many rows had to be cut.
 
     What gives way are words at the end of the fields in `task.cut`: a passage, not the question about it. Of several
     such fields all keep the same number of words at most, so that the longest is cut first. A row that is too long
@@ -47,7 +47,7 @@ def fit_texts(
 
 
 def _first_words(text: str, most: int) -> str:
-    """A text up to the end of its word number `most`, its spaces as they are."""
+    """Returns a text up to the end of its word number `most`, its spaces as they are."""
     end = 0
     for number, match in enumerate(re.finditer(r"\S+", text), start=1):
         if number > most:

@@ -32,7 +32,7 @@ class Rows:
         return len(self.fields)
 
     def known_labels(self) -> list[int | float]:
-        """The labels of rows that all have one; ValueError otherwise."""
+        """Returns the labels of rows that all have one; ValueError otherwise."""
         labels = [label for label in self.labels if label is not None]
         if len(labels) < len(self):
             raise ValueError(f"{len(self) - len(labels)} of {len(self)} rows have no label")
@@ -79,11 +79,11 @@ class BenchmarkTask:
         return self.labels or tuple(f"{i / 5:.1f}" for i in range(26))
 
     def word(self, label: float) -> str:
-        """The word for a class number, or the nearest number word for a score."""
+        """Returns the word for a class number, or the nearest number word for a score."""
         return f"{round(label * 5) / 5:.1f}" if self.is_regression else self.labels[int(label)]
 
     def read_word(self, text: str, truth: float) -> float:
-        """The label that a written text stands for. What is no label counts as wrong: as a class other than the true
+        """Returns the label that a written text stands for. What is no label counts as wrong: as a class other than the true
         one, or as the score -1 (T5's convention)."""
         text = text.strip()
         if not self.is_regression:
@@ -95,13 +95,13 @@ class BenchmarkTask:
         return value if 0 <= value <= 5 else -1.0
 
     def judge(self, predicted: list[float], rows: Rows) -> dict[str, float]:
-        """The task's metrics of predicted class numbers or scores, the paper's first."""
+        """Computes the task's metrics of predicted class numbers or scores, the paper's first."""
         number = len(self.labels)
         return metrics_of(self.metrics, Answers(list(rows.labels), list(predicted), number, range(number), rows.groups))
 
 
 def benchmark_task(name: str) -> BenchmarkTask:
-    """The task of a name, in any case and with or without hyphens (SST-2, sst2)."""
+    """Returns the task of a name, in any case and with or without hyphens (SST-2, sst2)."""
     task = BENCHMARK_TASKS.get(re.sub(r"[-_ ]", "", name.lower()))
     if task is None:
         raise ValueError(f"unknown task {name!r}: choose one of {', '.join(BENCHMARK_TASKS)}")
@@ -112,7 +112,7 @@ def benchmark_task(name: str) -> BenchmarkTask:
 
 
 def _mark(text: str, *spans: tuple[int, int, str]) -> str:
-    """The text with a sign before and after each span of characters (start, end, sign); spans may lie in each other."""
+    """Puts a sign before and after each span of characters (start, end, sign); spans may lie in each other."""
     signs = []  # at one place: what ends before what begins, of two that begin the longer first
     for start, end, sign in spans:
         signs += [(start, 1, -end, f"{sign} "), (end, 0, -start, f" {sign}")]
@@ -122,7 +122,7 @@ def _mark(text: str, *spans: tuple[int, int, str]) -> str:
 
 
 def _wic(row: dict[str, Any]) -> dict[str, str]:
-    """The sentences, and the same with a sign around the word, by its characters' positions."""
+    """Returns the sentences, and the same with a sign around the word, by its characters' positions."""
     fields = {name: row[name] for name in ("word", "sentence1", "sentence2")}
     for n in "12":
         text, start, end = row[f"sentence{n}"], int(row[f"start{n}"]), int(row[f"end{n}"])
@@ -146,7 +146,7 @@ def _span(text: str, span: str, index: int) -> tuple[int, int]:
 
 
 def _wsc(row: dict[str, Any]) -> dict[str, str]:
-    """The text with * around the noun and # around the pronoun, and what follows the last of them."""
+    """Returns the text with * around the noun and # around the pronoun, and what follows the last of them."""
     text = row["text"]
     spans = [(*_span(text, row[f"span{n}_text"], int(row[f"span{n}_index"])), sign) for n, sign in ((1, "*"), (2, "#"))]
     last = max(end for _, end, _ in spans)
@@ -159,7 +159,7 @@ def _wsc(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _multirc(row: dict[str, Any]) -> dict[str, str]:
-    """The paragraph without its markup, the question and the answer."""
+    """Returns the paragraph without its markup, the question and the answer."""
     paragraph = re.sub(r"</?b>", "", re.sub(r"<br\s*/?>", " ", row["paragraph"]))
     return {"paragraph": paragraph, "question": row["question"], "answer": row["answer"]}
 

@@ -24,7 +24,7 @@ COLA_COLUMNS = ["source", "label", "mark", "sentence"]
 
 
 def read_benchmark(task: BenchmarkTask, data_dir: str | None, splits: tuple[str, ...]) -> dict[str, tuple[Rows, str]]:
-    """The rows and their source by split, of those splits that there are; ValueError if the first is missing."""
+    """Reads the splits that there are: rows and source by split. ValueError if the first split is missing."""
     rows_by_split = {split: read_task(task, split, data_dir) for split in splits}
     if rows_by_split[splits[0]] is None:
         raise ValueError(
@@ -35,7 +35,7 @@ def read_benchmark(task: BenchmarkTask, data_dir: str | None, splits: tuple[str,
 
 
 def read_task(task: BenchmarkTask, split: str, data_dir: str | None = None) -> tuple[Rows, str] | None:
-    """A split's rows and where they are from, or None where there is no such split.
+    """Reads a split; returns its rows and where they are from, or None where there is no such split.
 
     Args:
         split: "train", "validation", "validation_mismatched" (MNLI) or "test".
@@ -138,7 +138,7 @@ def _flat(task: BenchmarkTask, row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows(task: BenchmarkTask, numbered: list[tuple[int, dict[str, Any]]], source: str) -> Rows:
-    """The rows of numbered lines (or table rows); ValueError names the first that is none of the task's."""
+    """Makes Rows of numbered lines (or table rows). ValueError names the first line that is no row of the task."""
     fields, labels, groups = [], [], []
     for number, published in numbered:
         try:
@@ -170,7 +170,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def _label(task: BenchmarkTask, row: dict[str, Any]) -> int | float | None:
-    """A class number or score from a word, a number, True or False; None where it is missing (also "-" and -1)."""
+    """Returns a class number or score from a word, a number, True or False; None where it is missing (also "-" and -1)."""
     value = next((row[name] for name in task.label_columns if row.get(name) is not None), None)
     if value is None or str(value).strip() in ("", "-", "-1", "-1.0"):
         return None

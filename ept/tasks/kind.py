@@ -67,7 +67,7 @@ class TaskKind(ABC):
 
     @abstractmethod
     def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
-        """The pretrained model that learns this kind; `head` and `dtype` as in `load_classifier`.
+        """Loads the pretrained model that learns this kind; `head` and `dtype` as in `load_classifier`.
 
         Raises:
             ValueError, OSError: there is no such model, or it does not do this.
@@ -76,44 +76,44 @@ class TaskKind(ABC):
     @classmethod
     @abstractmethod
     def adapts(cls, model_class: str, problem_type: str | None) -> bool:
-        """Whether an adapter of a model of this class learned this kind."""
+        """Tells whether an adapter of a model of this class learned this kind."""
 
     @classmethod
     @abstractmethod
     def saved_label_names(cls, settings: dict[str, Any], record: dict[str, Any], config_file: str) -> list[str] | None:
-        """The label names in a trained adapter's config (`settings`) or run record; ValueError where they are missing."""
+        """Returns the label names in an adapter's config (`settings`) or run record. ValueError where they are missing."""
 
     # ------------------------------------------------------------------ a benchmark's task
 
     @classmethod
     def benchmark_labels(cls, task: BenchmarkTask) -> tuple[str, ...] | None:
-        """The label names that a benchmark's task has for this kind."""
+        """Returns the label names that a benchmark's task has for this kind."""
         return None
 
     def benchmark_templates(self, task: BenchmarkTask) -> tuple[str, ...]:
-        """The templates of the texts that a model is shown."""
+        """Returns the templates of the texts that a model is shown."""
         return (task.prompt,)
 
     def benchmark_label(self, task: BenchmarkTask, label: float) -> float | str:
-        """A row's label as the label column holds it."""
+        """Returns a row's label as the label column holds it."""
         return task.word(label)
 
     @abstractmethod
     def benchmark_values(self, task: BenchmarkTask, predictions: Any, rows: Rows) -> list[float]:
-        """The class numbers or scores that predictions stand for."""
+        """Returns the class numbers or scores that predictions stand for."""
 
     # ------------------------------------------------------------------ rows
 
     def text_limit(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
-        """How many of `max_length` tokens are left to the text."""
+        """Returns how many of `max_length` tokens are left to the text."""
         return max_length
 
     def count_tokens(self, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> list[int]:
-        """The number of tokens of each row's texts, uncut."""
+        """Counts the tokens of each row's texts, uncut."""
         return [len(row["input_ids"]) for row in self.encode_texts(tokenizer, texts, None)]
 
     def encode_texts(self, tokenizer: PreTrainedTokenizerBase, texts: Texts, limit: int | None) -> list[dict[str, Any]]:
-        """Rows of at most `limit` tokens, not padded."""
+        """Encodes texts as rows of at most `limit` tokens, not padded."""
         cut = {} if limit is None else {"truncation": True, "max_length": limit}
         encoded = tokenizer(*map(list, zip(*texts, strict=True)), verbose=False, **cut)
         return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
@@ -121,7 +121,7 @@ class TaskKind(ABC):
     def targets(
         self, table: "Dataset", source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_target_length: int
     ) -> tuple[list[Any], list[Any]]:
-        """What a label column's predictions are judged by, and the labels that the model trains on."""
+        """Returns what a label column's predictions are judged by, and the labels that the model trains on."""
         from ept.data.labels import Labels  # `datasets`, which it imports, is optional
 
         labels = Labels(self.label_names, self.label_form == "multi_label").encode(table, source, column)
@@ -136,37 +136,37 @@ class TaskKind(ABC):
         limit: int | None,
         labels: list[Any],
     ) -> tuple["Dataset", int]:
-        """A table's texts as rows of at most `limit` tokens with `labels`, and how many rows were cut."""
+        """Encodes a table's texts as rows of at most `limit` tokens with `labels`; returns them, and how many rows were cut."""
         from ept.data.tokens import tokenize  # as above
 
         return tokenize(table, source, columns, tokenizer, limit, labels)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
-        """What makes a padded batch of encoded rows."""
+        """Returns what makes a padded batch of encoded rows."""
         return padding_collator(model, tokenizer)
 
     # ------------------------------------------------------------------ predictions
 
     def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
-        """The function that predicts for rows of tokens: logits [rows, labels], label scores, or written texts."""
+        """Returns the function that predicts for rows of tokens: logits [rows, labels], label scores, or written texts."""
         return logits_predictor(model, tokenizer)
 
     def from_trainer(self, predictions: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """Predictions that transformers' Trainer collected, as `predictor` gives them."""
+        """Turns predictions that transformers' Trainer collected into what `predictor` gives."""
         return predictions
 
     @abstractmethod
     def answers(self, predictions: Any, truth: list[Any]) -> Answers:
-        """Predictions beside the truth, for the metrics."""
+        """Pairs predictions with the truth, for the metrics."""
 
     def metrics(self, predictions: Any, truth: list[Any]) -> dict[str, float]:
-        """The metrics in `evaluated`, in their order."""
+        """Computes the metrics in `evaluated`, in their order."""
         names = [name for name in self.evaluated if name != "loss"]
         return metrics_of(names, self.answers(predictions, truth))
 
     @classmethod
     def best_metric(cls, metric_for_best_model: str | None = None) -> tuple[str, bool]:
-        """The metric that tells the best checkpoint, by default the first, and whether more of it is better."""
+        """Returns the metric that tells the best checkpoint, by default the first, and whether more of it is better."""
         name = cls.evaluated[0] if metric_for_best_model is None else metric_for_best_model.removeprefix("eval_")
         if name not in cls.evaluated:
             raise ValueError(
@@ -176,4 +176,4 @@ class TaskKind(ABC):
 
     @abstractmethod
     def lines(self, predictions: Any) -> Iterator[str]:
-        """Each prediction as a line of text."""
+        """Yields each prediction as a line of text."""

@@ -306,7 +306,7 @@ KINDS: dict[str, type[TaskKind]] = {
 
 
 def default_kind(name_or_path: str, *, causal_continues: bool) -> str | None:
-    """The name of the kind that a model's architecture alone decides; None where the labels decide.
+    """Returns the name of the kind that a model's architecture alone decides; None where the labels decide.
 
     Args:
         causal_continues: whether a causal model scores the labels' words where nothing else is asked for.
@@ -316,7 +316,7 @@ def default_kind(name_or_path: str, *, causal_continues: bool) -> str | None:
 
 
 def kind_of_adapter(settings: dict[str, Any], record: dict[str, Any], config_file: str) -> TaskKind:
-    """The kind that a trained adapter learned, with its labels.
+    """Returns the kind that a trained adapter learned, with its labels.
 
     Args:
         settings, record: the adapter's config and its run record.
@@ -335,7 +335,7 @@ def kind_of_adapter(settings: dict[str, Any], record: dict[str, Any], config_fil
 
 
 def _chosen(predictions: Any) -> list[Any]:
-    """The number of the highest of each row's logits or scores [rows, labels]."""
+    """Returns the number of the highest of each row's logits or scores [rows, labels]."""
     return torch.as_tensor(predictions).argmax(-1).tolist()
 
 

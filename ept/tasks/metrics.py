@@ -26,12 +26,12 @@ class Answers(NamedTuple):
 
 
 def metrics_of(names: Iterable[str], answers: Answers) -> dict[str, float]:
-    """The metrics of these names, in this order."""
+    """Computes the metrics of these names, in this order."""
     return {name: float(METRICS[name](answers)) for name in names}
 
 
 def is_better_higher(name: str) -> bool:
-    """Whether more of a metric, or of "loss", is better."""
+    """Tells whether more of a metric, or of "loss", is better."""
     return name not in ("loss", "mse")
 
 

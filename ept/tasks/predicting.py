@@ -30,7 +30,7 @@ Predictor = Callable[[list[Row]], Tensor | list[str]]
 
 @torch.no_grad()
 def predict(predictor: Predictor, rows: Any, batch_size: int, description: str | None = None) -> Tensor | list[str]:
-    """The predictions of all rows, in their order; with a description, a progress bar.
+    """Predicts all rows; returns the predictions in the rows' order. A description shows a progress bar.
 
     Args:
         predictor: what one of this module's functions gave.
@@ -46,7 +46,7 @@ def predict(predictor: Predictor, rows: Any, batch_size: int, description: str |
 
 
 def logits_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Predictor:
-    """Predicts logits [rows, labels], fp32 on the CPU, with a model that has a head."""
+    """Returns a predictor of logits [rows, labels], fp32 on the CPU, of a model that has a head."""
     collate = padding_collator(model.eval(), tokenizer)
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ def logits_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def text_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
-    """Predicts the texts that a model with `generate` writes."""
+    """Returns a predictor of the texts that a model with `generate` writes."""
     writer: Any = model.eval()
     collate = DataCollatorWithPadding(tokenizer)
 
@@ -70,7 +70,7 @@ def text_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new
 
 
 def score_predictor(model: nn.Module, collate: ContinuationCollator) -> Predictor:
-    """Predicts each label's score [rows, labels] as the continuation of a text, with a causal language model."""
+    """Returns a predictor of each label's score [rows, labels] as a continuation, of a causal language model."""
     model.eval()
     return lambda rows: label_scores(model, [row["input_ids"] for row in rows], collate)
 
@@ -93,7 +93,7 @@ class PaddingCollator(DataCollatorWithPadding):
 
 
 def padding_collator(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
-    """The collator for a model with a head, an EPTModel or one of the compared methods'."""
+    """Returns the collator for a model with a head, an EPTModel or one of the compared methods'."""
     collate = PaddingCollator(tokenizer)
     peft = getattr(model, "active_peft_config", None)
     if peft is not None and peft.is_prompt_learning and isinstance(

@@ -58,7 +58,7 @@ class Task:
     def of_table(
         cls, table: Dataset, source: str, wanted: Columns, kind: str | None = None, stream: RowStream | None = None
     ) -> "Task":
-        """The task that the training rows of an own file hold; says which classes there are, with their rows.
+        """Reads the task from the training rows of an own file; says which classes there are, with their rows.
 
         Args:
             wanted: the columns that are not to be guessed.
@@ -92,7 +92,7 @@ class Task:
 
     @classmethod
     def of_benchmark(cls, task: BenchmarkTask, kind: str | None) -> "Task":
-        """A benchmark's task; `kind` is a name in `KINDS`, or None for the head that the task's labels need."""
+        """Makes the task of a benchmark's; `kind` is a name in `KINDS`, or None for the head that the task's labels need."""
         natural: type[TaskKind] = Regression if task.is_regression else Classification
         kind_class = natural if kind is None else KINDS[kind]
         if kind_class.has_head and kind_class is not natural:
@@ -115,7 +115,7 @@ class Task:
         max_length: int | None,
         max_target_length: int,
     ) -> Split:
-        """The rows as tokens in at most `max_length`; says once how many were cut, and how many have no label."""
+        """Encodes the rows in at most `max_length` tokens; says once how many were cut, and how many have no label."""
         limit = self.kind.text_limit(tokenizer, max_length)
         rows: Rows | None = None
         columns = self.columns
@@ -133,7 +133,7 @@ class Task:
     def _as_table(
         self, rows: Rows, source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None
     ) -> tuple[Dataset, Columns]:
-        """A benchmark's rows as text and label, its passages cut to fit."""
+        """Makes a table of a benchmark's rows, text and label, the passages cut to fit."""
         if self.benchmark is None:
             raise ValueError("the rows of a benchmark need its task: see Task.of_benchmark")
         benchmark = self.benchmark
@@ -152,7 +152,7 @@ class Task:
         return Dataset.from_dict(values | {"label": labels}), columns
 
     def metrics(self, predictions: Any, split: Split) -> dict[str, float]:
-        """The metrics of all of a split's rows in their order, the paper's first.
+        """Computes the metrics of all of a split's rows in their order, the paper's first.
 
         Args:
             predictions: logits or label scores [rows, classes]; values [rows] or [rows, 1]; or written texts.
@@ -164,7 +164,7 @@ class Task:
         return self.benchmark.judge(self.kind.benchmark_values(self.benchmark, predictions, split.rows), split.rows)
 
     def compute_metrics(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], dict[str, float]]:
-        """What transformers' Trainer calls with the predictions of all of a split's rows, in their order."""
+        """Returns the function that transformers' Trainer calls with the predictions of a split's rows, in their order."""
 
         def compute(evaluated: Any) -> dict[str, float]:
             predictions = evaluated.predictions
@@ -175,7 +175,7 @@ class Task:
         return compute
 
     def best_metric(self, metric_for_best_model: str | None = None) -> tuple[str, bool]:
-        """The metric that tells the best checkpoint (by default the paper's), and whether more of it is better."""
+        """Returns the metric that tells the best checkpoint (by default the paper's), and whether more of it is better."""
         if self.benchmark is None:
             return self.kind.best_metric(metric_for_best_model)
         loss = ["loss"] if "loss" in self.kind.evaluated else []
@@ -189,7 +189,7 @@ class Task:
 
 
 def _labelled(rows: Rows, source: str) -> Rows:
-    """The rows that have a label; says how many have none. ValueError if none has one."""
+    """Leaves out rows without a label, and says how many. ValueError if no row has one."""
     keep = [i for i, label in enumerate(rows.labels) if label is not None]
     if not keep:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The checkpoints of a training: the last whole one, and whether a model can go on from one."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,14 +9,15 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ept.config import EPTConfig
 from ept.files.adapter_dir import read_adapter
 from ept.model.model import EPTModel
 
-__all__ = ["check_same_adapter", "is_whole", "last_checkpoint"]
+__all__ = ["adapter_settings", "check_same_adapter", "is_whole", "last_checkpoint"]
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest whole checkpoint-N in a directory, or None."""
+    """Finds the newest whole checkpoint-N in a directory; None where there is none."""
     whole = []
     for path in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -25,7 +27,7 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:
-    """Whether a checkpoint was written to its end.
+    """Tells whether a checkpoint was written to its end.
 
     The Trainer writes trainer_state.json last, so one that a kill cut short lacks it or breaks off in it.
     """
@@ -36,13 +38,23 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
     return True
 
 
+def adapter_settings(checkpoint: str) -> dict[str, Any]:
+    """The fields of the EPTConfig of a checkpoint's adapter."""
+    saved, fields = read_adapter(checkpoint)[0], dataclasses.fields(EPTConfig)
+    return {field.name: saved[field.name] for field in fields if field.name in saved}
+
+
 def check_same_adapter(checkpoint: str, model: EPTModel) -> None:
-    """ValueError if a checkpoint's adapter has other sizes or labels than the model that is to go on from it."""
-    saved = read_adapter(checkpoint)[0]
+    """Raises ValueError if a checkpoint's adapter has other sizes or labels than the model that is to go on from it."""
+    checkpoint_settings = read_adapter(checkpoint)[0]
     for name, value in model.ept_config.to_dict().items():
-        if saved.get(name) != value:
-            raise ValueError(f"{checkpoint} was trained with {name} {saved.get(name)}, not {value}: resume as it began")
+        if checkpoint_settings.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} was trained with {name} {checkpoint_settings.get(name)}, not {value}: resume as it began"
+            )
     names: Any = model.config.id2label  # by number, though transformers' type has names for keys, too
     label_names = [names[number] for number in sorted(names)]
-    if model.head_names and saved.get("label_names") != label_names:
-        raise ValueError(f"{checkpoint} was trained with the labels {saved.get('label_names')}, not {label_names}")
+    if model.head_names and checkpoint_settings.get("label_names") != label_names:
+        raise ValueError(
+            f"{checkpoint} was trained with the labels {checkpoint_settings.get('label_names')}, not {label_names}"
+        )

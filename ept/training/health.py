@@ -8,7 +8,7 @@ __all__ = ["gate_health"]
 
 
 def gate_health(gate: Tensor) -> dict[str, float]:
-    """Mean weight of each space over the prompt rows, and the rows' mean entropy over ln K (1: uniform, 0: one space).
+    """Returns each space's mean weight over the prompt rows, and the rows' mean entropy over ln K (1: uniform, 0: one space).
 
     A space whose mean weight goes to 0 is dead. Empty for an adapter without spaces.
     """

@@ -88,7 +88,7 @@ def parameter_groups(
     head_learning_rate: float = HEAD_LEARNING_RATE,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """The optimiser's groups, in this order: the prompt, what starts at zero, what feeds it, the updates where every
+    """Returns the optimiser's groups, in this order: the prompt, what starts at zero, what feeds it, the updates where every
     layer has its own, and the head.
 
     The rates are those of `EPTArguments`. The prompt and biases have no weight decay.
@@ -112,7 +112,7 @@ def parameter_groups(
 
 
 def _tensors_by_rate(model: EPTModel) -> dict[str, list[nn.Parameter]]:
-    """The adapter's trained tensors by the learning rate that moves them, as `ept.parts` says.
+    """Returns the adapter's trained tensors by the learning rate that moves them, as `ept.parts` says.
 
     Beside deep updates the first layer's token-conditioned update learns at their rate, as one of them.
     """

@@ -20,7 +20,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextlib.contextmanager
     def on_sigterm(self) -> Iterator[None]:
-        """Within, SIGTERM is noted; only in the main thread, since Python takes no signals in others."""
+        """Notes SIGTERM within the block; only in the main thread, since Python takes no signals in others."""
         self.came = False
         if threading.current_thread() is not threading.main_thread():
             yield

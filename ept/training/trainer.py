@@ -62,7 +62,7 @@ class _EPTTrainerMixin(Trainer):
         self.add_callback(self._stop)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimiser that `args.optim` names, over `parameter_groups`."""
+        """Makes the optimiser that `args.optim` names, over `parameter_groups`."""
         if self.optimizer is None:
             model_here: Any = self.model  # not a PreTrainedModel, but asked for its modules alone
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model_here)
@@ -74,7 +74,7 @@ class _EPTTrainerMixin(Trainer):
         return self.optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `train`; True resumes from the last whole checkpoint, passing over one that a kill cut short.
+        """Trains; True resumes from the last whole checkpoint, passing over one that a kill cut short.
 
         SIGTERM ends the training after the step that it falls into, with a checkpoint; `terminated` says so then.
         Raises OSError if a checkpoint cannot be written; nothing of it is left, and older ones are as they were.
@@ -172,9 +172,9 @@ class _EPTTrainerMixin(Trainer):
         files = [os.path.join(checkpoint, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
         if all(map(os.path.isfile, files)):  # not there with save_only_model
             optimizer, schedule = self._optimizer_and_schedule()
-            saved, saved_schedule = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
-            load_optimizer_state(optimizer, saved)
-            schedule.load_state_dict(saved_schedule)
+            state, schedule_state = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+            load_optimizer_state(optimizer, state)
+            schedule.load_state_dict(schedule_state)
 
     def _optimizer_and_schedule(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         if self.optimizer is None or self.lr_scheduler is None:
@@ -221,7 +221,7 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """No loss, the scores of all labels, and the rows' class numbers."""
+        """Returns no loss, the scores of all labels, and the rows' class numbers."""
         collate = self.data_collator
         if not isinstance(collate, ContinuationCollator):
             raise TypeError(f"data_collator must be a ContinuationCollator, not {type(collate).__name__}")

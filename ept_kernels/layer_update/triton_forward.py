@@ -115,6 +115,11 @@ def kind_of_scale(update: Update) -> str:
     return "one" if update.scales.dim() == 0 else "adapter"
 
 
+def warps_of(tile_d: int) -> int:
+    """Warps of a program: as many as keep two tokens in it."""
+    return 4 if tile_d <= 1024 else 8 if tile_d <= 4096 else 16
+
+
 class Tiling(NamedTuple):
     """How the tokens are cut: ROWS in a program of `warps`, `tiles` programs for each batch row, `items` in all."""
 
@@ -129,7 +134,7 @@ class Tiling(NamedTuple):
         """From the shapes alone."""
         batch, columns, d = update.hidden.shape
         tile_d = power_of_two(d)
-        warps = 4 if tile_d <= 1024 else 8 if tile_d <= 4096 else 16
+        warps = warps_of(tile_d)
         length = columns if update.adapter_index is not None else batch * columns
         rows = max(1, min(PER_THREAD * 32 * warps // tile_d, MOST_ROWS, power_of_two(length)))
         tiles = divided_up(length, rows)

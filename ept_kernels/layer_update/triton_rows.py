@@ -40,7 +40,7 @@ def project(x, weight, first, places, D: tl.constexpr, Q: tl.constexpr, GROUP: t
     """x·weightᵀ for the rows first … first + GROUP of the weight: a tuple of one vector for each."""
     products = ()
     for k in tl.static_range(GROUP):
-        products = products + (tl.sum(x * load_weight(weight, first + k, places, D, Q, COMPUTE)[None, :], 1),)  # type: ignore[assignment] # noqa: RUF005  Triton knows no *
+        products = products + (tl.sum(x * load_weight(weight, first + k, places, D, Q, COMPUTE)[None, :], 1),)  # type: ignore[assignment]  # noqa: RUF005
     return products
 
 
