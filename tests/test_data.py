@@ -56,6 +56,17 @@ def test_quoted_csv_texts_may_run_over_lines_and_words_that_mean_nothing_stay_wo
     assert list(table["text"]) == ["two\nlines", "null"] and list(table["label"]) == ["NA", "None"]
 
 
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_semicolons_and_tabs_divide_a_csv_whose_header_has_no_comma(sign, tmp_path):
+    path = write(tmp_path / "x.csv", f'text{sign}label\n"good{sign} really, yes"{sign}1\nso, so{sign}0\n')
+    assert read_file(path)[1] == {"text": "so, so", "label": "0"}
+    bare = write(tmp_path / "bare.csv", f"a text{sign}1\n")
+    with pytest.raises(ValueError, match=r"bare\.csv: its first line has .* and no comma"):
+        read_file(bare, header=False)
+    one = write(tmp_path / "one.csv", f'"a text{sign} and more"\n')
+    assert read_file(one, header=False)[0] == {"0": f"a text{sign} and more"}
+
+
 def test_without_a_header_columns_are_numbered(tmp_path):
     path = write(tmp_path / "cola.tsv", "gj04\t1\t\tThe film ends.\nbc81\t0\t*\tThe film end.\n")
     table = read_file(path, header=False)

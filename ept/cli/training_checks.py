@@ -10,7 +10,7 @@ __all__ = ["check_training_options"]
 
 
 def check_training_options(args: Any, task: Task, splits: dict[str, Split]) -> None:
-    """ValueError if the arguments, as they are after `_complete_arguments`, do not go with the task or its rows.
+    """Raises ValueError if the arguments, as they are after `_complete_arguments`, do not go with the task or its rows.
 
     Args:
         splits: the rows by split; "train" may be a stream, whose number of rows is not known.

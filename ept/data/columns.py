@@ -112,7 +112,7 @@ def holds_lists(table: Dataset, column: str) -> bool:
 
 
 def label_lists(table: Dataset, source: str, column: str) -> list[list[str]]:
-    """Each row's labels as words where a row may have several, or none.
+    """Reads each row's labels as words where a row may have several, or none.
 
     Raises:
         ValueError: the first row whose cell is no list of different labels, with its number.
@@ -125,7 +125,7 @@ def label_lists(table: Dataset, source: str, column: str) -> list[list[str]]:
 
 
 def labels_in(cell: Any, at: str, column: str) -> list[str]:
-    """The labels in a cell that is a list; ValueError where it is none, or holds one twice. `at` names the row."""
+    """Returns the labels in a cell that is a list; ValueError where it is none, or holds one twice. `at` names the row."""
     if cell is None:
         raise ValueError(f"{at}: the label ({column!r}) is missing: an empty list says that a row has none")
     if not isinstance(cell, list):
@@ -146,7 +146,7 @@ def labels_in(cell: Any, at: str, column: str) -> list[str]:
 
 
 def split_labels(table: Dataset, columns: Columns) -> Dataset:
-    """The table with lists in the label column where `label_separator` stands between labels; an empty cell has none."""
+    """Makes lists of labels where `label_separator` stands between them; an empty cell has none. Returns the table."""
     separator, column = columns.label_separator, columns.chosen_label
     if separator is None:
         return table
@@ -155,12 +155,12 @@ def split_labels(table: Dataset, columns: Columns) -> Dataset:
 
 
 def split_cell(cell: Any, separator: str | None) -> Any:
-    """The labels in a cell as a list; what is a list or missing, and all without a separator, stays as it is."""
+    """Splits a cell into a list of labels; what is a list or missing, and all without a separator, stays as it is."""
     if separator is None or cell is None or isinstance(cell, list):
         return cell
     return [part.strip() for part in str(cell).split(separator) if part.strip()]
 
 
 def _element(feature: Any) -> Any:
-    """The type of a list's elements; None for what is no list."""
+    """Returns the type of a list's elements; None for what is no list."""
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)

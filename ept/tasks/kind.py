@@ -60,7 +60,7 @@ class TaskKind(ABC):
         return None
 
     def with_threshold(self, threshold: float) -> "TaskKind":
-        """The kind with another probability above which a row has a label; ValueError for kinds with one label a row."""
+        """Returns the kind with another probability above which a row has a label; ValueError where a row has one label."""
         raise ValueError(f"`threshold` is for rows with several labels, and the adapter learned {self.name}")
 
     # ------------------------------------------------------------------ the model

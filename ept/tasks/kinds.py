@@ -128,7 +128,7 @@ class MultiLabel(Classification):
         return Answers(torch.tensor(truth).int().tolist(), chosen.int().tolist(), num_classes=chosen.shape[-1])
 
     def lines(self, predictions: Tensor) -> Iterator[str]:
-        """Every label above the threshold with its probability, the likeliest first, with tabs between; none: ""."""
+        """Writes every label above the threshold with its probability, the likeliest first; a row without has an empty line."""
         for row in predictions.sigmoid():
             order = row.argsort(descending=True)
             pairs = [(self.words[i], p) for i, p in zip(order.tolist(), row[order].tolist(), strict=True)]

@@ -19,7 +19,7 @@ OF_TOKENS = (DataCollatorWithPadding, DataCollatorForSeq2Seq, DataCollatorForTok
 
 
 def check_tokenised(rows: Any, name: str, collator: Any) -> None:
-    """ValueError if rows are text, which their collator does not tokenise; `name` is what the error calls them."""
+    """Raises ValueError if rows are text, which their collator does not tokenise; `name` is what the error calls them."""
     if collator is not default_data_collator and type(collator) not in OF_TOKENS:
         return
     row = _first(rows)
@@ -34,13 +34,13 @@ def check_tokenised(rows: Any, name: str, collator: Any) -> None:
 
 
 def knows_lengths(rows: Any, length_column: str) -> bool:
-    """Whether rows that can be counted say how long they are: by their tokens, or by a column with the length."""
+    """Tells whether rows that can be counted say how long they are: by their tokens, or by a column of lengths."""
     row = _first(rows)
     return row is not None and ("input_ids" in row or (length_column in row and hasattr(rows, "column_names")))
 
 
 def _first(rows: Any) -> Mapping[str, Any] | None:
-    """The first row, where rows can be indexed and it is a mapping."""
+    """Returns the first row, where rows can be indexed and it is a mapping."""
     if not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__") or not len(rows):
         return None
     row = rows[0]

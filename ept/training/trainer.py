@@ -96,7 +96,7 @@ class _EPTTrainerMixin(Trainer):
         return self._stop.came
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        """transformers' sampler; rows whose lengths are not known come in random order in place of that by length."""
+        """Makes transformers' sampler; rows whose lengths are not known come in random order in place of that by length."""
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         by_length = self.args.train_sampling_strategy == "group_by_length"
         if by_length and hasattr(rows, "__len__") and not knows_lengths(rows, self.args.length_column_name):
@@ -200,7 +200,7 @@ class EPTSeq2SeqTrainer(_EPTTrainerMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer for an EPTModel; use it with EPTSeq2SeqTrainingArguments."""
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """transformers' loss. With label smoothing it takes the labels away, from which the decoder's input is made."""
+        """Computes transformers' loss. With label smoothing it hides the labels, of which the decoder's input is made."""
         if self.label_smoother is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
             backbone: Any = self.model.base_model
             shifted = backbone.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
@@ -231,8 +231,10 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
 
 
 def _check_label_smoothing(model: EPTModel) -> None:
-    """ValueError if transformers' smoothed loss is not the model's: it takes labels for class numbers that stand beside
-    their logits."""
+    """Raises ValueError where transformers' smoothed loss is wrong.
+
+    It takes labels for class numbers that stand beside their logits.
+    """
     backbone: Any = model.base_model
     problem_type = getattr(backbone.config, "problem_type", None)
     if problem_type in ("regression", "multi_label_classification"):
