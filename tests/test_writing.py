@@ -259,7 +259,7 @@ def adapter(place):
 def test_a_causal_model_learns_from_prompts_and_completions_to_write(adapter, place, capsys):
     record = json.loads((adapter / "run.json").read_text())
     assert record["task"] == "text2text" and record["label_words"] is None and not record["reads_chat"]
-    assert record["columns"] == {"text": "prompt", "text_pair": None, "label": "completion"}
+    assert Columns(**record["columns"]) == Columns("prompt", None, "completion")
     assert list(record["metrics"])[:2] == ["eval_exact_match", "eval_token_f1"] and "eval_loss" in record["metrics"]
     assert record["metrics"]["eval_exact_match"] > 0.8
     words = ["--test_file", place / "rows.jsonl", "--max_target_length", 4]
@@ -274,7 +274,7 @@ def test_conversations_are_learned_and_other_columns_by_their_names(place, tmp_p
     model = ["--model_name_or_path", place / "llama", "--max_steps", 2, *SMALL]
     assert command("train", *model, "--train_file", place / "chats.jsonl", "--output_dir", tmp_path / "chat") == 0
     record = json.loads((tmp_path / "chat" / "run.json").read_text())
-    assert record["reads_chat"] and record["columns"] == {"text": "messages", "text_pair": None, "label": None}
+    assert record["reads_chat"] and Columns(**record["columns"]) == Columns("messages")
     capsys.readouterr()
     assert command("eval", "--adapter", tmp_path / "chat", "--test_file", place / "chats.jsonl") == 0
     assert last_json(capsys)["rows"] == 64

@@ -54,7 +54,8 @@ def read_training_data(options: TrainOptions) -> TrainingData:
     if stream is not None and kind is not None and not KINDS[kind].can_stream:
         raise ValueError(f"--streaming does not know --task {asked} with this model: leave one of them out")
     tables = _read_tables(data, header=not options.columns.no_header, stream=stream)
-    wanted = Columns(options.columns.text_column, options.columns.text_pair_column, options.columns.label_column)
+    columns = options.columns
+    wanted = Columns(columns.text_column, columns.text_pair_column, columns.label_column, columns.label_separator)
     writes = asked_kind(Text2Text.name, model_name) == CausalText2Text.name
     if kind is None and writes and wanted == Columns() and holds_text_to_write(tables["train"][0]):
         kind = CausalText2Text.name

@@ -22,9 +22,9 @@ class ModelArguments:
     )
     task: str | None = option(
         "What to learn. By default text2text (to write) for an encoder-decoder, and for a causal model whose file has "
-        "prompt and completion, or messages; else regression where the labels are decimal numbers, and classification. "
-        "continuation: a causal model scores the labels' words after the text (its default "
-        "with --task_name).",
+        "prompt and completion, or messages; else multi_label where the labels are lists (or --label_separator is given), "
+        "regression where they are decimal numbers, and classification. continuation: a causal model scores the labels' "
+        "words after the text (its default with --task_name).",
         choices=ASKED,
         aliases=["--problem_type"],
     )

@@ -3,7 +3,6 @@
 One `Task` for own files and for the benchmarks' tasks, in `ept train`, `ept eval` and `ept sweep` alike.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ept.console import say
-from ept.data.columns import Columns
-from ept.data.labels import Labels
+from ept.data.columns import Columns, split_labels
+from ept.data.labels import LabelCounts, Labels
 from ept.data.streaming import RowStream
 from ept.tasks.fitting_text import fit_texts
 from ept.tasks.glue import BenchmarkTask, Rows
 from ept.tasks.kind import TaskKind
-from ept.tasks.kinds import KINDS, Classification, Regression
+from ept.tasks.kinds import KINDS, Classification, MultiLabel, Regression
 from ept.tasks.metrics import is_better_higher
 
 __all__ = ["Split", "Task"]
@@ -62,26 +61,39 @@ class Task:
     def of_table(
         cls, table: Dataset, source: str, wanted: Columns, kind: str | None = None, stream: RowStream | None = None
     ) -> "Task":
-        """Reads the task from the training rows of an own file.
+        """Reads the task from the training rows of an own file; says which classes there are, with their rows.
 
         Args:
             wanted: the columns that are not to be guessed.
-            kind: a name in `KINDS`; None takes classification or regression, as the labels suggest.
+            kind: a name in `KINDS`; None takes classification, regression or several labels a row, as the labels
+                suggest.
             stream: where `table` holds only its first rows, the stream, whose other rows are asked for their labels.
         """
         kind_class = None if kind is None else KINDS[kind]
         columns = (kind_class or Classification).choose_columns(table, source, wanted)
+        if columns.label_separator is not None:
+            kind_class = kind_class or MultiLabel
+            if kind_class is not MultiLabel:
+                raise ValueError(
+                    f"`Columns.label_separator` is for several labels a row, not for {kind_class.name}: leave one out"
+                )
         if kind_class is not None and kind_class.label_form is None:
             return cls(kind_class.of_texts(table, columns), columns)
-        if stream is not None and kind_class is not Regression:
-            table = stream.distinct(columns.chosen_label)  # one pass over all rows: a class may come late
-        label_form = None if kind_class is None else kind_class.label_form
-        labels = Labels.of(table, source, columns.chosen_label, label_form)
-        if stream is None and labels.names is not None:
-            _speak_of_single_labels(table, source, columns.chosen_label, asked=kind is not None)
+        column, label_form = columns.chosen_label, None if kind_class is None else kind_class.label_form
+        table = split_labels(table, columns)
+        if stream is not None and label_form != Regression.label_form:
+            counts = stream.label_counts(columns)  # one pass over all rows: a class may come late
+            labels = Labels.of_counts(counts, source, column, label_form)
+        else:
+            counts = LabelCounts.of(table, source, column)
+            labels = Labels.of(table, source, column, label_form)
         if labels.names is None:
             return cls(Regression(), columns)
-        return cls((kind_class or Classification)(labels.names), columns)
+        if not labels.several:
+            _speak_of_single_labels(counts, source, column, asked=kind is not None)
+        for line in counts.lines():
+            say(f"{source}: {line}")
+        return cls((kind_class or (MultiLabel if labels.several else Classification))(labels.names), columns)
 
     @classmethod
     def of_benchmark(cls, task: BenchmarkTask, kind: str | None) -> "Task":
@@ -97,7 +109,8 @@ class Task:
     @property
     def streamed_labels(self) -> Labels | None:
         """What a TokenStream makes of the label column; None where it holds text to write."""
-        return None if self.kind.label_form is None else Labels(self.kind.label_names)
+        form = self.kind.label_form
+        return None if form is None else Labels(self.kind.label_names, form == MultiLabel.label_form)
 
     def encode(
         self,
@@ -115,6 +128,8 @@ class Task:
         if isinstance(table, Rows):
             rows = _labelled(table, source)
             table, columns = self._as_table(rows, source, tokenizer, limit)
+        else:
+            table = split_labels(table, columns)
         data, truth, remarks = self.kind.encode_table(table, source, columns, tokenizer, limit, max_target_length)
         for remark in remarks:
             say(f"{source}: {remark}")
@@ -178,13 +193,12 @@ class Task:
         return name, is_better_higher(name)
 
 
-def _speak_of_single_labels(table: Dataset, source: str, column: str, *, asked: bool) -> None:
+def _speak_of_single_labels(counts: LabelCounts, source: str, column: str, *, asked: bool) -> None:
     """Says that nearly all labels occur once, as texts to be written do; ValueError where no kind was asked for."""
-    counts = Counter(map(str, table[column]))
-    once = sum(count == 1 for count in counts.values())
-    if len(table) < FEWEST_TO_DOUBT or once < 0.9 * len(table):
+    rows, once = sum(counts.rows.values()), sum(count == 1 for count in counts.rows.values())
+    if rows < FEWEST_TO_DOUBT or once < 0.9 * rows:
         return
-    doubt = f"{source}: {once} of {len(table)} rows have a label ({column!r}) that no other row has"
+    doubt = f"{source}: {once} of {rows} rows have a label ({column!r}) that no other row has"
     if not asked:
         raise ValueError(
             f'{doubt}: are they texts to be written? `kind="text2text"` (with a model that writes); '
