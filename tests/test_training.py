@@ -10,6 +10,7 @@ from signal import SIGKILL
 import pytest
 import torch
 import transformers as hf
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -248,6 +249,47 @@ def test_batches_hold_rows_of_similar_length_in_an_order_that_seed_and_epoch_giv
     assert sorted(first) == list(range(64))
     lengths = [[len(data[i]["input_ids"]) for i in first[k : k + 4]] for k in range(4, 64, 4)]
     assert sum(max(batch) - min(batch) for batch in lengths) / len(lengths) < 64 / 4
+
+
+TEXTS = [{"text": "good film", "label": 1}, {"text": "dull", "label": 0}] * 8
+
+
+def test_rows_whose_lengths_are_not_known_come_in_random_order(tmp_path):
+    def collate(rows):
+        return dict(
+            input_ids=torch.tensor([[len(row["text"]), 7] for row in rows]), labels=torch.tensor([0] * len(rows))
+        )
+
+    some = dict(max_steps=2, remove_unused_columns=False, report_to="none", use_cpu=True, disable_tqdm=True)
+    made = EPTTrainer(wrapped(backbone("bert", SEQ)), EPTTrainingArguments(str(tmp_path), **some), collate, TEXTS)
+    assert sorted(made._get_train_sampler()) == list(range(16)) != list(made._get_train_sampler())
+    made.train()
+
+
+@pytest.mark.parametrize("make", [list, Dataset.from_list])
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_rows_of_text_without_a_collator_for_them_are_named(make, name, tmp_path):
+    arguments = EPTTrainingArguments(str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match=rf"{name}: its rows hold text \(text\) and no input_ids: tokenise them"):
+        EPTTrainer(wrapped(backbone("bert", SEQ)), arguments, **{name: make(TEXTS)})
+
+
+def test_label_smoothing_trains_an_encoder_decoder_and_is_refused_where_its_loss_is_another(tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "labels": [8, 9, 10]}] * 4
+    model = wrapped(backbone("t5", hf.AutoModelForSeq2SeqLM))
+    smoothed = dict(label_smoothing_factor=0.2, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=1)
+    arguments = EPTSeq2SeqTrainingArguments(str(tmp_path), **smoothed)
+    made = EPTSeq2SeqTrainer(model, arguments, train_dataset=rows)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[8, 9, 10]])}
+    logits = model(**batch).logits.log_softmax(-1)[0]
+    truth = 0.8 * -logits[range(3), [8, 9, 10]].mean() + 0.2 * -logits.mean()
+    torch.testing.assert_close(made.compute_loss(model, batch), truth)
+    made.train()
+    several = backbone("bert", SEQ)
+    several.config.problem_type = "multi_label_classification"
+    for base in (backbone("llama", hf.AutoModelForCausalLM), several):
+        with pytest.raises(ValueError, match="label_smoothing_factor"):
+            EPTTrainer(wrapped(base), EPTTrainingArguments(str(tmp_path), **smoothed))
 
 
 class Best:

@@ -21,9 +21,9 @@ class ModelArguments:
         metadata={"help": "Hub name or directory of the pretrained model, which stays frozen."}
     )
     task: str | None = option(
-        "What to learn. By default text2text for an encoder-decoder; else regression where the labels are decimal "
-        "numbers, and classification. continuation: a causal model scores the labels' words after the text (its default "
-        "with --task_name).",
+        "What to learn. By default text2text for an encoder-decoder; else multi_label where the labels are lists (or "
+        "--label_separator is given), regression where they are decimal numbers, and classification. continuation: a "
+        "causal model scores the labels' words after the text (its default with --task_name).",
         choices=tuple(KINDS),
         aliases=["--problem_type"],
     )
