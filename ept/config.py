@@ -11,7 +11,7 @@ from ept_kernels import ACTIVATIONS, IMPLEMENTATIONS
 
 __all__ = ["PRESETS", "EPTConfig"]
 
-INITS = ("vocab", "text", "normal", "decompose")
+INITS = ("vocab", "text", "normal", "decompose")  # of the prompt
 
 # Sizes beyond these are typing errors, not models: no backbone has as many positions or columns.
 LIMITS = {
@@ -53,7 +53,8 @@ class EPTConfig:
             the first token, 0 for everything else.
         embed_scale: e, the RMS of the backbone's embeddings; None measures it, 1.0 turns the units off.
         init: start of P: "vocab" (rows of sampled frequent tokens), "text" (rows of `init_text`'s words), "normal",
-            or "decompose" (from a trained soft prompt, given to `get_ept_model`).
+            or "decompose" (from a trained soft prompt, given to `get_ept_model`). "adapters" starts all tensors from
+            trained adapters, given to `get_ept_model` too.
         init_text: the words for init="text".
         backbone_dropout: True keeps the frozen backbone's dropout on in training; it is off by default.
         impl: implementation of `ept_kernels.prompt_embed`.
@@ -105,7 +106,7 @@ class EPTConfig:
                 "have a higher rank than it has rows; lower rank"
             )
         _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_choice("init", self.init, INITS)
+        _check_choice("init", self.init, (*INITS, "adapters"))
         _check_choice("impl", self.impl, IMPLEMENTATIONS)
         if self.init_text is not None and not isinstance(self.init_text, str):
             raise TypeError(f"init_text={self.init_text!r} must be a string")

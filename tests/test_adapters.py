@@ -23,7 +23,7 @@ OTHERS = {
 def randomise(model, name, seed):
     model.set_adapter(name)
     shake(model, seed=seed)
-    for head in model._heads():
+    for head in model.trained_heads():
         for p in head.parameters():
             p.normal_(generator=torch.Generator().manual_seed(seed))
 

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from ept import EPTConfig, EPTModel, get_ept_model
-from ept.backbone.layers import layers_of
+from ept.backbone.layers import layers_of, why_no_updates
 from ept.layer.layer import EPTLayer
 from ept.model.fresh import config_for_budget
 from ept.model.inputs import Inputs
@@ -259,16 +259,16 @@ def test_without_layers_the_default_falls_back_to_the_input_and_says_so_once(cap
 
     assert settings_of(None) == EPTConfig.input_only()
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and "no layer after the first" in record.getMessage()
+    assert record.levelname == "WARNING" and "no layers after the first" in record.getMessage()
     assert "EPTConfig.input_only()" in record.getMessage()
     changed = dict(prompt_length=7, num_spaces=2, token_dropout=0.1)
     assert settings_of(EPTConfig(**changed)) == EPTConfig.input_only(**changed)
     caplog.clear()
     config = config_for_budget(one_layer(), 2_000, preset="default", prompt_length=3)
     assert config == EPTConfig.for_budget(2_000, 32, preset="input", prompt_length=3) and len(caplog.records) == 1
-    with pytest.raises(ValueError, match=r"no layer after the first.*input_only"):
+    with pytest.raises(ValueError, match=r"no layers after the first.*input_only"):
         get_ept_model(one_layer(), EPTConfig.deep())
-    with pytest.raises(ValueError, match=r"no layer after the first.*input_only"):
+    with pytest.raises(ValueError, match=r"no layers after the first.*input_only"):
         config_for_budget(one_layer(), 2_000, preset="deep")
 
 
@@ -396,7 +396,10 @@ def test_a_classifier_without_a_padding_token_and_an_offloaded_backbone_are_meas
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: wrapped(backbone("electra"), all_parts(**DEEP)), "Electra.*deep_layers=0"),
+        (
+            lambda: wrapped(backbone("electra", num_hidden_layers=1), all_parts(**DEEP)),
+            "Electra.*no layers after the first.*=0",
+        ),
         (
             lambda: wrapped(backbone("llama", hf.AutoModelForCausalLM), all_parts(deep_layers=2)),
             "has 1 layers after the first",
@@ -413,17 +416,174 @@ def test_what_cannot_be_right_is_refused(make, said):
         make()
 
 
-def test_layers_that_are_shared_are_refused():
-    albert = hf.AlbertModel(hf.AlbertConfig(
-        vocab_size=120, embedding_size=32, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64
-    ))  # fmt: skip
-    with pytest.raises(ValueError, match="share their weights"):
-        get_ept_model(albert, EPTConfig.deep())
-
-
-def test_layers_in_parts_side_by_side_are_refused():
-    xlm = hf.XLMModel(
-        hf.XLMConfig(vocab_size=120, emb_dim=32, n_layers=3, n_heads=4, max_position_embeddings=64, pad_index=0)
+def albert(**settings):
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=120,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
     )
-    with pytest.raises(ValueError, match="do not stand in one list"):
-        get_ept_model(xlm.eval(), EPTConfig.deep())
+    return hf.AlbertForSequenceClassification(hf.AlbertConfig(**sizes | settings)).eval()
+
+
+def rembert():
+    torch.manual_seed(0)
+    return hf.RemBertModel(hf.RemBertConfig(
+        vocab_size=120, hidden_size=32, input_embedding_size=16, output_embedding_size=24, num_hidden_layers=3,
+        num_attention_heads=4, intermediate_size=64, max_position_embeddings=64,
+    )).eval()  # fmt: skip
+
+
+def xlm():
+    torch.manual_seed(0)
+    config = hf.XLMConfig(vocab_size=120, emb_dim=32, n_layers=3, n_heads=4, max_position_embeddings=64, pad_index=0)
+    return hf.XLMModel(config).eval()
+
+
+def xlnet(auto=hf.XLNetModel):
+    torch.manual_seed(0)
+    config = hf.XLNetConfig(vocab_size=120, d_model=32, n_layer=3, n_head=4, d_inner=64, pad_token_id=0)
+    return auto(config).eval()
+
+
+OTHER_HOUSES = {  # the backbone, what each site reads, and the width there
+    "ELECTRA, narrow embeddings": (lambda: backbone("electra", num_hidden_layers=3), 2, 32),
+    "RemBERT, narrow embeddings": (rembert, 2, 32),
+    "OPT-350m, narrow embeddings": (lambda: backbone("opt", num_hidden_layers=3), 2, 32),
+    "ALBERT, shared weights": (albert, 3, 32),
+    "ALBERT, two groups of two": (lambda: albert(num_hidden_groups=2, inner_group_num=2), 3, 32),
+    "XLM, parts side by side": (xlm, 2, 32),
+    "XLNet, columns first": (xlnet, 2, 32),
+    "T5's encoder alone": (lambda: backbone("t5", hf.AutoModelForSeq2SeqLM, num_layers=3).get_encoder(), 2, 32),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def with_updates_by_hand(model, text, sequence, at):
+    """The first output for one row, where the calls of modules after the first have updates: `sequence` is their order."""
+    flat, calls = copy.deepcopy(model), []
+    flat.ept.deep_up.zero_()
+
+    def updated(hidden):
+        site = len(calls) - (2 if at == "input" else 1)
+        if not 0 <= site < len(model.ept.deep_up):
+            return hidden
+        h, down, up = (getattr(model.ept, name)[site] for name in ("deep_scale", "deep_down", "deep_up"))
+        return hidden + h * torch.nn.functional.silu(hidden / h @ down.T) @ up
+
+    def before(module, args):
+        calls.append(module)
+        return (updated(args[0]), *args[1:])
+
+    def after(module, args, output):
+        calls.append(module)
+        return updated(output)
+
+    modules = sequence(flat.base_model)
+    for module in dict.fromkeys(modules):
+        if at == "input":
+            module.register_forward_pre_hook(before)
+        else:
+            module.register_forward_hook(after)
+    result = next(iter(flat(input_ids=text).values()))
+    assert calls == modules
+    return result
+
+
+SEQUENCES = {  # the modules that are called in one pass, one after the other
+    "ALBERT, shared weights": lambda base: [base.albert.encoder.albert_layer_groups[0]] * 4,
+    "ALBERT, two groups of two": lambda base: [base.albert.encoder.albert_layer_groups[i] for i in (0, 0, 1, 1)],
+    "XLM, parts side by side": lambda base: list(base.layer_norm2),
+}
+
+
+@pytest.mark.parametrize("house", OTHER_HOUSES)
+def test_layers_of_any_width_and_order_have_an_update_for_each_call(house):
+    make, sites, width = OTHER_HOUSES[house]
+    model, text = wrapped(make(), all_parts(**DEEP)), ids(1, 7)
+    assert model.ept.deep_up.shape == (sites, 6, width) and model.ept_config.deep_layers == sites
+    assert model.trainable_parameters()["deep"] == 2 * sites * 6 * width
+    assert sum(model.trainable_parameters().values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sequence = SEQUENCES.get(house, lambda base: layers_of(base))
+    want = with_updates_by_hand(model, text, sequence, "output" if "XLM" in house else "input")
+    with torch.no_grad():
+        got = next(iter(model(input_ids=text).values()))
+        model.ept.deep_up.zero_()
+        without = next(iter(model(input_ids=text).values()))
+    torch.testing.assert_close(
+        got, want[:, want.shape[1] - got.shape[1] :] if got.dim() == 3 else want, rtol=1e-4, atol=1e-5
+    )
+    assert (got - without).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("house", OTHER_HOUSES)
+def test_layers_of_any_width_and_order_do_not_depend_on_padding_or_company(house, tmp_path):
+    make = OTHER_HOUSES[house][0]
+    model = wrapped(make(), all_parts(**DEEP))
+    model.add_adapter("b", all_parts(prompt_length=3, deep_layers=1))
+    shake(type("Holder", (), {"ept": model.inactive_adapters[0].layer}), seed=7)
+    rows, names = [ids(1, n, seed=n) for n in (4, 9)], ["b", "default"]
+    with torch.no_grad():
+        alone = [
+            next(iter(model(input_ids=row, adapter_ids=[name]).values()))[0]
+            for row, name in zip(rows, names, strict=True)
+        ]
+        for side in ("left", "right"):
+            text, mask = padded(rows, side)
+            got = next(iter(model(input_ids=text, attention_mask=mask, adapter_ids=names).values()))
+            for i, want in enumerate(alone):
+                mine = got[i][mask[i] != 0] if got.dim() == 3 else got[i]
+                torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5)
+        want = next(iter(model(input_ids=rows[1]).values()))
+        model.save_pretrained(tmp_path)
+        again = EPTModel.from_pretrained(make(), tmp_path).eval()
+        assert torch.equal(next(iter(again(input_ids=rows[1]).values())), want)
+        folded = next(iter(again.fold()(input_ids=rows[1]).values()))
+        torch.testing.assert_close(folded, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_is_called_again_has_the_update_of_that_call_in_the_backward_pass_too():
+    model, text = wrapped(albert(), all_parts(**DEEP)).train(), ids(3, 7)
+    labels = torch.tensor([0, 1, 0])
+    model(input_ids=text, labels=labels).loss.backward()
+    assert model.ept.deep_up.grad.abs().amin(dim=2).min() > 0  # each call's own
+    step, epsilon = torch.zeros_like(model.ept.deep_up), 1e-2
+    step[1, 2] = model.ept.deep_up.grad[1, 2] / model.ept.deep_up.grad[1, 2].norm()
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            model.ept.deep_up += sign * epsilon * step
+            losses.append(model(input_ids=text, labels=labels).loss.double())
+            model.ept.deep_up -= sign * epsilon * step
+    slope = (losses[0] - losses[1]) / (2 * epsilon)
+    torch.testing.assert_close(slope, model.ept.deep_up.grad[1, 2].norm().double(), rtol=0.05, atol=1e-6)
+
+
+def test_a_budget_counts_the_width_of_the_layers():
+    from ept.model.fresh import config_for_budget
+
+    base = backbone("electra", num_hidden_layers=4)
+    config = config_for_budget(base, 2_000, preset="deep")
+    model = get_ept_model(base, config)
+    assert config.deep_layers == 3 and config.token_rank == (2_000 - 2 * 16) // (2 * 16 + 3 * 2 * 32)
+    assert sum(model.trainable_parameters().values()) == config.num_parameters(16, 32) <= 2_000
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: backbone("bert", num_hidden_layers=1), "no layers after the first"),
+        (lambda: hf.SqueezeBertModel(hf.SqueezeBertConfig(
+            vocab_size=120, embedding_size=32, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        )).eval(), "not called as modules"),
+    ],
+)  # fmt: skip
+def test_why_a_backbone_cannot_have_them_is_said(make, said):
+    base = make()
+    assert said in why_no_updates(base) and why_no_updates(backbone("bert")) is None
+    with pytest.raises(ValueError, match=f"{said}.*set deep_layers=0"):
+        get_ept_model(base, EPTConfig.deep())
+    get_ept_model(base, all_parts())

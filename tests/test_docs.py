@@ -12,6 +12,7 @@ import transformers as hf
 from test_peft_format import of_peft
 
 import tiny_text
+from ept import MeanPoolingForSequenceClassification
 from ept.cli import main
 from tiny_models import backbone, ids, wrapped
 
@@ -70,6 +71,8 @@ def test_moving_from_peft_and_back_runs_as_it_stands(tmp_path, monkeypatch):
     config.write_text(config.read_text().replace('"base_model_name_or_path": ""', f'"base_model_name_or_path": "{path}"')
                       .replace('"base_model_name_or_path": null', f'"base_model_name_or_path": "{path}"'))  # fmt: skip
     names = {name: auto.from_pretrained(path) for name in ("backbone", "fresh_backbone", "third_backbone")}
+    names |= {"MeanPoolingForSequenceClassification": MeanPoolingForSequenceClassification}
+    names |= {"encoder": lambda: backbone("bert"), "rows": {"input_ids": ids(6, 5), "labels": torch.arange(6) % 2}}
     run("moving.md", names, {})
     assert (tmp_path / "back-in-peft" / "adapter_config.json").is_file()
 

@@ -318,6 +318,7 @@ def test_bad_input_is_named_in_one_or_two_lines(name):
     assert words in str(caught.value) and len(str(caught.value)) < 250
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_the_triton_implementation_says_why_it_cannot_run():
     with pytest.raises(RuntimeError, match=r'impl="triton" cannot run: .* Use impl="torch"'):
         layer_update(**make_case(15), impl="triton")

@@ -409,6 +409,191 @@ def test_an_encoder_decoder_generates_the_same_for_a_row_alone_and_padded(name):
         assert torch.equal(together[i], model.generate(row, **settings)[0])
 
 
+# ---------------------------------------------------------------- other houses
+
+
+def t5_encoder():
+    return backbone("t5", hf.AutoModelForSeq2SeqLM).get_encoder()
+
+
+def bart_encoder():
+    return backbone("bart").get_encoder()
+
+
+def xlnet(auto):
+    torch.manual_seed(0)
+    config = hf.XLNetConfig(
+        vocab_size=VOCAB, d_model=WIDTH, n_layer=2, n_head=4, d_inner=64, pad_token_id=0, num_labels=3
+    )
+    return auto.from_config(config).eval()
+
+
+OTHER_HOUSES = {
+    "T5's encoder alone": t5_encoder,
+    "T5EncoderModel": lambda: hf.T5EncoderModel(backbone("t5").config).eval(),
+    "BART's encoder alone": bart_encoder,
+    "XLNet": lambda: xlnet(hf.AutoModel),
+    "XLNet that classifies": lambda: xlnet(SEQ),
+    "CodeGen, without a padding id in its config": lambda: hf.CodeGenForCausalLM(
+        hf.CodeGenConfig(vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=POSITIONS, rotary_dim=4)
+    ).eval(),
+}
+
+
+@pytest.mark.parametrize("house", OTHER_HOUSES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_gives_the_same_results_in_every_house_however_it_is_padded(house, side):
+    model = wrapped(OTHER_HOUSES[house]())
+    rows = [ids(1, 11, seed=1), ids(1, 4, seed=2), ids(1, 1, seed=3)]
+    batch, mask = padded(rows, side)
+    with torch.no_grad():
+        got = next(iter(model(batch, mask).values()))
+        assert got.shape[0] == 3 and (got.dim() == 2 or got.shape[1] == 11)  # without the prompt's columns
+        for i, row in enumerate(rows):
+            want = next(iter(model(row).values()))[0]
+            torch.testing.assert_close(got[i] if got.dim() == 2 else got[i][mask[i] == 1], want, **CLOSE)
+
+
+def test_an_encoder_alone_gives_what_it_gives_in_its_encoder_decoder():
+    whole = wrapped(backbone("t5", hf.AutoModelForSeq2SeqLM))
+    alone = get_ept_model(t5_encoder(), all_parts()).eval()
+    alone.load_adapter_tensors(whole.adapter_tensors())
+    with torch.no_grad():
+        want = whole(ids(2, 6), decoder_input_ids=ids(2, 3)).encoder_last_hidden_state
+        assert torch.equal(alone(ids(2, 6)).last_hidden_state, want[:, 5:])
+
+
+LOSSES = {  # whether the wrapped model's own loss compares a column with the next one's label
+    "llama": (lambda: backbone("llama", hf.AutoModelForCausalLM), True),
+    "a BERT that writes": (lambda: backbone("bert", hf.AutoModelForCausalLM, is_decoder=True), True),
+    "a BERT that sees both sides": (lambda: hf.BertLMHeadModel(backbone("bert").config).eval(), True),
+    "BERT's masked words": (lambda: backbone("bert", hf.AutoModelForMaskedLM), False),
+    "BART's decoder": (lambda: backbone("bart", hf.AutoModelForCausalLM), False),
+    "XLNet": (lambda: xlnet(hf.AutoModelForCausalLM), False),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_counts_the_labels_that_the_wrapped_models_counts(name):
+    make, shifts = LOSSES[name]
+    base, row = make(), ids(2, 6)
+    by_hand = {
+        True: lambda out: F.cross_entropy(out.logits[:, :-1].flatten(0, 1), row[:, 1:].flatten()),
+        False: lambda out: F.cross_entropy(out.logits.flatten(0, 1), row.flatten()),
+    }[shifts]
+    with torch.no_grad():
+        for model in (base, wrapped(base)):
+            out = model(input_ids=row, labels=row)
+            torch.testing.assert_close(out.loss, by_hand(out))
+
+
+# ---------------------------------------------------------------- arguments with an entry for each token
+
+
+_LAYOUT = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+               max_position_embeddings=POSITIONS)  # fmt: skip
+
+
+def led():
+    return hf.LEDForConditionalGeneration(hf.LEDConfig(
+        vocab_size=VOCAB, d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_encoder_position_embeddings=POSITIONS,
+        max_decoder_position_embeddings=POSITIONS, attention_window=8,
+    ))  # fmt: skip
+
+
+def a_place(mask):
+    """[batch, L, 4] where each word stands, by the number of words before it in its row."""
+    left = mask.cumsum(1).clamp(max=9) * 9
+    return torch.stack([left, left, left + 5, left + 5], -1) * mask.unsqueeze(-1)
+
+
+PER_TOKEN = {
+    "bbox of LayoutLM": (
+        lambda: hf.LayoutLMForTokenClassification(hf.LayoutLMConfig(**_LAYOUT)), "bbox", a_place,
+    ),
+    "bbox of LiLT": (
+        lambda: hf.LiltModel(hf.LiltConfig(**_LAYOUT | dict(hidden_size=48))), "bbox", a_place,
+    ),
+    "global attention of Longformer": (
+        lambda: hf.LongformerModel(hf.LongformerConfig(**_LAYOUT, attention_window=8)), "global_attention_mask",
+        lambda mask: mask * (mask.cumsum(1) == 1),
+    ),
+    "global attention of LED": (led, "global_attention_mask", lambda mask: mask * (mask.cumsum(1) == 1)),
+    "languages of XLM": (
+        lambda: hf.XLMModel(hf.XLMConfig(
+            vocab_size=VOCAB, emb_dim=WIDTH, n_layers=2, n_heads=4, max_position_embeddings=POSITIONS, n_langs=3, pad_index=0,
+        )), "langs", lambda mask: mask * 2,
+    ),
+    "seven types of TAPAS": (
+        lambda: hf.TapasModel(hf.TapasConfig(**_LAYOUT)), "token_type_ids",
+        lambda mask: torch.stack([mask * (mask.cumsum(1) > 2)] * 7, -1),
+    ),
+    "paths of MarkupLM": (
+        lambda: hf.MarkupLMModel(hf.MarkupLMConfig(**_LAYOUT, max_depth=3)), "xpath_tags_seq",
+        lambda mask: torch.stack([mask * 3, mask * 5, mask], -1),
+    ),
+    "token types of GPT-2": (lambda: backbone("gpt2"), "token_type_ids", lambda mask: mask * (mask.cumsum(1) > 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_an_argument_with_an_entry_for_each_token_gets_the_prompts_columns(name):
+    make, argument, values = PER_TOKEN[name]
+    torch.manual_seed(0)
+    model = wrapped(make().eval())
+    model.add_adapter("b", all_parts(prompt_length=3))
+    more = dict(decoder_input_ids=ids(1, 3)) if model.traits.kind.encoder_decoder else {}
+    rows, names = [ids(1, 11, seed=1), ids(1, 5, seed=2)], ["default", "b"]
+
+    def run(text, mask, adapters, **arguments):
+        more_rows = {key: value.expand(len(text), -1) for key, value in more.items()}
+        with torch.no_grad():
+            return next(iter(model(text, mask, adapter_ids=adapters, **arguments, **more_rows).values()))
+
+    alone = []
+    for row, adapter in zip(rows, names, strict=True):
+        mask = torch.ones_like(row)
+        alone.append(run(row, mask, [adapter], **{argument: values(mask)})[0])
+        assert not torch.allclose(alone[-1], run(row, mask, [adapter])[0], atol=1e-6)  # it does something
+    for side in ("left", "right"):
+        text, mask = padded(rows, side)
+        got = run(text, mask, names, **{argument: values(mask)})
+        for i, want in enumerate(alone):
+            mine = got[i] if more else got[i][mask[i] == 1]
+            torch.testing.assert_close(mine, want, **CLOSE)
+
+
+def test_no_global_attention_is_the_same_as_none_given():
+    torch.manual_seed(0)
+    model, text = wrapped(led().eval()), ids(2, 6)
+    more = dict(decoder_input_ids=ids(2, 3))
+    with torch.no_grad():
+        want = model(text, **more).logits
+        torch.testing.assert_close(model(text, global_attention_mask=torch.zeros_like(text), **more).logits, want)
+        both = dict(global_attention_mask=torch.ones_like(text), max_new_tokens=3, min_new_tokens=3)
+        want = torch.cat([model.generate(row[None], **{**both, "global_attention_mask": both["global_attention_mask"][:1]})
+                          for row in text])  # fmt: skip
+        assert torch.equal(model.generate(text, **both), want)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "words"),
+    [
+        (lambda: backbone("bert"), dict(mood=torch.zeros(2, 6)), "mood is .2, 6.*leave it out"),
+        (lambda: backbone("llama"), dict(seen=torch.zeros(2, 6, 6)), "seen is .2, 6, 6"),
+        (lambda: xlnet(hf.AutoModel), dict(perm_mask=torch.zeros(2, 6, 6)), "perm_mask is not supported"),
+        (lambda: hf.XLMModel(hf.XLMConfig(
+            vocab_size=VOCAB, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64, pad_index=0,
+        )).eval(), dict(lengths=torch.tensor([6, 3])), "lengths is not supported: give attention_mask"),
+        (lambda: hf.LayoutLMModel(hf.LayoutLMConfig(**_LAYOUT)).eval(), dict(bbox=torch.zeros(2, 5, 4)), "bbox is .2, 5, 4"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_would_need_the_prompts_columns_is_named_where_it_cannot_have_them(make, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        wrapped(make())(ids(2, 6), **arguments)
+
+
 # ---------------------------------------------------------------- start values
 
 
@@ -478,6 +663,18 @@ REFUSED = {
         ),
         "FNetModel",
     ),
+    "convolutions over padding": (
+        lambda: hf.ConvBertModel(hf.ConvBertConfig(**_LAYOUT, embedding_size=WIDTH)).eval(),
+        "lets padding change",
+    ),
+    "characters": (
+        lambda: hf.CanineModel(
+            hf.CanineConfig(
+                hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, num_hash_buckets=64
+            )
+        ),
+        "no table of word embeddings",
+    ),
     "question answering": (lambda: backbone("bert", hf.AutoModelForQuestionAnswering), "not supported"),
     "vision": (
         lambda: hf.ViTModel(
@@ -527,7 +724,7 @@ def test_a_saved_adapter_loads_elsewhere_and_gives_the_same_bits(make, tmp_path)
     model = wrapped(make())
     shake(model)
     if model.head_names:
-        torch.nn.init.normal_(model._heads()[0].weight)
+        torch.nn.init.normal_(model.trained_heads()[0].weight)
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     names = set(load_file(tmp_path / "adapter_model.safetensors"))
@@ -630,6 +827,31 @@ def test_an_adapter_with_nan_is_not_saved_over_a_good_one(tmp_path):
     EPTModel.from_pretrained(mean_pooling(), tmp_path)
 
 
+@pytest.mark.parametrize("auto", [hf.AutoModelForTokenClassification, SEQ])
+def test_label_names_and_the_problem_type_come_back_with_the_adapter(auto, tmp_path):
+    names = {0: "O", 1: "B-PER", 2: "I-PER"}
+    kind = "multi_label_classification" if auto is SEQ else None
+    wrapped(backbone("bert", auto, id2label=names, problem_type=kind)).save_pretrained(tmp_path / "a")
+    again = EPTModel.from_pretrained(backbone("bert", auto, num_labels=3), tmp_path / "a")
+    again.save_pretrained(tmp_path / "b")
+    for config in (again.config, again.base_model.config):
+        assert config.id2label == names and config.label2id == {name: i for i, name in names.items()}
+        assert config.problem_type == kind
+    facts = [json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("a", "b")]
+    for fact in ("label_names", "problem_type", "num_labels"):
+        assert facts[0][fact] == facts[1][fact]
+    assert facts[1]["label_names"] == list(names.values())
+
+
+def test_what_an_adapter_does_not_say_of_its_labels_stays_the_backbones(tmp_path):
+    wrapped(backbone("bert", SEQ, num_labels=3)).save_pretrained(tmp_path)
+    edit_config(tmp_path, label_names=None, problem_type=None)
+    names = {0: "a", 1: "b", 2: "c"}
+    base = backbone("bert", SEQ, id2label=names, problem_type="multi_label_classification")
+    again = EPTModel.from_pretrained(base, tmp_path)
+    assert again.config.id2label == names and again.config.problem_type == "multi_label_classification"
+
+
 def test_a_head_that_does_not_fit_is_refused(tmp_path):
     wrapped(mean_pooling(num_labels=3)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"head\.classifier\.weight is"):
@@ -648,3 +870,33 @@ def test_the_gates_picture_is_written(tmp_path):
 @pytest.mark.parametrize("config", [None, EPTConfig(), EPTConfig.input_only(), EPTConfig.paper()])
 def test_the_presets_wrap_a_model_as_they_are(config):
     assert get_ept_model(mean_pooling(), config).eval()(ids(1, 4)).logits.shape == (1, 3)
+
+
+def test_train_walks_through_the_modules_once_and_notices_a_mode_that_its_owner_changed(monkeypatch):
+    model, walks = wrapped(backbone("bert", hf.AutoModelForSequenceClassification)), []
+    walk = torch.nn.Module.train
+    monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: (walks.append(self), walk(self, mode))[1])
+    model.train()
+    walks.clear()
+    assert model.train() is model and not walks
+    dropout = model.base_model.bert.encoder.layer[1].output.dropout
+    dropout.train()
+    model.train()
+    assert not dropout.training and model.ept.training
+    model.eval()
+    assert not any(module.training for module in model.modules())
+    model.add_adapter("other")
+    model.set_adapter("other")
+    model.train()
+    assert model.ept.training and model.trained_heads()[0].training and not dropout.training
+
+
+def test_zero_grad_clears_the_gradients_of_all_parameters_also_of_new_ones():
+    model = wrapped(backbone("bert", hf.AutoModelForSequenceClassification)).train()
+    some = model.base_model.bert.encoder.layer[0].output.dense.weight.requires_grad_(True)  # its owner thaws a layer
+    for change in (lambda: None, lambda: setattr(model.ept, "prompt", torch.nn.Parameter(model.ept.prompt.detach()))):
+        change()
+        model(input_ids=ids(2, 5), labels=torch.tensor([0, 1])).loss.backward()
+        assert some.grad is not None and model.ept.prompt.grad is not None
+        model.zero_grad()
+        assert all(p.grad is None for p in model.parameters())

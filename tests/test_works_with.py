@@ -1,5 +1,7 @@
 """EPTModel in the hands of transformers' trainers, TRL, accelerate, torch.compile and quantised backbones."""
 
+import copy
+import inspect
 import types
 
 import pytest
@@ -8,7 +10,9 @@ import transformers as hf
 from test_generation import tokenizer
 from torch import nn
 
-from tiny_models import all_parts, backbone, ids, shake, wrapped
+from ept import EPTModel
+from ept.training import EPTTrainer, EPTTrainingArguments
+from tiny_models import all_parts, backbone, ids, mean_pooling, shake, wrapped
 
 SMALL = dict(
     max_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to=[], save_strategy="no", learning_rate=0.05
@@ -47,6 +51,96 @@ def test_transformers_own_trainers_train_evaluate_and_generate(kind, tmp_path):
     out = trainer.predict(data[:2])
     want = model.eval().generate(torch.tensor([row["input_ids"] for row in data[:2]]), do_sample=False)
     assert out.predictions[:, : want.shape[1]].tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_the_plain_trainer_saves_and_resumes_a_model_with_tied_weights(kind, tmp_path):
+    auto = hf.AutoModelForSeq2SeqLM if kind == "t5" else hf.AutoModelForCausalLM
+    data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 8
+    settings = SMALL | dict(save_strategy="steps", save_steps=2, max_steps=4, disable_tqdm=True)
+
+    def trainer(where):
+        model = wrapped(backbone(kind, auto, tie_word_embeddings=True))
+        return hf.Trainer(model, hf.TrainingArguments(str(where), **settings), train_dataset=data)
+
+    whole, resumed = trainer(tmp_path / "a"), trainer(tmp_path / "b")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    for (name, one), other in zip(whole.model.ept.named_parameters(), resumed.model.ept.parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_a_state_dict_names_a_tied_tensor_once_and_loads_strictly():
+    model = wrapped(backbone("gpt2", hf.AutoModelForCausalLM, tie_word_embeddings=True))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "base_model.transformer.wte.weight" in state and "base_model.lm_head.weight" not in state
+    other = wrapped(backbone("gpt2", hf.AutoModelForCausalLM, tie_word_embeddings=True))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(state)
+    assert torch.equal(other(ids(2, 6)).logits, model(ids(2, 6)).logits)
+    other.load_state_dict(state | {"base_model.lm_head.weight": state["base_model.transformer.wte.weight"]})
+    untied = wrapped(backbone("llama", hf.AutoModelForCausalLM, tie_word_embeddings=False))
+    assert "base_model.lm_head.weight" in untied.state_dict()
+
+
+KEPT = {  # what the wrapped model takes, beside input_ids and labels
+    "bart": (lambda: backbone("bart", hf.AutoModelForSeq2SeqLM), {"decoder_input_ids": [50, 8]}),
+    "layoutlm": (lambda: hf.LayoutLMForTokenClassification(hf.LayoutLMConfig(
+        vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64,
+    )), {"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("trainer", [hf.Trainer, EPTTrainer])
+def test_a_trainer_keeps_the_columns_that_the_wrapped_model_takes(name, trainer, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    make, columns = KEPT[name]
+    torch.manual_seed(0)
+    model = wrapped(make().eval())
+    row = dict(input_ids=[5, 6], labels=[0, 1], unknown=[1, 2]) | columns
+    arguments = EPTTrainingArguments if trainer is EPTTrainer else hf.TrainingArguments
+    data = datasets.Dataset.from_list([row] * 2)
+    made = trainer(model, arguments(str(tmp_path), **SMALL), train_dataset=data, eval_dataset=data)
+    assert set(next(iter(made.get_train_dataloader()))) == {"input_ids", "labels", *columns}
+    with torch.no_grad():
+        want = model(**{key: torch.tensor([value]) for key, value in row.items() if key != "unknown"}).loss
+    assert made.evaluate()["eval_loss"] == pytest.approx(want.item(), rel=1e-3)
+
+
+def test_the_signature_names_what_the_wrapped_model_takes_and_copies_keep_it():
+    model = wrapped(mean_pooling())
+    names = inspect.signature(model.forward).parameters
+    assert list(names)[:3] == ["input_ids", "attention_mask", "token_type_ids"] and list(names)[-1] == "kwargs"
+    assert {"pooling_mask", "adapter_ids"} <= set(names) and "self" not in names
+    assert "decoder_input_ids" in inspect.signature(wrapped(backbone("bart")).forward).parameters
+    other = copy.deepcopy(model)
+    assert other.forward.__self__ is other and "pooling_mask" not in inspect.signature(EPTModel.forward).parameters
+
+
+def test_an_offloaded_table_of_words_is_looked_up_through_its_module(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    places = dict.fromkeys(("model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= dict.fromkeys(("model.embed_tokens", "model.layers.1"), "disk")
+
+    def make():
+        return backbone("llama", hf.AutoModelForCausalLM)
+
+    base = accelerate.dispatch_model(make(), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert base.get_input_embeddings().weight.is_meta
+    offloaded, plain = (wrapped(each, all_parts(deep_layers=-1)) for each in (base, make()))
+    text = ids(2, 6)
+    assert offloaded.ept_config == plain.ept_config and torch.equal(offloaded.ept.deep_scale, plain.ept.deep_scale)
+    with torch.no_grad():
+        want = plain(text, labels=text)
+        torch.testing.assert_close(offloaded(text, labels=text).logits, want.logits)
+    settings = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(offloaded.generate(text, **settings), plain.generate(text, **settings))
+    offloaded.save_pretrained(tmp_path / "adapter")
+    EPTModel.from_pretrained(make(), tmp_path / "adapter")  # the same words
 
 
 def test_trls_sft_trainer_trains_with_and_without_packing(tmp_path):

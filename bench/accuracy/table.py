@@ -30,7 +30,7 @@ OTHERS = {
 Runs = dict[str, dict[int, np.ndarray]]  # task -> seed -> predictions [test rows]
 
 
-def _scores(predictions: np.ndarray, labels: np.ndarray, is_regression: bool) -> np.ndarray:
+def scores_of(predictions: np.ndarray, labels: np.ndarray, is_regression: bool) -> np.ndarray:
     """[…] accuracy or Pearson's correlation over the last axis of predictions and labels [… , rows]."""
     if not is_regression:
         return (predictions == labels).mean(-1)
@@ -58,7 +58,7 @@ def bootstrap(first: Runs, second: Runs, draws: int) -> tuple[float, float, floa
         differences = np.zeros(draws + 1)
         for seed in seeds:
             a, b = (runs[name][seed].astype(float)[rows] for runs in (first, second))
-            differences += _scores(a, labels[rows], is_regression) - _scores(b, labels[rows], is_regression)
+            differences += scores_of(a, labels[rows], is_regression) - scores_of(b, labels[rows], is_regression)
         by_task.append(differences / len(seeds))
     mean = np.mean(by_task, axis=0)  # [1 + draws]; the first is the rows as they are
     low, high = np.quantile(mean[1:], (0.025, 0.975))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ept.backbone.embeddings import device_of, embedding_width, lacks_weights, weight_of
-from ept.backbone.probes import evaluating
+from ept.backbone.probes import beside_text, evaluating
 from ept.backbone.traits import is_encoder_decoder, positions_of, text_part
 
 __all__ = [
@@ -85,23 +85,30 @@ def layers_after_first(model: Any) -> int:
 
 
 def layers_of(model: Any) -> list[nn.Module]:
-    """The modules of the list in which the layers stand; empty where there is none."""
-    lists = _lists(model)
-    return list(lists[0]) if lists else []
+    """The modules of the largest list in the part that reads text; empty where there is none."""
+    candidates = _candidates(model)
+    return list(candidates[0][0]) if candidates else []
 
 
-def _lists(model: Any) -> list[nn.ModuleList]:
-    """The largest list of modules in the part that reads text, and those beside it that are as long."""
-    largest: list[nn.ModuleList] = []
-    size = 0
+def _candidates(model: Any) -> list[list[nn.ModuleList]]:
+    """Lists of modules in the part that reads text, the largest first, each with those beside it that are as long.
+
+    A list within a larger one, of experts in a layer, say, is none.
+    """
+    by_size: list[tuple[int, list[nn.ModuleList]]] = []
     for parent in text_part(model).modules():
         lists = [child for child in parent.children() if isinstance(child, nn.ModuleList) and len(child)]
         for candidate in lists:
-            parameters = sum(p.numel() for p in candidate.parameters())
-            if parameters > size:
+            if any(True for module in candidate for _ in module.children()):  # not of tables or matrices
                 beside = [other for other in lists if len(other) == len(candidate) and other is not candidate]
-                largest, size = [candidate, *beside], parameters
-    return largest
+                by_size.append((sum(p.numel() for p in candidate.parameters()), [candidate, *beside]))
+    candidates: list[list[nn.ModuleList]] = []
+    within: set[int] = set()
+    for _, lists in sorted(by_size, key=lambda pair: -pair[0]):
+        if not any(id(each) in within for each in lists):
+            candidates.append(lists)
+            within.update(id(module) for each in lists for module in each.modules())
+    return candidates
 
 
 @dataclass(frozen=True)
@@ -116,30 +123,32 @@ class _Visit:
 
 def look_for_layers(model: Any) -> LayerSites | str:
     """The sites of updates in a model's layers, or in words why there are none."""
-    lists = _lists(model)
-    if not lists:
+    candidates = _candidates(model)
+    if not candidates:
         return "it has no list of layers"
     names = {id(module): name for name, module in model.named_modules()}
-    paths = [names.get(id(each), "") for each in lists]
-    embedding = model.get_input_embeddings()
     if lacks_weights(model):
+        lists, embedding = candidates[0], model.get_input_embeddings()
         count, width = len(lists[0]), getattr(model.config.get_text_config(), "hidden_size", embedding_width(embedding))
         if count < 2 or len(lists) > 1:
             return "on the meta device it can be said of two layers or more in one list only"
-        return LayerSites(paths[0], tuple(range(1, count)), "input", 0, 0, width, torch.ones(count - 1))
-    try:
-        visits, columns = _trial(model, lists)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        return f"its layers could not be watched at work ({error})"
-    if len(lists) > 1 and any(visit.number for visit in visits):
-        return _in_parts(visits, paths, columns)
-    return _whole(visits, paths[0], columns)
+        return LayerSites(names[id(lists[0])], tuple(range(1, count)), "input", 0, 0, width, torch.ones(count - 1))
+    for lists in candidates:  # the first may be of what sees images, and rests where there is text alone
+        paths = [names[id(each)] for each in lists]
+        try:
+            visits, columns = _trial(model, lists)
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            return f"its layers could not be watched at work ({error})"
+        if visits:
+            parts = any(visit.number for visit in visits)
+            return _in_parts(visits, paths, columns) if parts else _whole(visits, paths[0], columns)
+    return "its layers are not called as modules, so that nothing can be put before what they read"
 
 
 def _whole(visits: list[_Visit], path: str, columns: int) -> LayerSites | str:
     """The sites of layers that stand in one list, each a module that reads the hidden states."""
     if len(visits) < 2:
-        return "it has no layer after the first"
+        return "it has no layers after the first"
     batch_dim = _batch_dim([visit.read for visit in visits], columns)
     if isinstance(batch_dim, str):
         return batch_dim
@@ -159,7 +168,7 @@ def _in_parts(visits: list[_Visit], paths: list[str], columns: int) -> LayerSite
         layers[-1].append(visit)
     numbers = {layer[-1].number for layer in layers}
     if len(layers) < 2:
-        return "it has no layer after the first"
+        return "it has no layers after the first"
     if len(numbers) > 1 or len({layer[-1].index for layer in layers}) < len(layers):
         return "the parts of its layers stand in several lists and are not called in their order"
     batch_dim = _batch_dim([layer[-1].gave for layer in layers], columns)
@@ -209,7 +218,7 @@ def _trial(model: Any, lists: list[nn.ModuleList]) -> tuple[list[_Visit], int]:
     reader = model.get_encoder() if is_encoder_decoder(model) else model
     try:
         with evaluating(model):
-            reader(inputs_embeds=embedding(ids), attention_mask=torch.ones_like(ids), return_dict=True)
+            reader(inputs_embeds=embedding(ids), **beside_text(reader, ids), return_dict=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -164,7 +164,7 @@ def traits_of(model: PreTrainedModel) -> Traits:
             name: getattr(model.config, value, 0) if isinstance(value, str) else value
             for name, value in PER_TOKEN.items()
         },
-        placeholders=tuple(placeholders_of(model.config)),
+        placeholders=tuple(placeholders_of(model)),
         rope_owner=next((name for name, module in model.named_modules() if hasattr(module, "get_rope_index")), None),
     )
 
@@ -177,7 +177,8 @@ def kind_of(model: PreTrainedModel) -> str:
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
         config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
     )
-    if text is not config and not causal:  # beside images or sounds: the language model's kind
+    if not causal and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        # Beside images or sounds: the language model's kind.
         causal = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or (
             text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
             and text.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -187,9 +188,10 @@ def kind_of(model: PreTrainedModel) -> str:
     return "causal-pooled" if "ForSequenceClassification" in type(model).__name__ else "causal"
 
 
-def placeholders_of(config: Any) -> list[int]:
-    """The ids of `PLACEHOLDERS` that a config names, without repetition."""
-    ids = (getattr(config, name, None) for name in PLACEHOLDERS)
+def placeholders_of(model: PreTrainedModel) -> list[int]:
+    """The ids of `PLACEHOLDERS` that a model's config names, or its map of a vocabulary with images; without repetition."""
+    sources: list[Any] = [model.config, *(getattr(module, "vocabulary_mapping", None) for module in model.modules())]
+    ids = (getattr(source, name, None) for source in sources for name in PLACEHOLDERS if source is not None)
     return list(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0))
 
 

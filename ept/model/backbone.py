@@ -52,7 +52,7 @@ class Backbone:
                 past_key_values=cache
             )
         starts = take_starts(inputs, kwargs)
-        inputs = self._with_vision_positions(inputs, kwargs, packed=starts is not None, cached=_length(cache) > 0)
+        inputs = self._completed(inputs, kwargs, packed=starts is not None, cached=_length(cache) > 0)
         if starts is not None:
             if cache is not None or kwargs.pop("use_cache", False):
                 raise ValueError(
@@ -70,7 +70,8 @@ class Backbone:
 
     def lay_out_rows(self, inputs: Inputs, routing: Routing) -> InputPlan:
         """The model's arguments for rows of one example each."""
-        return padded(self.traits, inputs, routing, self.embed, self.model.config.get_text_config().pad_token_id)
+        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        return padded(self.traits, inputs, routing, self.embed, pad)
 
     def start_of_text(
         self, inputs: Inputs, routing: Routing, settings: GenerationSettings
@@ -83,7 +84,7 @@ class Backbone:
             return encoder(self.traits, inputs, routing, self.embed, encoded=False), None
         mask = settings.prepare_causal(inputs, routing)
         inputs = inputs.with_(attention_mask=mask)
-        inputs = self._with_vision_positions(inputs, settings.arguments, packed=False, cached=False)
+        inputs = self._completed(inputs, settings.arguments, packed=False, cached=False)
         arguments = with_vision_positions(self.lay_out_rows(inputs, routing)).arguments
         others = (
             inputs.others
@@ -91,32 +92,46 @@ class Backbone:
             else {**inputs.others, "token_type_ids": inputs.token_type_ids}
         )
         decoding = DecodingSteps.of(self.model.get_input_embeddings(), self.traits, routing, mask, self.embed, others)
-        # Positions are transformers' to count, from the mask, but for those in images.
-        counted = {"labels"} if VISION_POSITIONS in inputs.others else {"labels", "position_ids"}
+        # Positions are transformers' to count, from the mask, but where it would count by images of an earlier call.
+        counted = {"labels", "position_ids"} if self.traits.rope_owner is None else {"labels"}
         return InputPlan({name: value for name, value in arguments.items() if name not in counted}), decoding
 
-    def _with_vision_positions(self, inputs: Inputs, kwargs: dict[str, Any], *, packed: bool, cached: bool) -> Inputs:
-        """The inputs of a model that counts positions in images, with these positions, and a mask to count the text's by.
+    def _completed(self, inputs: Inputs, kwargs: dict[str, Any], *, packed: bool, cached: bool) -> Inputs:
+        """The inputs with what a model that sees images would otherwise find by its own, from the caller's columns alone.
 
-        Raises ValueError where they cannot be known: beside packed examples, and after a cache that may hold images.
+        That is token types where it takes them, and a mask and positions where it counts positions in images. Raises
+        ValueError where these positions cannot be known.
         """
-        if self.traits.rope_owner is None:
+        traits = self.traits
+        if traits.placeholders and "token_type_ids" in traits.accepts and inputs.token_type_ids is None and not cached:
+            zeros = torch.zeros(inputs.batch, inputs.length, dtype=torch.int64, device=inputs.device)
+            inputs = inputs.with_(token_type_ids=zeros)
+        if traits.rope_owner is None:
             return inputs
         if inputs.attention_mask is None and not packed and not cached:
             ones = torch.ones(inputs.batch, inputs.length, dtype=torch.int64, device=inputs.device)
             inputs = inputs.with_(attention_mask=ones)
         if cached and inputs.position_ids is None:
             raise ValueError(
-                f"{self.traits.name} counts positions in images, and a cache does not say where they ended: give position_ids, "
+                f"{traits.name} counts positions in images, and a cache does not say where they ended: give position_ids, "
                 "or call generate with the whole text"
             )
-        if not any(name.endswith("grid_thw") and value is not None for name, value in kwargs.items()) or cached:
+        return self._with_vision_positions(inputs, kwargs, packed=packed, cached=cached)
+
+    def _with_vision_positions(self, inputs: Inputs, kwargs: dict[str, Any], *, packed: bool, cached: bool) -> Inputs:
+        """The inputs with the positions that their columns have in images."""
+        if cached:
+            return inputs
+        if not any(name.endswith("grid_thw") and value is not None for name, value in kwargs.items()):
+            ids, placeholders = inputs.input_ids, self.traits.placeholders
+            if ids is not None and torch.isin(ids, ids.new_tensor(placeholders)).any():
+                raise ValueError("the text has places of images: give image_grid_thw, by which positions are counted")
             return inputs
         if packed or inputs.input_ids is None or inputs.position_ids is not None:
             raise ValueError(
                 "positions in images are counted from input_ids, one example a row: leave inputs_embeds and position_ids out"
             )
-        owner: Any = self.model.get_submodule(self.traits.rope_owner)
+        owner: Any = self.model.get_submodule(self.traits.rope_owner or "")
         available = kwargs | inputs.present()
         names = inspect.signature(owner.get_rope_index).parameters
         if "mm_token_type_ids" in names and "mm_token_type_ids" not in available:

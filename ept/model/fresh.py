@@ -1,5 +1,7 @@
 """A fresh adapter: the model that it is put on, and the sizes that fill a budget."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,8 +12,10 @@ from ept.backbone.layers import find_layers, look_for_layers
 from ept.config import PRESETS, EPTConfig
 from ept.layer.layer import EPTLayer
 from ept.model.adapters import warn_of_input_only
+from ept.model.files import AdapterFiles
 from ept.model.model import EPTModel
 from ept.model.start_values import init_prompt
+from ept.model.transfer import Source, Suitability, start_from
 
 
 def config_for_budget(model: PreTrainedModel, parameters: int, *, preset: str, **settings: Any) -> EPTConfig:
@@ -42,6 +46,9 @@ def get_ept_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     token_counts: Tensor | None = None,
     soft_prompt: Tensor | None = None,
+    init_adapters: Sequence[str | os.PathLike | tuple[EPTConfig, dict[str, Tensor]]] | None = None,
+    init_rows: dict[str, Tensor] | None = None,
+    init_weights: Sequence[float] | None = None,
     adapter_name: str = "default",
 ) -> "EPTModel":
     """Freezes a transformers model and puts a fresh EPT layer before it.
@@ -53,6 +60,12 @@ def get_ept_model(
         tokenizer: for init="text", and so that init="vocab" never draws special or unused tokens.
         token_counts: [vocab] how often each token occurs in your text; init="vocab" draws among the frequent ones.
         soft_prompt: Q [m, d], a trained soft prompt in the embeddings' own size, for init="decompose".
+        init_adapters: trained adapters of the same backbone and the same sizes, for init="adapters": directories, or pairs
+            of a config and tensors. A head is not taken from them. What was started from is kept in `model.started_from`.
+        init_rows: a batch of the new task with its labels, up to 200 rows of which weight the adapters by the
+            leave-one-out error of a ridge regression on what the head reads. Adapters that were trained from one start
+            are summed; of others, and of one alone, the best is taken, or none if a fresh one is better.
+        init_weights: numbers by which the adapters are summed, in place of `init_rows`. One adapter needs neither.
         adapter_name: what `add_adapter`'s others know it by.
 
     Raises:
@@ -65,4 +78,34 @@ def get_ept_model(
     if isinstance(wrapped.ept, EPTLayer):  # as a fresh one is
         placeholders = wrapped.traits.placeholders
         init_prompt(model.get_input_embeddings(), wrapped.ept, tokenizer, token_counts, soft_prompt, placeholders)
+        _start_from_adapters(wrapped, wrapped.ept, init_adapters, init_rows, init_weights)
     return wrapped
+
+
+def _start_from_adapters(
+    wrapped: EPTModel,
+    layer: EPTLayer,
+    adapters: Sequence[str | os.PathLike | tuple[EPTConfig, dict[str, Tensor]]] | None,
+    rows: dict[str, Tensor] | None,
+    weights: Sequence[float] | None,
+) -> None:
+    """Starts the layer from trained adapters where its config says so."""
+    if (layer.config.init == "adapters") != bool(adapters):
+        raise ValueError('init="adapters" and init_adapters go together: give both or neither')
+    if not adapters and (rows is not None or weights is not None):
+        raise ValueError('init_rows and init_weights are for init="adapters": give init_adapters, or leave them out')
+    if rows is not None and weights is not None:
+        raise ValueError("give init_rows or init_weights, not both")
+    if not adapters:
+        return
+    sources = []
+    for number, adapter in enumerate(adapters):
+        if isinstance(adapter, tuple):
+            sources.append(Source(f"adapter {number}", *adapter))
+            continue
+        saved = AdapterFiles.read(adapter, wrapped.base_model, ignore_backbone_mismatch=False)
+        if saved.facts["folded"]:
+            raise ValueError(f"{saved.path} is folded, for inference only: give the adapter that it was folded from")
+        sources.append(Source(saved.path, saved.config, saved.tensors))
+    error = None if rows is None else Suitability(wrapped, rows).error
+    wrapped.started_from = start_from(layer, sources, weights, error)

@@ -196,21 +196,27 @@ class DecodingSteps:
             return kwargs
         # Generation without a cache repeats the whole text.
         text = (column + routing.prompt_width >= start).to(torch.int64)
-        grown = {name: _grown(name, tensor, input_ids) for name, tensor in self.others.items()}
+        grown = {name: _grown(name, tensor, kwargs.get(name), input_ids) for name, tensor in self.others.items()}
         inputs = Inputs.of(grown | {"input_ids": input_ids, "attention_mask": text})
         arguments = with_vision_positions(padded(self.traits, inputs, routing, self.embed)).arguments
         own = {"attention_mask", "labels"} | ({"position_ids"} if kwargs.get("position_ids") is None else set())
         return kwargs | {name: value for name, value in arguments.items() if name not in own}
 
 
-def _grown(name: str, tensor: Tensor, input_ids: Tensor) -> Tensor:
-    """A text's argument [batch, L, …] for the text with what is written, [batch · beams, n]: as transformers grows it."""
+def _grown(name: str, tensor: Tensor, written: Tensor | None, input_ids: Tensor) -> Tensor:
+    """A text's argument [batch, L, …] for the text with what was written, [batch · beams, n].
+
+    `written` is transformers' own, whose last columns are those of the new tokens.
+    """
     tensor = tensor.repeat_interleave(len(input_ids) // len(tensor), dim=0)
     new = input_ids.shape[1] - tensor.shape[1]
-    last = tensor[:, -1:].expand(-1, new, *tensor.shape[2:])
     if name == VISION_POSITIONS:
-        return torch.cat([tensor, last + torch.arange(1, new + 1, device=tensor.device)[None, :, None]], dim=1)
-    return torch.cat([tensor, last if name == "token_type_ids" else torch.zeros_like(last)], dim=1)
+        tail = tensor[:, -1:] + torch.arange(1, new + 1, device=tensor.device)[None, :, None]
+    elif written is not None and new:
+        tail = written[:, -new:]
+    else:
+        tail = torch.zeros_like(tensor[:, -1:]).expand(-1, new, *tensor.shape[2:])
+    return torch.cat([tensor, tail.to(tensor.dtype)], dim=1)
 
 
 # ---------------------------------------------------------------------- what the caller hands in

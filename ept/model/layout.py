@@ -40,12 +40,14 @@ class InputPlan:
             are. Pooled outputs never ask for them.
         length: L, the caller's columns.
         kept: the caller's `logits_to_keep`, where the backbone computes these logits alone.
+        causal: whether every column of the outputs is one of the input: a causal model's.
     """
 
     arguments: dict[str, Any]
     columns: slice | Callable[[], Tensor] | None = None
     length: int = 0
     kept: int | Tensor | None = None
+    causal: bool = False
 
     @property
     def width(self) -> int:
@@ -91,6 +93,11 @@ class InputPlan:
             value = outputs.get(name)
             if value is None or value.dim() != 3:
                 continue
+            if self.causal and self.kept is None and value.shape[1] != self.width:
+                raise ValueError(
+                    f"{name} has {value.shape[1]} columns for an input of {self.width}: where images bring columns of their own "
+                    "it is not known which are the text's; leave them out"
+                )
             if self.kept is not None and name == "logits":
                 if not isinstance(self.kept, Tensor):
                     outputs[name] = value[:, -min(self.kept, self.length) :]
@@ -98,7 +105,8 @@ class InputPlan:
                 outputs[name] = value[:, self.columns]
             else:
                 columns = self.columns() if columns is None else columns
-                outputs[name] = taken(value, columns)
+                # Behind the text there may be columns of an image.
+                outputs[name] = torch.cat([taken(value, columns), value[:, self.width :]], dim=1)
         return outputs
 
 
@@ -164,14 +172,15 @@ def _padded_around(shape: PromptShape, traits: Traits, inputs: Inputs, routing: 
     if traits.pools_mean and "pooling_mask" not in arguments:
         text = torch.ones(batch, length, dtype=torch.int64, device=device) if mask is None else mask
         arguments["pooling_mask"] = insert(shape, text, 0)
+    causal = traits.kind.causal
     if order is None and not shape.start:
-        return InputPlan(arguments, slice(shape.length, None), length)
+        return InputPlan(arguments, slice(shape.length, None), length, causal=causal)
 
     def callers() -> Tensor:
         text = torch.arange(length, device=device) if order is None else torch.argsort(order, dim=1)
         return (text + shape.length * (text >= shape.start)).expand(batch, -1)
 
-    return InputPlan(arguments, callers, length)
+    return InputPlan(arguments, callers, length, causal=causal)
 
 
 def _with_prompts(traits: Traits, shape: PromptShape, name: str, columns: Tensor, mask: Tensor | None) -> Tensor:
@@ -201,8 +210,8 @@ def _behind_the_padding(
     """A causal model's arguments with each row's prompt directly before its text, and positions counted from there."""
     leading = leading_padding(attention_mask)
     has_positions = "position_ids" in arguments or "position_ids" in traits.accepts
-    # Asked once, since it waits for the device; a compiled graph cannot ask, and moves the columns of every batch.
-    moved = (torch.compiler.is_compiling() and has_positions) or bool(leading.any())
+    # Asked once, since it waits for the device. What cannot ask moves the columns of every batch.
+    moved = (has_positions and _cannot_ask(leading.device)) or bool(leading.any())
     if moved:
         columns = behind_padding(shape, arguments["inputs_embeds"].shape[1], leading)
         arguments = {name: taken(value, columns) for name, value in arguments.items()}
@@ -213,6 +222,11 @@ def _behind_the_padding(
         elif moved:
             _refuse_moved_text(traits)
     return arguments
+
+
+def _cannot_ask(device: torch.device) -> bool:
+    """Whether values on the device cannot be read: in a compiled graph, and while a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _with_prompt(traits: Traits, shape: PromptShape, labels: Tensor) -> Tensor:
@@ -236,12 +250,12 @@ def _joined(traits: Traits, plans: list[InputPlan], routing: Routing, length: in
             tensors = [widened(tensor, width, value, left) for tensor in tensors]
         arguments[name] = None if first is None else routing.join(tensors)
     if traits.kind.causal and traits.kind.text_moves_to is None:
-        return InputPlan(arguments, slice(width - length, None), length)
+        return InputPlan(arguments, slice(width - length, None), length, causal=True)
 
     def columns() -> Tensor:
         return routing.join([plan.indices() + (width - plan.width if left else 0) for plan in plans])
 
-    return InputPlan(arguments, columns, length)
+    return InputPlan(arguments, columns, length, causal=traits.kind.causal)
 
 
 def encoder(traits: Traits, inputs: Inputs, routing: Routing, embed: Embed, *, encoded: bool) -> InputPlan:

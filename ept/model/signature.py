@@ -21,7 +21,7 @@ class with_backbones_arguments:
 
     def __init__(self, forward: Callable):
         self.forward = forward
-        functools.update_wrapper(self, forward)  # type: ignore[arg-type]  # it need not be callable
+        self.__doc__ = forward.__doc__
 
     def __get__(self, model: Any, owner: type | None = None) -> Callable:
         if torch.compiler.is_compiling():  # nobody asks for a signature then

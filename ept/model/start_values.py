@@ -44,7 +44,7 @@ def init_prompt(
         if len(ids) == 0:
             raise ValueError(f"init_text={config.init_text!r} holds no token")
         layer.init_prompt(embedding(ids.to(weight_of(embedding).device)))
-    elif config.init == "vocab":
+    elif config.init in ("vocab", "adapters"):  # the latter has a fresh start beside the adapters
         ids = _frequent_ids(embedding, tokenizer, token_counts, placeholders)
         chosen = ids[torch.randperm(len(ids))[: config.prompt_length]]
         layer.init_prompt(embedding(chosen.to(weight_of(embedding).device)))

@@ -1,10 +1,49 @@
 """Training mode and activation checkpointing of a backbone that stays frozen."""
 
+import operator
 from typing import Any
 
 from torch import nn
 
-__all__ = ["enable_checkpointing", "freeze_dropout"]
+__all__ = ["Walked", "enable_checkpointing", "freeze_dropout"]
+
+
+class Walked:
+    """A model's modules and parameters as they were walked through last, so that a training step need not do it again.
+
+    transformers' Trainer calls `train` and `zero_grad` for every step; torch's walks take longer than many a forward.
+
+    Args:
+        model: the model, whose modes are as they shall be.
+        mode: what `train` was called with.
+    """
+
+    def __init__(self, model: nn.Module, mode: bool):
+        self.mode = mode
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.parameters = list(model.parameters())
+        self.witnesses = _witnesses(model)
+
+    def is_as_left(self, mode: bool) -> bool:
+        """Whether `train(mode)` would change nothing: nobody has changed the mode of any module since."""
+        return self.mode is mode and all(module.training is flag for module, flag in self.modes)
+
+    def has_parameters_of(self, model: Any) -> bool:
+        """Whether the model's parameters are still the same objects; what spreads them over processes replaces all."""
+        return len(now := _witnesses(model)) == len(self.witnesses) and all(map(operator.is_, self.witnesses, now))
+
+    def clear_gradients(self) -> None:
+        """Sets every gradient to None."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad = None
+
+
+def _witnesses(model: Any) -> list[Any]:
+    """Some parameters of each kind: the adapter's, the heads', and the backbone's word embeddings."""
+    heads = [parameter for head in model.trained_heads() for parameter in head.parameters()]
+    embedding = getattr(model.base_model.get_input_embeddings(), "weight", None)
+    return [*model.ept.parameters(), *heads, embedding]
 
 
 def freeze_dropout(backbone: nn.Module, heads: list[nn.Module]) -> None:

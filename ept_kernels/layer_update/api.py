@@ -35,16 +35,17 @@ def layer_update(
             also a tensor [adapters].
         activation: σ, one of "silu", "relu", "gelu", "identity".
         adapter_index: [batch] integers: the adapter of each row, -1 for a row that stays as it is.
-        impl: "reference" (the specification), "torch", "triton", or "auto".
+        impl: "reference" (the specification), "torch", "triton", or "auto" (Triton where it can run, else torch).
 
     Returns:
-        [batch, columns, d] in the dtype of `hidden`. "torch" computes in fp32 at least and rounds once beside bf16 and
-        fp16; autocast does not reach inside. Gradients go to `hidden`, `down` and `up`. A row of a mixed batch equals
-        the same row updated alone up to the order of the sums, which the batched product may change.
+        [batch, columns, d] in the dtype of `hidden`. "torch" and "triton" compute in fp32 at least and round once
+        beside bf16 and fp16; autocast does not reach inside. Gradients go to `hidden`, `down` and `up`. A row of a
+        mixed batch equals the same row updated alone: to the bit with "triton", up to the order of the sums with
+        "torch", whose batched product may take another.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device or value; the message names it.
-        IndexError: an index names no adapter (checked on CPU, where it costs nothing).
+        IndexError: an index names no adapter (checked on CPU, where it costs nothing; on a GPU "triton" gives NaN there).
     """
     impl = resolve(impl, hidden.device)
     check_update(hidden, down, up, hidden_scale, activation, adapter_index)

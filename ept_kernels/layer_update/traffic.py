@@ -6,7 +6,7 @@ program reads, come from the caches.
 
 import dataclasses
 
-from ..prompt_embed.traffic import Traffic
+from ..common.traffic import Traffic
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,10 +93,10 @@ def hidden_kernel(
         tl.store(dx + token[:, None] * D + places[None, :], total, inside)
 
 
-@triton.jit(do_not_specialize=["batch", "columns", "tiles", "items", "adapters", "shares"])
+@triton.jit(do_not_specialize=["batch", "columns", "groups", "tiles", "adapters", "shares"])
 def weights_kernel(
     hidden, grad_out, index, scales, z, u, partial, grad_down, grad_up, counter,
-    batch, columns, tiles, items, adapters, shares, row_stride, column_stride, scale: tl.float64,
+    batch, columns, groups, tiles, adapters, shares, row_stride, column_stride, scale: tl.float64,
     D: tl.constexpr, Q: tl.constexpr, Q_TILE: tl.constexpr, BOTH_TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr, UNROLL: tl.constexpr, INDEXED: tl.constexpr, SCALES: tl.constexpr, ACTIVATION: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
@@ -109,18 +109,24 @@ def weights_kernel(
     ranks = tl.arange(0, Q_TILE)
     dd = tl.zeros([Q_TILE, BLOCK_D], COMPUTE)
     dw = tl.zeros([Q_TILE, BLOCK_D], COMPUTE)
-    for item in range(share, items, shares):
-        row, column, exists, adapter = locate(item, index, batch, columns, tiles, adapters, TOKENS, INDEXED)
+    for group in range(groups):
+        adapter = wanted
+        if INDEXED:
+            adapter = tl.load(index + group).to(tl.int32)
         if adapter == wanted:
-            token = row * columns + column
-            inside = exists[:, None] & (places < D)[None, :]
-            grad = load_rows(grad_out, token, exists, places, D, COMPUTE)
-            offset = row * row_stride + column.to(tl.int64) * column_stride
-            x = tl.load(hidden + offset[:, None] + places[None, :], inside, other=0.0).to(COMPUTE)
-            inner = load_rows(z, token, exists, ranks, Q, COMPUTE)
-            through = load_rows(u, token, exists, ranks, Q, COMPUTE)
-            dw = multiply(activate(inner, ACTIVATION).T, grad, dw, PRECISION)
-            dd = multiply(through.T, x, dd, PRECISION)
+            for tile in range(share, tiles, shares):
+                row, column, exists, _ = locate(
+                    group * tiles + tile, index, batch, columns, tiles, adapters, TOKENS, INDEXED
+                )  # fmt: skip
+                token = row * columns + column
+                inside = exists[:, None] & (places < D)[None, :]
+                grad = load_rows(grad_out, token, exists, places, D, COMPUTE)
+                offset = row * row_stride + column.to(tl.int64) * column_stride
+                x = tl.load(hidden + offset[:, None] + places[None, :], inside, other=0.0).to(COMPUTE)
+                inner = load_rows(z, token, exists, ranks, Q, COMPUTE)
+                through = load_rows(u, token, exists, ranks, Q, COMPUTE)
+                dw = multiply(activate(inner, ACTIVATION).T, grad, dw, PRECISION)
+                dd = multiply(through.T, x, dd, PRECISION)
     own = partial + wanted.to(tl.int64) * shares * 2 * Q * D
     base = own + share * 2 * Q * D
     store_block(base, ranks, ranks < Q, places, D, D, dd)
@@ -167,14 +173,14 @@ def _launch_weights(
     q_tile, both_tile = tile_of(q), power_of_two(2 * q)
     block_d = min(tile_of(d), COLUMN_TILE, max(SMALLEST_DOT, WEIGHTS_TILE // (2 * q_tile)))
     slices = divided_up(d, block_d)
+    groups = batch if indexed else 1  # of tokens that have one adapter; without an index all of them
     tiles = divided_up(columns if indexed else batch * columns, TOKEN_TILE)
-    items = tiles * (batch if indexed else 1)
-    shares = max(1, min(PROGRAMS // (slices * adapters), MOST_SHARES, items // STEPS))
+    shares = max(1, min(PROGRAMS // (slices * adapters), MOST_SHARES, groups * tiles // STEPS, tiles))
     partial = z.new_empty(adapters * shares, 2 * q, d)
     with counters.take(adapters * slices, grad_out.device) as counter:
         weights_kernel[(slices * shares * adapters,)](
             update.hidden, grad_out, update.adapter_index, update.scales, z, u, partial, grads.down, grads.up, counter,
-            batch, columns, tiles, items, adapters, shares, *update.hidden.stride()[:2], settings.hidden_scale,
+            batch, columns, groups, tiles, adapters, shares, *update.hidden.stride()[:2], settings.hidden_scale,
             D=d, Q=q, Q_TILE=q_tile, BOTH_TILE=both_tile, BLOCK_D=block_d, TOKENS=TOKEN_TILE,
             UNROLL=max(1, IN_FLIGHT // (both_tile * block_d)), INDEXED=indexed,
             SCALES=kind_of_scale(update), ACTIVATION=settings.activation, COMPUTE=triton_dtype(dtype),

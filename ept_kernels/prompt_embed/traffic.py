@@ -8,7 +8,9 @@ loads and stores.
 
 import dataclasses
 
-PEAK_BANDWIDTH = {"H100": 3.35e12, "MI300X": 5.3e12}  # bytes per second, from the vendors' data sheets
+from ..common.traffic import PEAK_BANDWIDTH, Traffic, seconds
+
+__all__ = ["PEAK_BANDWIDTH", "Shapes", "Traffic", "backward", "forward", "kept_by_torch", "seconds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +47,6 @@ class Shapes:
     def slots(self) -> int:
         """Bytes of the slots and the lengths."""
         return 4 * (self.batch * self.length + self.batch) if self.masked else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    launches: int
-    memory: dict[str, int]  # bytes, by what they are
-    flops: int
-
-    @property
-    def total(self) -> int:
-        return sum(self.memory.values())
 
 
 def forward(x: Shapes, id_bytes: int = 8, mask_bytes: int = 8) -> Traffic:
@@ -110,8 +101,3 @@ def kept_by_torch(x: Shapes, fusion: bool = True, lowrank_update: bool = True) -
     if x.r and lowrank_update:  # the rows of A that the text reaches, one of zeros behind them, and where they go
         kept["low-rank update"] = 4 * (covered + x.masked) * x.r + 8 * tokens * x.masked
     return kept
-
-
-def seconds(traffic: Traffic, gpu: str) -> float:
-    """The time of the bytes alone at peak bandwidth: a lower bound, and a prediction until measured."""
-    return traffic.total / PEAK_BANDWIDTH[gpu]
