@@ -259,16 +259,16 @@ def test_without_layers_the_default_falls_back_to_the_input_and_says_so_once(cap
 
     assert settings_of(None) == EPTConfig.input_only()
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and "no layer after the first" in record.getMessage()
+    assert record.levelname == "WARNING" and "no layers after the first" in record.getMessage()
     assert "EPTConfig.input_only()" in record.getMessage()
     changed = dict(prompt_length=7, num_spaces=2, token_dropout=0.1)
     assert settings_of(EPTConfig(**changed)) == EPTConfig.input_only(**changed)
     caplog.clear()
     config = config_for_budget(one_layer(), 2_000, preset="default", prompt_length=3)
     assert config == EPTConfig.for_budget(2_000, 32, preset="input", prompt_length=3) and len(caplog.records) == 1
-    with pytest.raises(ValueError, match=r"no layer after the first.*input_only"):
+    with pytest.raises(ValueError, match=r"no layers after the first.*input_only"):
         get_ept_model(one_layer(), EPTConfig.deep())
-    with pytest.raises(ValueError, match=r"no layer after the first.*input_only"):
+    with pytest.raises(ValueError, match=r"no layers after the first.*input_only"):
         config_for_budget(one_layer(), 2_000, preset="deep")
 
 
@@ -398,7 +398,7 @@ def test_a_classifier_without_a_padding_token_and_an_offloaded_backbone_are_meas
     [
         (
             lambda: wrapped(backbone("electra", num_hidden_layers=1), all_parts(**DEEP)),
-            "Electra.*no layer after the first.*=0",
+            "Electra.*no layers after the first.*=0",
         ),
         (
             lambda: wrapped(backbone("llama", hf.AutoModelForCausalLM), all_parts(deep_layers=2)),
@@ -575,7 +575,7 @@ def test_a_budget_counts_the_width_of_the_layers():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: backbone("bert", num_hidden_layers=1), "no layer after the first"),
+        (lambda: backbone("bert", num_hidden_layers=1), "no layers after the first"),
         (lambda: hf.SqueezeBertModel(hf.SqueezeBertConfig(
             vocab_size=120, embedding_size=32, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
         )).eval(), "not called as modules"),

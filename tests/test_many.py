@@ -12,7 +12,7 @@ from bench.accuracy.many import Encoder, Rows, Shape, features, fresh, fresh_hea
 from bench.accuracy.study import decode_predictions
 from bench.accuracy.transfer import Bundle, Job, Study, mean_product
 from ept import EPTConfig, get_ept_model
-from ept.backbone.layers import measure
+from ept.backbone.layers import find_layers
 from tiny_models import POSITIONS, VOCAB, WIDTH, mean_pooling
 
 SIZES = {"train": 50, "dev": 8, "test": 9}
@@ -21,7 +21,7 @@ LINEARS = ("query", "key", "value", "attention.output.dense", "intermediate.dens
 
 
 def encoder_of(model, embed_scale=1.0):
-    deep_scale = tuple(measure(model.encoder).tolist())
+    deep_scale = tuple(find_layers(model.encoder).sizes.tolist())
     return Encoder(dict(model.encoder.state_dict()), 4, embed_scale, deep_scale)
 
 

@@ -3,85 +3,28 @@
 import copy
 import dataclasses
 import logging
-import os
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ept.backbone.embeddings import embedding_rms, embedding_width, weight_of
-from ept.backbone.fingerprint import backbone_fingerprint, check_fingerprint
 from ept.backbone.layers import LayerSites, look_for_layers
 from ept.backbone.traits import Traits
 from ept.config import EPTConfig
-from ept.files.adapter_dir import check_weights, read_adapter
 from ept.layer.base import AdapterLayer
 from ept.layer.folded import FoldedLayer
 from ept.layer.layer import EPTLayer
 from ept.model.hooks import hook_head
-from ept.sharding import put, whole_shape
+from ept.model.labels import Labels
 
 __all__ = [
-    "Adapter",
-    "Labels",
-    "SavedAdapter",
-    "config_for",
-    "copy_tensors",
-    "new_heads",
-    "new_layer",
-    "tensors_of_adapter",
-    "warn_of_input_only",
+    "Adapter", "config_for", "new_folded_layer", "new_heads", "new_layer", "tensors_of_adapter", "warn_of_input_only",
 ]  # fmt: skip
 
 logger = logging.getLogger("ept")
 
 Layer = TypeVar("Layer", bound=AdapterLayer)
-
-# Keys of adapter_config.json that are facts about the adapter, not settings of EPTConfig.
-FACTS = (
-    "method", "base_model_name_or_path", "base_model_class", "head", "num_labels", "label_names", "problem_type", "backbone",
-    "folded", "prompt_sha256",
-)  # fmt: skip
-
-
-@dataclass
-class Labels:
-    """What a backbone's config says of its head's labels."""
-
-    id2label: dict[int, str]
-    label2id: dict[str, int]
-    problem_type: str | None
-
-    @classmethod
-    def of(cls, config: Any) -> "Labels":
-        """The labels that a config says."""
-        values: Any = {field.name: copy.copy(getattr(config, field.name, None)) for field in dataclasses.fields(cls)}
-        return cls(**values)
-
-    @classmethod
-    def numbered(cls, count: int, problem_type: str | None, names: list[str] | None = None) -> "Labels":
-        """`count` labels with their names, or numbers in place of names."""
-        id2label = dict(enumerate(names or [f"LABEL_{i}" for i in range(count)]))
-        return cls(id2label, {name: i for i, name in id2label.items()}, problem_type)
-
-    def with_count(self, count: int) -> "Labels":
-        """As many numbered labels as asked for."""
-        # Scores beside classes, or the other way round: transformers tells from the first labels it sees.
-        return Labels.numbered(count, self.problem_type if count == len(self.id2label) else None)
-
-    @property
-    def names(self) -> list[str]:
-        """The labels' names in the order of their numbers."""
-        return [self.id2label[number] for number in sorted(self.id2label)]
-
-    def put_on(self, model: Any) -> None:
-        """Writes them into a model's config."""
-        for field in dataclasses.fields(self):
-            setattr(model.config, field.name, copy.copy(getattr(self, field.name)))
-        if hasattr(model, "num_labels"):
-            model.num_labels = model.config.num_labels
 
 
 class Adapter(nn.Module):
@@ -103,57 +46,6 @@ def tensors_of_adapter(layer: AdapterLayer, heads: dict[str, nn.Module]) -> dict
     for name, head in heads.items():
         tensors |= {f"head.{name}.{key}": value for key, value in head.state_dict(keep_vars=True).items()}
     return tensors
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """An adapter as its directory has it.
-
-    Attributes: `path`, `config` (its settings), `facts` (what else adapter_config.json says), `tensors` by name.
-    """
-
-    path: str
-    config: EPTConfig
-    facts: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @classmethod
-    def read(
-        cls, path: str | os.PathLike, backbone: PreTrainedModel, *, ignore_backbone_mismatch: bool
-    ) -> "SavedAdapter":
-        """The adapter of a directory.
-
-        Raises:
-            FileNotFoundError, ValueError: the directory is incomplete or damaged, or belongs to another backbone.
-        """
-        settings, tensors = read_adapter(path)
-        facts = {key: settings.pop(key, None) for key in FACTS}
-        if not ignore_backbone_mismatch and facts["backbone"] is not None:
-            current = backbone_fingerprint(backbone.config, backbone.get_input_embeddings())
-            check_fingerprint(facts["backbone"], current)
-        return cls(str(path), EPTConfig.from_dict(settings), facts, tensors)
-
-    def new_layer(self, backbone: PreTrainedModel, traits: Traits, sites: LayerSites | None) -> AdapterLayer:
-        """A layer of its kind and sizes, for its tensors; `sites` as in `new_layer`."""
-        if not self.facts["folded"]:
-            return new_layer(backbone, traits, self.config, sites)
-        layer = FoldedLayer(*_layer_arguments(backbone, traits, self.config, sites))
-        layer.sha256 = self.facts["prompt_sha256"]
-        return _beside_embeddings(layer, backbone)
-
-    def labels(self, default: Labels) -> Labels:
-        """What its labels are; `default` where it does not say, as far as that has as many."""
-        count, names = self.facts["num_labels"], self.facts["label_names"]
-        if count is None:
-            return default
-        if not names and count == len(default.id2label):
-            names = default.names
-        return Labels.numbered(count, self.facts["problem_type"], names)
-
-    def copy_into(self, tensors: dict[str, Tensor]) -> None:
-        """Copies its tensors into others of the same names. ValueError where they do not fit or the file is damaged."""
-        copy_tensors(self.tensors, tensors, self.path)
-        check_weights(self.path)
 
 
 def config_for(backbone: PreTrainedModel, config: EPTConfig) -> EPTConfig:
@@ -190,6 +82,13 @@ def new_layer(
     if layer.deep_scale is not None and sites is not None:
         layer.deep_scale.copy_(sites.sizes[: len(layer.deep_scale)])
     return _beside_embeddings(layer, backbone)
+
+
+def new_folded_layer(
+    backbone: PreTrainedModel, traits: Traits, config: EPTConfig, sites: LayerSites | None
+) -> FoldedLayer:
+    """An empty folded layer for a backbone, on the device of its embeddings; `sites` as in `new_layer`."""
+    return _beside_embeddings(FoldedLayer(*_layer_arguments(backbone, traits, config, sites)), backbone)
 
 
 def _layer_arguments(
@@ -260,23 +159,3 @@ def _replace(heads: list[nn.Module], number: int, name: str, module: nn.Module) 
         return
     parent, _, child = name.rpartition(".")
     setattr(heads[number].get_submodule(parent), child, module)
-
-
-@torch.no_grad()
-def copy_tensors(tensors: dict[str, Tensor], targets: dict[str, Tensor], source: str) -> None:
-    """Copies `tensors` into `targets` by name. ValueError if any is missing, extra or of another shape.
-
-    Args:
-        source: where they are from, for the error.
-    """
-    missing, extra = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
-    if missing or extra:
-        faults = [f"{word} {', '.join(names)}" for word, names in (("lacks", missing), ("has unknown", extra)) if names]
-        raise ValueError(f"{source} {' and '.join(faults)}: it does not fit this config and this model's head")
-    for name, target in targets.items():
-        if tensors[name].shape != whole_shape(target):
-            raise ValueError(
-                f"{source}: {name} is {tuple(tensors[name].shape)}, but must be {tuple(whole_shape(target))} for this model"
-            )
-    for name, target in targets.items():
-        put(target, tensors[name])

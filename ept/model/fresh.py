@@ -11,7 +11,8 @@ from ept.backbone.embeddings import embedding_width
 from ept.backbone.layers import find_layers, look_for_layers
 from ept.config import PRESETS, EPTConfig
 from ept.layer.layer import EPTLayer
-from ept.model.adapters import SavedAdapter, warn_of_input_only
+from ept.model.adapters import warn_of_input_only
+from ept.model.files import AdapterFiles
 from ept.model.model import EPTModel
 from ept.model.start_values import init_prompt
 from ept.model.transfer import Source, Suitability, start_from
@@ -102,7 +103,7 @@ def _start_from_adapters(
         if isinstance(adapter, tuple):
             sources.append(Source(f"adapter {number}", *adapter))
             continue
-        saved = SavedAdapter.read(adapter, wrapped.base_model, ignore_backbone_mismatch=False)
+        saved = AdapterFiles.read(adapter, wrapped.base_model, ignore_backbone_mismatch=False)
         if saved.facts["folded"]:
             raise ValueError(f"{saved.path} is folded, for inference only: give the adapter that it was folded from")
         sources.append(Source(saved.path, saved.config, saved.tensors))

@@ -21,14 +21,14 @@ UNSUPPORTED = {
     "input_mask": "give attention_mask in its place",
     "entity_ids": "its mentions are told by columns that the prompt moves; leave it out",
     "entity_position_ids": "it counts columns without the prompt's; leave it out",
+    "image_text_alignment": "it counts columns without the prompt's; leave it out",
     "start_positions": "the positions of answers would have to be moved; question answering cannot be trained so",
     "end_positions": "the positions of answers would have to be moved; question answering cannot be trained so",
 }
 # Beginnings of arguments that belong to the decoder, to images or to sounds, to the pass as a whole, or that are read apart.
 NOT_PER_TOKEN = (
-    "decoder_", "pixel_", "image_", "video_", "audio_", "input_features", "feature_", "encoder_", "past_", "output_", "labels",
-    "logits_to_keep", "num_items_in_batch", "cache_position", "position_ids",
-    "cu_seq_lens_", "max_length_", "seq_idx",
+    "decoder_", "pixel_", "image", "visual_", "video_", "audio_", "input_features", "feature_", "encoder_", "past_", "output_",
+    "labels", "logits_to_keep", "num_items_in_batch", "cache_position", "position_ids", "cu_seq_lens_", "max_length_", "seq_idx",
 )  # fmt: skip
 
 

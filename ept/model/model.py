@@ -7,14 +7,12 @@ made independent of it: encoders get their rows right-padded, causal models get 
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ept.backbone.fingerprint import backbone_fingerprint
 from ept.backbone.heads import in_float32
 from ept.backbone.layers import LayerSites, find_layers
 from ept.backbone.probes import check_inputs_embeds, keep_4_bits_differentiable, refuse_unsupported
@@ -23,26 +21,20 @@ from ept.config import EPTConfig
 from ept.files.adapter_dir import write_adapter
 from ept.layer.base import AdapterLayer
 from ept.layer.folded import fold_layer
-from ept.model.adapters import (
-    Adapter,
-    Labels,
-    SavedAdapter,
-    config_for,
-    copy_tensors,
-    new_heads,
-    new_layer,
-    tensors_of_adapter,
-)
+from ept.model.adapters import Adapter, config_for, new_layer, tensors_of_adapter
 from ept.model.backbone import Backbone
 from ept.model.calls import BARE, Call, Decoding, Disabled, entered
+from ept.model.files import AdapterFiles, check_finite, copy_tensors, settings_of
 from ept.model.generation import GenerationSettings, outside_the_call
 from ept.model.hooks import hook_entries, hook_head, pass_embeddings_on
 from ept.model.inputs import Inputs, check_inputs, take_per_token
+from ept.model.labels import Labels
 from ept.model.lock import lock_of
 from ept.model.packing import Packing
 from ept.model.routing import Member, OneAdapter, Routing, route
 from ept.model.signature import with_backbones_arguments
 from ept.model.start_values import init_prompt
+from ept.model.switching import activate, check_new_name, fresh_adapter, loaded_adapter
 from ept.model.tied import write_tied_once
 from ept.model.training_mode import Walked, enable_checkpointing, freeze_dropout
 from ept.model.transfer import Start
@@ -75,7 +67,8 @@ class EPTModel(nn.Module):
     removing and switching adapters waits until no other thread is in a call; inside a call it raises RuntimeError.
 
     Attributes: `base_model` (the wrapped model), `ept` (the active adapter's layer), `ept_config` (its settings);
-    `config` is the wrapped model's; `started_from` (what `init_adapters` of `get_ept_model` came to, or None).
+    `active_adapter` (the name of the one that runs where no `adapter_ids` are given, trains, and is saved); `config` is
+    the wrapped model's; `started_from` (what `init_adapters` of `get_ept_model` came to, or None).
     """
 
     is_quantized = False  # transformers' Trainer refuses to train quantised weights: here they stay frozen
@@ -98,10 +91,10 @@ class EPTModel(nn.Module):
         self._walked: Walked | None = None
         self._packing = Packing(model, self.traits)
         self._sites: LayerSites | None = None  # known once any adapter has updates in the layers
-        self._adapter_names: list[str] = []
-        self._check_new_name(adapter_name)
-        self._adapter_names.append(adapter_name)
-        self._active_adapter, self.inactive_adapters = adapter_name, nn.ModuleList()
+        self.adapter_names: list[str] = []
+        check_new_name(self, adapter_name)
+        self.adapter_names.append(adapter_name)
+        self.active_adapter, self.inactive_adapters = adapter_name, nn.ModuleList()
         config = config_for(model, config)
         with self._lock.changing("wrapping a model"):
             self.ept = new_layer(model, self.traits, config, self._sites_for(config))
@@ -152,7 +145,7 @@ class EPTModel(nn.Module):
 
     def _call(self, routing: Routing, decoding: Decoding | None = None) -> Call:
         """What the hooks are to know of a call."""
-        return self._backbone.call(routing, self._member(self._active_adapter), decoding)
+        return self._backbone.call(routing, self._member(self.active_adapter), decoding)
 
     def _bare_forward(self, inputs: Inputs, past_key_values: Any, return_dict: bool | None, kwargs: Any) -> Any:
         """The wrapped model's own forward."""
@@ -164,7 +157,7 @@ class EPTModel(nn.Module):
     def _route(self, inputs: Inputs, adapter_ids: list[str] | None, kwargs: dict[str, Any]) -> Routing:
         """The rows by adapter."""
         if adapter_ids is None:
-            return OneAdapter(self._member(self._active_adapter))
+            return OneAdapter(self._member(self.active_adapter))
         text = kwargs["encoder_outputs"][0] if kwargs.get("encoder_outputs") is not None else inputs.text
         routing = route(adapter_ids, len(text), self._member, text.device)
         if inputs.labels is not None and self.head_names and any(layer is not self.ept for layer in routing.layers):
@@ -270,14 +263,9 @@ class EPTModel(nn.Module):
         """The wrapped model's children that train, in order."""
         return list(self.traits.head_names)
 
-    @property
-    def active_adapter(self) -> str:
-        """The name of the adapter that runs where no `adapter_ids` are given, trains, and is saved."""
-        return self._active_adapter
-
     def list_adapters(self) -> list[str]:
         """The adapters' names in the order in which they came."""
-        return list(self._adapter_names)
+        return list(self.adapter_names)
 
     def add_adapter(
         self,
@@ -297,62 +285,41 @@ class EPTModel(nn.Module):
             config, tokenizer, token_counts, soft_prompt: as in `get_ept_model`.
         """
         with self._lock.changing("adding an adapter"):
-            self._check_new_name(adapter_name)
+            check_new_name(self, adapter_name)
             config = config_for(self.base_model, EPTConfig() if config is None else config)
             if config.init == "adapters":
                 raise ValueError('init="adapters" is for get_ept_model: wrap the base_model anew, or use load_adapter')
             layer = new_layer(self.base_model, self.traits, config, self._sites_for(config))
-            labels = Labels.of(self.config)
-            if num_labels is not None:
-                if not self.head_names:
-                    raise ValueError(f"num_labels={num_labels}: {self.traits.name} has no head to train")
-                labels = labels.with_count(num_labels)
+            adapter = fresh_adapter(self, adapter_name, layer, num_labels)
             embedding, placeholders = self.base_model.get_input_embeddings(), self.traits.placeholders
             init_prompt(embedding, layer, tokenizer, token_counts, soft_prompt, placeholders)
-            self._put(self._new_adapter(adapter_name, layer, labels, fresh=True))
+            self._put(adapter)
 
     def load_adapter(
         self, path: str | os.PathLike, adapter_name: str, *, ignore_backbone_mismatch: bool = False
     ) -> None:
         """Adds the adapter of a directory that `save_pretrained` wrote; errors as in `EPTModel.from_pretrained`."""
         with self._lock.changing("loading an adapter"):
-            self._check_new_name(adapter_name)
-            saved = SavedAdapter.read(path, self.base_model, ignore_backbone_mismatch=ignore_backbone_mismatch)
-            layer = saved.new_layer(self.base_model, self.traits, self._sites_for(saved.config))
-            labels = Labels.of(self.config)
-            labels = saved.labels(labels) if self.head_names else labels
-            adapter = self._new_adapter(adapter_name, layer, labels, fresh=False)
-            saved.copy_into(adapter.tensors(self.traits.head_names))
-            self._put(adapter)
+            files = AdapterFiles.read(path, self.base_model, ignore_backbone_mismatch=ignore_backbone_mismatch)
+            self._put(loaded_adapter(self, adapter_name, files, self._sites_for(files.config)))
 
     def set_adapter(self, adapter_name: str) -> None:
         """Makes an adapter the active one; the one before keeps its tensors and stops training."""
         with self._lock.changing("switching adapters"):
-            if adapter_name == self._active_adapter:
+            if adapter_name == self.active_adapter:
                 return
-            incoming = self._inactive(adapter_name)
-            outgoing = Adapter(self._active_adapter, self.ept, self.trained_heads(), Labels.of(self.config))
-            others = [adapter for adapter in self.inactive_adapters if adapter is not incoming]
-            self.inactive_adapters = nn.ModuleList([*others, outgoing])
-            self._active_adapter, self.ept = adapter_name, incoming.layer
-            for name, head in zip(self.head_names, incoming.heads, strict=True):
-                setattr(self.base_model, name, head)
-            if self.head_names:
-                incoming.labels.put_on(self.base_model)
-            if self.ept.trainable:
-                for module in (self.ept, *self.trained_heads()):
-                    module.requires_grad_(True)
+            activate(self, self._inactive(adapter_name), Labels.of(self.config))
             self._walked = None
             self.train(self.training)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter that is not the active one."""
         with self._lock.changing("deleting an adapter"):
-            if adapter_name == self._active_adapter:
+            if adapter_name == self.active_adapter:
                 raise ValueError(f"{adapter_name!r} is the active adapter: make another one active first (set_adapter)")
             gone = self._inactive(adapter_name)
             self.inactive_adapters = nn.ModuleList([a for a in self.inactive_adapters if a is not gone])
-            self._adapter_names.remove(adapter_name)
+            self.adapter_names.remove(adapter_name)
             self._walked = None
 
     def fold(self) -> "EPTModel":
@@ -365,7 +332,7 @@ class EPTModel(nn.Module):
 
     def _member(self, adapter_name: str) -> Member:
         """An adapter as a batch uses it."""
-        if adapter_name == self._active_adapter:
+        if adapter_name == self.active_adapter:
             return Member(self.ept, self.trained_heads())
         adapter = self._inactive(adapter_name)
         return Member(adapter.layer, list(adapter.heads))
@@ -374,21 +341,15 @@ class EPTModel(nn.Module):
         for adapter in self.inactive_adapters:
             if isinstance(adapter, Adapter) and adapter.name == adapter_name:
                 return adapter
-        raise ValueError(f"there is no adapter {adapter_name!r}: there are {', '.join(map(repr, self._adapter_names))}")
+        raise ValueError(f"there is no adapter {adapter_name!r}: there are {', '.join(map(repr, self.adapter_names))}")
 
     def trained_heads(self) -> list[nn.Module]:
         """The active adapter's heads, which stand in the wrapped model."""
         return [self.base_model.get_submodule(name) for name in self.head_names]
 
-    def _new_adapter(self, name: str, layer: AdapterLayer, labels: Labels, *, fresh: bool) -> Adapter:
-        heads = (
-            new_heads(self.trained_heads(), self.config, len(labels.id2label), fresh=fresh) if self.head_names else []
-        )
-        return Adapter(name, layer, heads, labels)
-
     def _put(self, adapter: Adapter) -> None:
         self.inactive_adapters.append(adapter.train(self.training))
-        self._adapter_names.append(adapter.name)
+        self.adapter_names.append(adapter.name)
         self._walked = None
 
     def _sites_for(self, config: EPTConfig) -> LayerSites | None:
@@ -399,12 +360,6 @@ class EPTModel(nn.Module):
             self._sites = find_layers(self.base_model)
         self._backbone.hooked_layers()
         return self._sites
-
-    def _check_new_name(self, adapter_name: str) -> None:
-        if not isinstance(adapter_name, str) or not adapter_name:
-            raise TypeError(f"adapter_name={adapter_name!r} must be a string that is not empty")
-        if adapter_name in self._adapter_names:
-            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it first, or give another name")
 
     # ------------------------------------------------------------------ looking at it
 
@@ -449,7 +404,7 @@ class EPTModel(nn.Module):
         inputs = Inputs(input_ids, inputs_embeds, attention_mask)
         with self._lock.calling():
             check_inputs(self.traits, inputs, {})
-            routing = OneAdapter(self._member(self._active_adapter))
+            routing = OneAdapter(self._member(self.active_adapter))
             return self._backbone.lay_out_rows(inputs, routing).arguments["inputs_embeds"]
 
     @torch.no_grad()
@@ -471,26 +426,11 @@ class EPTModel(nn.Module):
         The active adapter, or the one named. Where the model is spread over processes, every one of them calls this,
         and one has `is_main_process`. Raises FloatingPointError, and writes nothing, if a tensor holds NaN or infinity.
         """
-        adapter = None if adapter_name in (None, self._active_adapter) else self._inactive(adapter_name)
+        adapter = None if adapter_name in (None, self.active_adapter) else self._inactive(adapter_name)
         layer, labels = (self.ept, Labels.of(self.config)) if adapter is None else (adapter.layer, adapter.labels)
         tensors = self.adapter_tensors(adapter_name)
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise FloatingPointError(
-                    f"{name} holds NaN or infinity: the training diverged, lower the learning rate"
-                )
-        names = labels.names if self.head_names else None
-        settings = layer.config.to_dict() | {
-            "method": "EPT",
-            "base_model_name_or_path": getattr(self.config, "_name_or_path", "") or None,
-            "base_model_class": self.traits.name,
-            "head": self.head_names,
-            "num_labels": len(names) if names else None,
-            "label_names": names or None,
-            "problem_type": labels.problem_type if self.head_names else None,
-            "backbone": backbone_fingerprint(self.config, self.base_model.get_input_embeddings()),
-        }
-        settings |= layer.facts()
+        check_finite(tensors)
+        settings = settings_of(self.base_model, self.traits, layer, labels)
         if is_main_process:
             write_adapter(save_directory, settings, tensors)
 
@@ -509,17 +449,15 @@ class EPTModel(nn.Module):
             FileNotFoundError, ValueError: the directory is incomplete or damaged, or belongs to another backbone
                 (`ignore_backbone_mismatch=True` loads it all the same where the shapes fit).
         """
-        saved = SavedAdapter.read(path, model, ignore_backbone_mismatch=ignore_backbone_mismatch)
-        wrapped = cls(model, saved.config, adapter_name)
-        if saved.facts["folded"]:
-            wrapped.ept = saved.new_layer(model, wrapped.traits, wrapped._sites_for(saved.config))
+        files = AdapterFiles.read(path, model, ignore_backbone_mismatch=ignore_backbone_mismatch)
+        wrapped = cls(model, files.config, adapter_name)
+        if files.facts["folded"]:
+            wrapped.ept = files.new_layer(model, wrapped.traits, wrapped._sites_for(files.config))
             wrapped.requires_grad_(False)
-        saved.copy_into(wrapped._adapter_tensors())
+            wrapped._walked = None
+        files.copy_into(wrapped._adapter_tensors())
         if wrapped.head_names:
-            backbones = Labels.of(wrapped.config)
-            labels = saved.labels(backbones)
-            # A problem type that was never said is found from the first labels, unless the backbone's config says it.
-            replace(labels, problem_type=labels.problem_type or backbones.problem_type).put_on(model)
+            files.labels_beside(Labels.of(wrapped.config)).put_on(model)
         return wrapped
 
     def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:
@@ -550,6 +488,6 @@ class EPTModel(nn.Module):
 
     def _adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """An adapter's parameters (of a folded one its buffers) as this process holds them."""
-        if adapter_name is not None and adapter_name != self._active_adapter:
+        if adapter_name is not None and adapter_name != self.active_adapter:
             return self._inactive(adapter_name).tensors(self.traits.head_names)
         return tensors_of_adapter(self.ept, dict(zip(self.head_names, self.trained_heads(), strict=True)))
