@@ -2,7 +2,7 @@
 
 import os
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ def _taken(axis: Axes) -> list[Bbox]:
     curves = [np.column_stack(line.get_data()) for line in axis.get_lines() if line.get_linestyle() != "None"]
     markers = [np.column_stack(line.get_data()) for line in axis.get_lines() if line.get_marker() != "None"]
     for bars in axis.collections:
-        curves += [path.vertices for path in bars.get_paths()]
+        curves += [np.asarray(path.vertices) for path in bars.get_paths()]
     for curve in curves:
         corners = axis.transData.transform(curve)
         for start, end in pairwise(corners):
@@ -65,7 +65,8 @@ def _label(axis: Axes, point: Point, taken: list[Bbox]) -> Annotation:
     Raises:
         ValueError: no place is free.
     """
-    renderer = axis.figure.canvas.get_renderer()
+    canvas: Any = axis.figure.canvas  # of the drawing backends alone
+    renderer = canvas.get_renderer()
     frame = axis.get_window_extent(renderer)
     colour = COLOURS.get(point.family, GREY)
     for x, y, side, height in PLACES:
