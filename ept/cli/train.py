@@ -114,6 +114,7 @@ def _prepare(options: TrainOptions) -> _Training:
             shutil.rmtree(old)
     say(f"{data.task.kind.name}: {', '.join(sizes.values())}")
     model.print_trainable_parameters()
+    say(f"learning rates: {trainer.rates_in_words()}")
     return _Training(trainer, data.task, checkpoint, splits.get("test"), _record(options, data.task, model, max_length))
 
 

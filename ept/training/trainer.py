@@ -4,6 +4,7 @@ Every part of EPT has its own learning rate, checkpoints hold the adapter instea
 logs the gate.
 """
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -23,11 +24,19 @@ from ept.tasks.continuation import ContinuationCollator, label_scores
 from ept.tasks.kinds import Classification, Continuation, MultiLabel, Regression, Text2Text
 from ept.training.checkpoints import last_checkpoint
 from ept.training.health import gate_health
-from ept.training.rates import EPTArguments, EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
+from ept.training.rates import (
+    EPTArguments,
+    EPTSeq2SeqTrainingArguments,
+    EPTTrainingArguments,
+    group_names,
+    parameter_groups,
+)
 from ept.training.sampling import LengthGroupedByEpoch, check_tokenised, knows_lengths
 from ept.training.stopping import StopOnSignal
 
 __all__ = ["TRAINERS", "EPTContinuationTrainer", "EPTSeq2SeqTrainer", "EPTTrainer"]
+
+logger = logging.getLogger("ept")
 
 
 class _EPTTrainerMixin(Trainer):
@@ -37,6 +46,8 @@ class _EPTTrainerMixin(Trainer):
     args: EPTTrainingArguments | EPTSeq2SeqTrainingArguments
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self._has_rates_by_part = False
+        self._rates_now: dict[str, float] = {}  # by part, when transformers last asked for the learning rate
         super().__init__(*args, **kwargs)
         if not isinstance(self.model, EPTModel):
             raise TypeError(
@@ -66,12 +77,34 @@ class _EPTTrainerMixin(Trainer):
         if self.optimizer is None:
             model_here: Any = self.model  # not a PreTrainedModel, but asked for its modules alone
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model_here)
-            rates = {
-                name: getattr(self.args, name) for name in EPTArguments.__dataclass_fields__ if name.endswith("rate")
-            }
+            rates = {f"{part}_learning_rate": rate for part, rate in self.args.rates().items()}
             groups = parameter_groups(self.model, **rates, weight_decay=self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **settings)
+            for group in self.optimizer.param_groups:
+                group["initial_lr"] = group["lr"]  # as most schedules note it, but not all
+            self._has_rates_by_part = True
+            logger.info("learning rates: %s", self.rates_in_words())
         return self.optimizer
+
+    def rates_in_words(self) -> str:
+        """The peak learning rate of each part that is trained."""
+        rates = self.args.rates()
+        return ", ".join(f"{name} {rates[name]:g}" for name in dict.fromkeys(group_names(self.model)))
+
+    def _get_learning_rate(self) -> float:
+        """Returns `learning_rate` where its schedule is; transformers takes the first group's, which is the prompt's."""
+        if not self._has_rates_by_part:
+            return super()._get_learning_rate()
+        groups = self._optimizer_and_schedule()[0].param_groups
+        names = [f"{name}_learning_rate" for name in group_names(self.model)]
+        self._rates_now = {name: float(group["lr"]) for name, group in zip(names, groups, strict=True)}
+        group = max(groups, key=lambda group: group.get("initial_lr", 0.0))
+        peak = group.get("initial_lr", 0.0)  # an optimiser from an older checkpoint may lack it
+        return float(self.args.learning_rate * group["lr"] / peak) if peak else super()._get_learning_rate()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' `log`, with the rate of each part beside the learning rate."""
+        super().log(logs | self._rates_now if "learning_rate" in logs else logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; True resumes from the last whole checkpoint, passing over one that a kill cut short.
