@@ -205,11 +205,16 @@ class _EPTTrainerMixin(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         files = [os.path.join(checkpoint, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
-        if all(map(os.path.isfile, files)):  # not there with save_only_model
-            optimizer, schedule = self._optimizer_and_schedule()
-            state, schedule_state = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
-            load_optimizer_state(optimizer, state)
-            schedule.load_state_dict(schedule_state)
+        for file in files:
+            if not os.path.isfile(file):
+                raise FileNotFoundError(
+                    f"{checkpoint} holds no {os.path.basename(file)} (save_only_model), without which a training cannot "
+                    "go on as it was: train from the start"
+                )
+        optimizer, schedule = self._optimizer_and_schedule()
+        state, schedule_state = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+        load_optimizer_state(optimizer, state)
+        schedule.load_state_dict(schedule_state)
 
     def _optimizer_and_schedule(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         if self.optimizer is None or self.lr_scheduler is None:
