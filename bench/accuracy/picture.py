@@ -48,7 +48,7 @@ def _taken(axis: Axes) -> list[Bbox]:
     curves = [np.column_stack(line.get_data()) for line in axis.get_lines() if line.get_linestyle() != "None"]
     markers = [np.column_stack(line.get_data()) for line in axis.get_lines() if line.get_marker() != "None"]
     for bars in axis.collections:
-        curves += [path.vertices for path in bars.get_paths()]
+        curves += [np.asarray(path.vertices) for path in bars.get_paths()]
     for curve in curves:
         corners = axis.transData.transform(curve)
         for start, end in pairwise(corners):
@@ -65,15 +65,14 @@ def _label(axis: Axes, point: Point, taken: list[Bbox]) -> Annotation:
     Raises:
         ValueError: no place is free.
     """
-    renderer = axis.figure.canvas.get_renderer()
-    frame = axis.get_window_extent(renderer)
+    frame = axis.get_window_extent()
     colour = COLOURS.get(point.family, GREY)
     for x, y, side, height in PLACES:
         text = axis.annotate(
             point.label, (point.trained, point.score), xytext=(x, y), textcoords="offset points",
             ha=side, va=height, fontsize=8, color=colour,
         )  # fmt: skip
-        box = text.get_window_extent(renderer)
+        box = text.get_window_extent()
         inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
         if inside and not any(box.overlaps(other) for other in taken):
             taken.append(box)
