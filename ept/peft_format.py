@@ -26,7 +26,7 @@ from ept.files.adapter_dir import CONFIG_NAME, WEIGHTS_NAME
 from ept.layer.folded import fold_layer
 from ept.model.model import EPTModel
 
-__all__ = ["from_peft", "read_soft_prompt", "save_peft", "why_not_peft"]
+__all__ = ["from_peft", "named_as_head", "read_peft", "read_soft_prompt", "save_peft", "why_not_peft"]
 
 PROMPT, LOW_RANK = "prompt_embeddings", ("prompt_encoder.lora_embedding_A", "prompt_encoder.lora_embedding_B")
 TASK_TYPES = {
@@ -56,7 +56,7 @@ def from_peft(model: PreTrainedModel, path: str | os.PathLike) -> EPTModel:
     Raises:
         ValueError, FileNotFoundError: the adapter is of another kind, partial, damaged, or does not fit the model.
     """
-    settings, tensors = _read_peft(path)
+    settings, tensors = read_peft(path)
     prompt = _prompt_of(settings, tensors, path)
     sizes: dict[str, Any] = dict(prompt_length=len(prompt), rank=0)
     if settings["peft_type"] == "PROMPT_TUNING_LORA" and settings.get("r", 8):
@@ -89,7 +89,7 @@ def read_soft_prompt(path: str | os.PathLike) -> Tensor:
     """Q [m, d]: the trained prompt of a PEFT prompt-tuning or DePT directory, or the one matrix of a safetensors file."""
     path = Path(path)
     if path.is_dir():
-        settings, tensors = _read_peft(path)
+        settings, tensors = read_peft(path)
         return _prompt_of(settings, tensors, path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or directory")
@@ -103,7 +103,7 @@ def read_soft_prompt(path: str | os.PathLike) -> Tensor:
     return _checked(tensors[name], path)
 
 
-def _read_peft(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_peft(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of a directory that PEFT, or DePT's fork of it, wrote."""
     config_file = Path(path) / CONFIG_NAME
     if not config_file.is_file():
@@ -167,7 +167,7 @@ def _checked(prompt: Tensor, path: Path) -> Tensor:
 
 def _head_of(model: EPTModel, tensors: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
     """The model's head, with the adapter's tensors where it has them; an adapter's tensor that finds no place is an error."""
-    named = _named_as_head(tensors)
+    named = named_as_head(tensors)
     head = {name: tensor for name, tensor in model.adapter_tensors().items() if name.startswith("head.")}
     extra = sorted(set(named) - set(head))
     if extra:
@@ -175,7 +175,7 @@ def _head_of(model: EPTModel, tensors: dict[str, Tensor], path: str | os.PathLik
     return head | named
 
 
-def _named_as_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def named_as_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors beside the prompt, by the names that the head has in an EPT adapter."""
     named = {}
     for name, tensor in tensors.items():

@@ -38,7 +38,7 @@ def main(steps: int) -> None:
     tokenizer = ByT5Tokenizer(padding_side="left")
     model = get_ept_model(backbone(), EPTConfig(token_rank=16), tokenizer=tokenizer)
     arguments = EPTTrainingArguments("runs/causal_lm", max_steps=steps, per_device_train_batch_size=10,
-                                     deep_learning_rate=0.02)  # fmt: skip
+                                     learning_rate=0.02)  # fmt: skip
     rows = [encode(tokenizer, *row) for row in QUESTIONS]
     EPTTrainer(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
     model.save_pretrained("runs/causal_lm")

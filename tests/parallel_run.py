@@ -67,7 +67,7 @@ def train(output_dir, batch, model="encoder", dropout=0.0, resume=False, steps=S
     args = EPTTrainingArguments(
         output_dir, max_steps=STEPS, per_device_train_batch_size=batch, save_steps=3, disable_tqdm=True, use_cpu=True,
         dataloader_pin_memory=False, logging_steps=1, eval_strategy="steps", eval_steps=3, head_learning_rate=0.001,
-        learning_rate=0.001, prompt_learning_rate=0.001, weight_decay=0.01,
+        up_learning_rate=0.001, prompt_learning_rate=0.001, weight_decay=0.01,
     )  # fmt: skip
     collator = hf.DataCollatorWithPadding(TokenLabels() if causal else Tokenizer())
     trainer = EPTTrainer(wrapped, args, collator, rows, rows[:8], callbacks=[Stop(steps, signal, disk)])

@@ -4,6 +4,7 @@ a floor that is fair, a script for a GPU that runs as it stands."""
 import contextlib
 import io
 import json
+import re
 import sys
 import time
 
@@ -22,6 +23,7 @@ from bench.steps.shapes import SMALL_SHAPES, backbone, batch_of
 from bench.steps.step import floor_of_shape, floor_step, training_step
 from bench.tables import records
 from bench.text import real_text
+from ept import EPTConfig
 from ept.training.rates import parameter_groups
 from tiny_models import ids, mean_pooling, wrapped
 
@@ -46,6 +48,17 @@ def test_the_parts_of_a_task_are_fixed_and_disjoint():
     assert set(task.labels["test"]) == {0, 1}
     news = real_text.load_task("news")
     assert not set(news.texts["train"]) & set(news.texts["test"])
+
+
+def test_the_demo_shows_the_accuracies_of_the_committed_table():
+    for arm in demo.ARMS_ON_RECORD.values():
+        assert re.fullmatch(r"0\.\d{3} ± 0\.\d{3}( \(\d\))?", demo.on_record(arm, "movies"))
+    assert demo.on_record("EPT, deep", "movies") != demo.on_record("EPT, deep", "news")
+
+
+def test_the_demos_budget_gives_the_default_sizes():
+    budget = demo.METHODS_SHOWN[demo.METHOD][1]
+    assert EPTConfig.for_budget(budget, 384, preset="deep", deep_layers=5) == EPTConfig(deep_layers=5)  # MiniLM's sizes
 
 
 def test_the_demo_moves_another_run_aside_and_says_so(tmp_path, capsys):

@@ -163,7 +163,8 @@ def test_the_head_fits_the_model_or_the_wish_and_is_found_again(model, head, kin
 def test_decimal_labels_are_regressed_on_and_predicted_as_values(place, tmp_path, capsys, monkeypatch):
     rows = [(text, 2.5 if label == "positive" else -2.5) for text, label in reviews(64)]
     data = write_csv(tmp_path / "scores.csv", rows)
-    assert train(place, tmp_path / "out", "--train_file", data, "--validation_file", data) == 0
+    files = ["--train_file", data, "--validation_file", data]
+    assert train(place, tmp_path / "out", *files, "--task", "regression") == 0
     assert last_json(capsys)["eval_pearson"] > 0.5  # 64 rows that say nothing reach 0.25 one time in twenty
     monkeypatch.setattr(sys, "stdin", Bytes(b"a superb film\nthe weak plot\n"))
     assert main(["predict", "--adapter", str(tmp_path / "out")]) == 0
@@ -351,6 +352,9 @@ def test_the_program_says_its_version_and_commands(capsys):
     assert main(["tune"]) == 2 and "unknown command 'tune'" in capsys.readouterr().err
 
 
+EVALUATED = {"--validation_file": "dev.csv"}
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -411,6 +415,22 @@ def test_the_program_says_its_version_and_commands(capsys):
         ({"--train_file": "score.csv"}, "--task classification"),
         ({"--train_file": "rows.jsonl", "--no_header": "true"}, "rows.jsonl: --no_header is for csv and tsv"),
         ({"--learning_rat": "1"}, "unknown option --learning_rat"),
+        (EVALUATED | {"--eval_do_concat_batches": "false"}, "--eval_do_concat_batches false leaves the metrics"),
+        (EVALUATED | {"--batch_eval_metrics": "true"}, "--batch_eval_metrics: the metrics are of all rows together"),
+        (EVALUATED | {"--dataloader_drop_last": "true"}, "--dataloader_drop_last would leave rows out of the metrics"),
+        (
+            EVALUATED | {"--prediction_loss_only": "true", "--load_best_model_at_end": "true"},
+            "--prediction_loss_only leaves out accuracy, by which the best checkpoint is chosen",
+        ),
+        ({"--label_names": "label"}, "--label_names label: the rows' labels are called labels"),
+        ({"--dataloader_drop_last": "true", "--per_device_train_batch_size": "99"}, "leaves none of 64 rows"),
+        ({"--dataloader_persistent_workers": "true"}, "needs --dataloader_num_workers of at least 1"),
+        ({"--push_to_hub": "true"}, "--push_to_hub needs a token of the hub"),
+        ({"--debug": "underflow_overflow"}, "--debug underflow_overflow cannot look at masks"),
+        (
+            {"--train_file": "values.csv", "--task": "regression", "--label_smoothing_factor": "0.1"},
+            "--label_smoothing_factor is for classification and text2text, not for regression",
+        ),
     ],
     ids=lambda value: " ".join(map(str, itertools.chain(*value.items()))) if isinstance(value, dict) else "",
 )
@@ -419,6 +439,9 @@ def test_bad_input_to_train_is_one_line_and_exit_code_2(options, said, place, tm
     write_csv(tmp_path / "unknown.csv", [("the film", "positive"), ("the plot", "meh")])
     write_csv(tmp_path / "single.csv", [("the film", "positive"), ("the plot", "positive")])
     write_csv(tmp_path / "two.csv", [("the film", "the plot", "positive")], ("text", "title", "label"))
+    monkeypatch.setattr("ept.cli.training_checks.get_token", lambda: None)
+    write_csv(tmp_path / "values.csv", [("the film", 0.5), ("the plot", 1.5)])
+    write_csv(tmp_path / "dev.csv", reviews(4))
     write_csv(tmp_path / "score.csv", [("the film", 0.5), ("the plot", "nan")])
     (tmp_path / "rows.jsonl").write_text('{"sentence": "the film", "label": "positive"}\n')
     (tmp_path / "empty.csv").touch()
@@ -440,6 +463,24 @@ def test_a_run_that_cannot_begin_leaves_the_checkpoints_that_it_was_to_write_ove
     command += ["--output_dir", tmp_path / "out", "--overwrite_output_dir"]
     assert "lomo" in refused(capsys, [*command, "--optim", "lomo"])
     assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").is_file()
+
+
+def test_the_adapter_is_written_before_the_last_evaluation(place, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("the evaluation failed")
+
+    monkeypatch.setattr("ept.training.trainer.EPTTrainer.evaluate", fails)
+    with pytest.raises(RuntimeError, match="the evaluation failed"):
+        train(place, tmp_path / "out", "--test_file", place / "test.csv", steps=1)
+    monkeypatch.undo()
+    assert main(["eval", "--adapter", str(tmp_path / "out"), "--test_file", str(place / "test.csv")]) == 0
+
+
+def test_a_schedule_by_a_plateau_is_judged_by_a_metric_that_the_task_has(place, tmp_path):
+    more = ["--validation_file", place / "validation.csv", "--lr_scheduler_type", "reduce_lr_on_plateau"]
+    assert (
+        train(place, tmp_path / "out", *more, "--task", "continuation", "--eval_steps", 1, model="llama", steps=2) == 0
+    )
 
 
 @pytest.mark.parametrize("word", ["false", "No", "0"])

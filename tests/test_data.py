@@ -5,9 +5,11 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
-from ept.data.columns import Columns, choose_columns
-from ept.data.labels import Labels
+from ept.data.columns import Columns, choose_columns, split_labels
+from ept.data.labels import LabelCounts, Labels
+from ept.data.streaming import RowStream
 from ept.data.tables import read_file
 from ept.data.tokens import tokenize
 from tiny_text import reviews, tokenizer, write_csv
@@ -52,6 +54,17 @@ def test_quoted_csv_texts_may_run_over_lines_and_words_that_mean_nothing_stay_wo
     path = write(tmp_path / "x.csv", 'text,label\n"two\nlines",NA\nnull,None\n')
     table = read_file(path)
     assert list(table["text"]) == ["two\nlines", "null"] and list(table["label"]) == ["NA", "None"]
+
+
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_semicolons_and_tabs_divide_a_csv_whose_header_has_no_comma(sign, tmp_path):
+    path = write(tmp_path / "x.csv", f'text{sign}label\n"good{sign} really, yes"{sign}1\nso, so{sign}0\n')
+    assert read_file(path)[1] == {"text": "so, so", "label": "0"}
+    bare = write(tmp_path / "bare.csv", f"a text{sign}1\n")
+    with pytest.raises(ValueError, match=r"bare\.csv: its first line has .* and no comma"):
+        read_file(bare, header=False)
+    one = write(tmp_path / "one.csv", f'"a text{sign} and more"\n')
+    assert read_file(one, header=False)[0] == {"0": f"a text{sign} and more"}
 
 
 def test_without_a_header_columns_are_numbered(tmp_path):
@@ -178,6 +191,77 @@ def test_whole_numbers_are_values_when_the_task_says_so(tmp_path):
     table = labelled(tmp_path, [1, 2, 5])
     found = Labels.of(table, "x", "label", "regression")
     assert found.names is None and found.encode(table, "x", "label") == [1.0, 2.0, 5.0]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_whole_numbers_written_as_floats_are_classes_and_match_either_form(kind, tmp_path):
+    table = labelled(tmp_path, [0.0, 2.0, 1.0, 2.0, 10.0], kind)
+    labels = Labels.of(table, "x", "label")
+    assert labels.names == ("0", "1", "2", "10") and labels.encode(table, "x", "label") == [0, 2, 1, 2, 3]
+    assert labels.encode(labelled(tmp_path, [2, 10], kind), "x", "label") == [2, 3]
+
+
+@pytest.mark.parametrize("labels", [[401.9, 250.0, 428.0, 401.9] * 3, list(range(60))], ids=["codes", "numbers"])
+def test_numbers_that_could_be_classes_as_well_as_values_are_asked_about(labels, tmp_path):
+    table = labelled(tmp_path, labels)
+    with pytest.raises(ValueError, match=r'`kind="classification"`\) or values \(`kind="regression"`\)'):
+        Labels.of(table, "x", "label")
+    assert Labels.of(table, "x", "label", "regression").names is None
+    assert len(Labels.of(table, "x", "label", "classification").names) == len(set(labels))
+
+
+def test_the_counts_name_the_classes_and_what_looks_like_a_slip():
+    said = LabelCounts({"positive": 6, "negative": 3, "positive ": 2, "Positive": 2, "meh": 1}).lines()
+    assert said[0] == (
+        "5 classes: positive (6 rows), negative (3 rows), Positive (2 rows), 'positive ' (2 rows), meh (1 rows)"
+    )
+    assert "'positive', 'Positive', 'positive ' differ in capitals or in spaces" in said[1] and "meh" in said[2]
+    assert len(said) == 3 and len(LabelCounts({"a": 2, "b": 3}).lines()) == 1
+    assert "every class has one row" in LabelCounts({f"text {i}": 1 for i in range(40)}).lines()[1]
+
+
+def lists(tmp_path, cells):
+    return read_file(jsonl(tmp_path / "lists.jsonl", [{"text": "a", "label": cell} for cell in cells]))
+
+
+def test_lists_are_several_labels_a_row(tmp_path):
+    table = lists(tmp_path, [["b", "a"], [], ["c"]])
+    labels = Labels.of(table, "x", "label")
+    assert labels == Labels(("a", "b", "c"), several=True)
+    assert labels.encode(table, "x", "label") == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    assert LabelCounts.of(table, "x", "label").rows == {"b": 1, "a": 1, "c": 1}
+    with pytest.raises(ValueError, match="x, row 3: label 'c' is not among the known labels a, b"):
+        Labels(("a", "b"), several=True).encode(table, "x", "label")
+    numbered = lists(tmp_path, [[10, 2], [2]])
+    assert Labels.of(numbered, "x", "label").names == ("2", "10")
+    features = Features(text=Value("string"), label=[ClassLabel(names=["no", "yes"])])
+    named = Dataset.from_dict({"text": ["a"], "label": [[1]]}, features=features)
+    assert Labels.of(named, "x", "label").encode(named, "x", "label") == [[1.0]]
+
+
+def test_a_separator_stands_between_the_labels_of_a_cell(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [("a", "b; a"), ("b", ""), ("c", "c;")], ("text", "label"))
+    table = split_labels(read_file(path), Columns("text", None, "label", ";"))
+    assert list(table["label"]) == [["b", "a"], [], ["c"]]
+    stream = RowStream(path)
+    assert stream.label_counts(Columns("text", None, "label", ";")) == LabelCounts({"b": 1, "a": 1, "c": 1}, True)
+
+
+@pytest.mark.parametrize(
+    "cells, kind, said",
+    [
+        ([[1, 0, 0], [0, 1, 0]], None, "stands twice in the list .* a zero or a one for each class"),
+        ([["a", None]], None, "row 1: a label in the list .* is missing"),
+        ([["a"], None], None, "row 2: the label .* is missing"),
+        ([["a"], ["b"]], "classification", "are lists, of which classification makes nothing"),
+        ([[], []], None, "no row of 'label' has a label"),
+        (["a;b", "c"], "multi_label", "row 1: the label 'a;b' is no list.*`Columns.label_separator`"),
+        (["['a']", "['a', 'b']"], None, "look like lists that are written as text"),
+    ],
+)
+def test_what_is_no_list_of_labels_is_refused(cells, kind, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        Labels.of(lists(tmp_path, cells), "x", "label", kind)
 
 
 def test_a_single_class_is_refused(tmp_path):

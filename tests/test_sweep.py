@@ -67,6 +67,23 @@ def test_frozen_weights_in_half_precision_are_not_those_of_methods_that_train_th
     assert kinds == ["bfloat16"] * 4 + ["float32"]
 
 
+def test_a_directory_of_own_files_may_be_called_like_a_benchmarks_task(place, tmp_path):
+    rows = [{"text": text, "label": label} for text, label in reviews(16)]
+    for name, written in (
+        ("own/RTE", rows),
+        ("glue/SST-2", [{"sentence": r["text"], "label": 1, "idx": 0} for r in rows]),
+    ):
+        (tmp_path / name).mkdir(parents=True)
+        for split in ("train", "validation"):
+            text = "".join(json.dumps(row) + "\n" for row in written)
+            (tmp_path / name / f"{split}.jsonl").write_text(text)
+    tasks = ["--tasks", tmp_path / "own" / "RTE", tmp_path / "glue" / "SST-2"]
+    assert sweep(place, tmp_path / "runs", *tasks, "--methods", "head only", "--seeds", 0, "--middle_rate") == 0
+    records = finished(tmp_path / "runs")
+    assert [record["task"] for record in records] == ["own/RTE", "sst2"]
+    assert "f1" in records[0]["metrics"]["validation"] and "f1" not in records[1]["metrics"]["validation"]
+
+
 @pytest.mark.parametrize("options, said", [
     (["--methods", "EPT2"], "unknown method 'EPT2'"), (["--tasks", "nowhere"], "unknown task 'nowhere'"),
     (["--tasks", "{place}"], "has no train file"),

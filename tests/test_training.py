@@ -10,12 +10,19 @@ from signal import SIGKILL
 import pytest
 import torch
 import transformers as hf
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ept import EPTModel, get_ept_model
+from ept import EPTConfig, EPTModel, get_ept_model
 from ept.training.checkpoints import last_checkpoint
-from ept.training.rates import EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
+from ept.training.rates import (
+    HEAD_LEARNING_RATE,
+    LEARNING_RATE,
+    EPTSeq2SeqTrainingArguments,
+    EPTTrainingArguments,
+    parameter_groups,
+)
 from ept.training.trainer import EPTSeq2SeqTrainer, EPTTrainer
 from killed_run import STEPS, Tokenizer
 from tiny_models import VOCAB, all_parts, backbone, ids, mean_pooling, padded, wrapped
@@ -136,7 +143,7 @@ def test_the_frozen_backbones_dropout_is_off_in_training(name):
 @pytest.mark.parametrize("make", [lambda: backbone("roberta", SEQ), mean_pooling])
 def test_the_parameter_groups_hold_each_trained_tensor_once_at_its_rate(make):
     model = get_ept_model(make(), all_parts())
-    rates = dict(learning_rate=1.0, prompt_learning_rate=2.0, down_learning_rate=3.0, head_learning_rate=4.0)
+    rates = dict(up_learning_rate=1.0, prompt_learning_rate=2.0, down_learning_rate=3.0, head_learning_rate=4.0)
     groups = parameter_groups(model, **rates, weight_decay=0.1)
     grouped = [p for group in groups for p in group["params"]]
     assert len(grouped) == len({id(p) for p in grouped})
@@ -154,9 +161,56 @@ def test_the_parameter_groups_hold_each_trained_tensor_once_at_its_rate(make):
 
 def test_the_trainers_arguments_reach_the_groups(tmp_path):
     model = get_ept_model(backbone("bert", SEQ), all_parts())
-    run = trainer(model, tmp_path, prompt_learning_rate=0.5, learning_rate=0.25, down_learning_rate=0.125)
+    run = trainer(model, tmp_path, prompt_learning_rate=0.5, up_learning_rate=0.25, down_learning_rate=0.125)
     rates = [group["lr"] for group in run.create_optimizer().param_groups]
-    assert rates == [0.5, 0.25, 0.125, run.args.head_learning_rate, run.args.head_learning_rate]
+    assert rates == [0.5, 0.25, 0.125, HEAD_LEARNING_RATE, HEAD_LEARNING_RATE]
+
+
+PRESETS = {"default": EPTConfig(), "input": EPTConfig.input_only(), "paper": EPTConfig.paper()}
+
+
+@pytest.mark.parametrize(
+    ("preset", "rates"),
+    [
+        ("default", [0.09, 0.005, 0.005, 0.005]),
+        ("input", [0.09, 0.018, 0.001, 0.005, 0.005]),
+        ("paper", [0.09, 0.018, 0.001, 0.005, 0.005]),
+    ],
+)
+def test_one_learning_rate_moves_every_part_in_fixed_ratios(preset, rates, tmp_path):
+    model = get_ept_model(backbone("bert", SEQ), PRESETS[preset])
+    assert [group["lr"] for group in parameter_groups(model)] == rates
+    for factor in (0.0, 0.5, 100.0):
+        scaled = [group["lr"] for group in parameter_groups(model, learning_rate=factor * LEARNING_RATE)]
+        assert scaled == pytest.approx([factor * rate for rate in rates])
+        run = trainer(model, tmp_path, learning_rate=factor * LEARNING_RATE, prompt_learning_rate=0.25)
+        groups = run.create_optimizer().param_groups
+        assert [group["lr"] for group in groups] == pytest.approx([0.25, *scaled[1:]])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_learning_rate_reaches_what_is_trained(preset, tmp_path):
+    def trained(rate):
+        torch.manual_seed(0)
+        model = get_ept_model(backbone("bert", SEQ), PRESETS[preset])
+        trainer(model, tmp_path, max_steps=3, learning_rate=rate, save_strategy="no").train()
+        return dict(model.ept.named_parameters())
+
+    still, moved = trained(1e-9), trained(0.05)
+    assert not any(torch.equal(still[name], moved[name]) for name in still)
+
+
+def test_the_log_has_the_learning_rate_and_that_of_each_part_where_the_schedule_is(tmp_path, caplog):
+    model = get_ept_model(backbone("bert", SEQ))
+    settings = dict(learning_rate=0.01, head_learning_rate=0.5, lr_scheduler_type="linear", warmup_steps=0)
+    run = trainer(model, tmp_path, max_steps=4, logging_steps=1, save_strategy="no", **settings)
+    with caplog.at_level("INFO", logger="ept"):
+        run.train()
+    assert "learning rates: prompt 0.18, deep 0.01, head 0.5" in caplog.messages
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    for share, entry in zip((1, 0.75, 0.5, 0.25), entries, strict=True):
+        logged = [entry[f"{name}learning_rate"] for name in ("", "prompt_", "deep_", "head_")]
+        assert logged == pytest.approx([0.01 * share, 0.18 * share, 0.01 * share, 0.5 * share])
 
 
 def test_the_trainer_refuses_a_model_without_an_adapter(tmp_path):
@@ -195,6 +249,47 @@ def test_batches_hold_rows_of_similar_length_in_an_order_that_seed_and_epoch_giv
     assert sorted(first) == list(range(64))
     lengths = [[len(data[i]["input_ids"]) for i in first[k : k + 4]] for k in range(4, 64, 4)]
     assert sum(max(batch) - min(batch) for batch in lengths) / len(lengths) < 64 / 4
+
+
+TEXTS = [{"text": "good film", "label": 1}, {"text": "dull", "label": 0}] * 8
+
+
+def test_rows_whose_lengths_are_not_known_come_in_random_order(tmp_path):
+    def collate(rows):
+        return dict(
+            input_ids=torch.tensor([[len(row["text"]), 7] for row in rows]), labels=torch.tensor([0] * len(rows))
+        )
+
+    some = dict(max_steps=2, remove_unused_columns=False, report_to="none", use_cpu=True, disable_tqdm=True)
+    made = EPTTrainer(wrapped(backbone("bert", SEQ)), EPTTrainingArguments(str(tmp_path), **some), collate, TEXTS)
+    assert sorted(made._get_train_sampler()) == list(range(16)) != list(made._get_train_sampler())
+    made.train()
+
+
+@pytest.mark.parametrize("make", [list, Dataset.from_list])
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_rows_of_text_without_a_collator_for_them_are_named(make, name, tmp_path):
+    arguments = EPTTrainingArguments(str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match=rf"{name}: its rows hold text \(text\) and no input_ids: tokenise them"):
+        EPTTrainer(wrapped(backbone("bert", SEQ)), arguments, **{name: make(TEXTS)})
+
+
+def test_label_smoothing_trains_an_encoder_decoder_and_is_refused_where_its_loss_is_another(tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "labels": [8, 9, 10]}] * 4
+    model = wrapped(backbone("t5", hf.AutoModelForSeq2SeqLM))
+    smoothed = dict(label_smoothing_factor=0.2, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=1)
+    arguments = EPTSeq2SeqTrainingArguments(str(tmp_path), **smoothed)
+    made = EPTSeq2SeqTrainer(model, arguments, train_dataset=rows)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[8, 9, 10]])}
+    logits = model(**batch).logits.log_softmax(-1)[0]
+    truth = 0.8 * -logits[range(3), [8, 9, 10]].mean() + 0.2 * -logits.mean()
+    torch.testing.assert_close(made.compute_loss(model, batch), truth)
+    made.train()
+    several = backbone("bert", SEQ)
+    several.config.problem_type = "multi_label_classification"
+    for base in (backbone("llama", hf.AutoModelForCausalLM), several):
+        with pytest.raises(ValueError, match="label_smoothing_factor"):
+            EPTTrainer(wrapped(base), EPTTrainingArguments(str(tmp_path), **smoothed))
 
 
 class Best:

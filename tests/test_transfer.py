@@ -7,12 +7,13 @@ import pytest
 import torch
 import transformers as hf
 
-from ept import EPTConfig, EPTModel, get_ept_model
+from ept import EPTConfig, EPTLayer, EPTModel, get_ept_model
 from ept.model.transfer import (
     Source,
     converted,
     leave_one_out_error,
     lined_up,
+    start_from,
     targets_of,
     weighted_sum,
     weights_by_error,
@@ -27,6 +28,13 @@ def trained(seed=0, config=None):
     base = mean_pooling()
     torch.manual_seed(seed)
     return get_ept_model(base, config or EPTConfig.deep(**DEEP)).eval()
+
+
+@torch.no_grad()
+def shake_layer(layer, seed, std=0.02):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in layer.parameters():
+        parameter += std * torch.randn(parameter.shape, generator=generator)
 
 
 @torch.no_grad()
@@ -46,6 +54,17 @@ def pair(model):
 def fresh(adapters, config=None, **more):
     config = dataclasses.replace(config or EPTConfig.deep(**DEEP), init="adapters")
     return get_ept_model(mean_pooling(), config, init_adapters=adapters, **more).eval()
+
+
+def layer_of(seed=0, config=None):
+    """An adapter's layer at its start, without a backbone."""
+    config = config or EPTConfig.deep(**DEEP)
+    torch.manual_seed(seed)
+    return EPTLayer(dataclasses.replace(config, embed_scale=config.embed_scale or 1.0), WIDTH)
+
+
+def source_of(layer, name="adapter"):
+    return Source(name, layer.config, dict(layer.state_dict()))
 
 
 def rows(count=24, seed=3):
@@ -70,22 +89,35 @@ def test_one_adapter_is_taken_as_it_is_from_its_directory_and_its_head_is_not(tm
 
 
 def test_given_weights_sum_adapters_of_one_start():
-    sources = [trained(0), trained(0)]
+    sources = [layer_of(0), layer_of(0)]
     for seed, source in enumerate(sources):
-        shake(source, std=0.02, seed=seed)
-    model = fresh([pair(source) for source in sources], init_weights=[0.25, 0.75])
-    expected = weighted_sum([dict(source.ept.named_parameters()) for source in sources], [0.25, 0.75])
-    for name, parameter in model.ept.named_parameters():
+        shake_layer(source, seed)
+    layer = layer_of(9)
+    start_from(layer, [source_of(source, str(n)) for n, source in enumerate(sources)], [0.25, 0.75], None)
+    expected = weighted_sum([dict(source.named_parameters()) for source in sources], [0.25, 0.75])
+    for name, parameter in layer.named_parameters():
         torch.testing.assert_close(parameter, expected[name])
 
 
 def test_adapters_of_two_starts_are_not_summed():
-    sources = [trained(0), trained(1)]
-    assert not lined_up([dict(source.ept.named_parameters()) for source in sources])
+    sources = [source_of(layer_of(0), "a"), source_of(layer_of(1), "b")]
+    assert not lined_up([source.tensors for source in sources])
     with pytest.raises(ValueError, match="not trained from one start"):
-        fresh([pair(source) for source in sources], init_weights=[0.5, 0.5])
-    model = fresh([pair(source) for source in sources], init_weights=[0, 1])
-    assert torch.equal(model.ept.deep_down, sources[1].ept.deep_down)
+        start_from(layer_of(), sources, [0.5, 0.5], None)
+    layer = layer_of()
+    assert start_from(layer, sources, [0, 1], None).weights == {"a": 0, "b": 1}
+    assert torch.equal(layer.deep_down, sources[1].tensors["deep_down"])
+
+
+def test_of_adapters_of_several_starts_the_best_is_taken_or_none():
+    sources = [source_of(layer_of(1), "a"), source_of(layer_of(2), "b")]
+    for errors, expected in [((0.9, 0.8, 0.7), {"a": 0, "b": 1}), ((0.7, 0.8, 0.9), {"fresh": 1})]:
+        layer, read = layer_of(0), iter(errors)
+        start = start_from(layer, sources, None, lambda read=read: next(read))
+        assert start.weights == expected and list(start.errors.values()) == list(errors)
+        assert torch.equal(layer.deep_down, layer_of(0 if "fresh" in expected else 2).deep_down)
+    one = iter((0.5, 0.6))
+    assert start_from(layer_of(0), sources[:1], None, lambda: next(one)).weights == {"fresh": 1.0}
 
 
 def told_by_the_head(model, seed):
@@ -113,25 +145,6 @@ def test_rows_weight_adapters_of_one_start_by_what_the_head_would_miss():
     expected = weighted_sum([dict(source.ept.named_parameters()) for source in sources], list(start.weights.values()))
     torch.testing.assert_close(model.ept.deep_up, expected["deep_up"])
     assert model.base_model.classifier(torch.zeros(1, WIDTH)).shape == (1, 3)  # hands on nothing any more
-
-
-def test_rows_choose_the_best_of_adapters_of_several_starts():
-    sources = [moved(0, by=5), moved(1, by=6)]
-    given = told_by_the_head(sources[0], seed=4)
-    start = fresh([pair(source) for source in sources], init_rows=given).started_from
-    assert min(start.errors, key=start.errors.get) == "adapter 0"
-    assert start.weights == {"adapter 0": 1, "adapter 1": 0}
-
-
-def test_a_fresh_start_stays_where_every_adapter_is_worse():
-    source, other = trained(0), trained(1)
-    for model in (source, other):
-        with torch.no_grad():  # every row reads the same: its text is gone
-            model.ept.prompt.fill_(0)
-            model.ept.deep_up.fill_(1e4)
-    model = fresh([pair(source), pair(other)], init_rows=told_by_the_head(trained(2), seed=4))
-    assert model.started_from.weights == {"fresh": 1.0}
-    assert not model.ept.deep_up.any()
 
 
 @pytest.mark.parametrize(
@@ -179,28 +192,16 @@ def test_targets_are_columns_of_classes_or_the_values_themselves():
     assert targets_of(torch.tensor([3, 4]), 1).tolist() == [[3], [4]]
 
 
-def without_labels():
-    return {name: tensor for name, tensor in rows().items() if name != "labels"}
-
-
 @pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (dict(), "need init_rows"),
-        (dict(init_rows=rows(), init_weights=[1, 0]), "not both"),
-        (dict(init_weights=[1.0]), "2 finite numbers"),
-        (dict(init_weights=[1.0, math.nan]), "2 finite numbers"),
-        (dict(init_rows=without_labels()), "need their labels"),
-        (dict(init_rows=rows() | {"labels": torch.zeros(24, dtype=torch.int64)}), "all labels are equal"),
-    ],
+    ("weights", "words"), [(None, "need init_rows"), ([1.0], "2 finite numbers"), ([1.0, math.nan], "2 finite numbers")]
 )
-def test_how_several_adapters_go_together_must_be_said(more, words):
+def test_how_several_adapters_go_together_must_be_said(weights, words):
     with pytest.raises(ValueError, match=words):
-        fresh([pair(trained(0)), pair(trained(1))], **more)
+        start_from(layer_of(), [source_of(layer_of(), "a"), source_of(layer_of(), "b")], weights, None)
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("settings", "words"),
     [
         (dict(token_rank=4, deep_layers=1), r"token_down must be \(3, 32\) for this config, but it has \(4, 32\)"),
         (dict(DEEP, prompt_length=3), r"prompt must be \(2, 32\)"),
@@ -209,31 +210,45 @@ def test_how_several_adapters_go_together_must_be_said(more, words):
         (dict(DEEP, num_spaces=2), "gate_weight, space_down, space_up, which this config has not"),
     ],
 )
-def test_an_adapter_of_other_sizes_is_refused(source, words):
+def test_an_adapter_of_other_sizes_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        fresh([pair(trained(0, EPTConfig.deep(**source)))])
+        converted(source_of(layer_of(0, EPTConfig.deep(**settings))), layer_of())
+
+
+def test_rows_that_tell_nothing_are_refused():
+    features, labels = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="all labels are equal"):
+        leave_one_out_error(features, targets_of(labels, 2))
+    with pytest.raises(ValueError, match="at least 2"):
+        leave_one_out_error(features[:1], targets_of(labels[:1], 2))
 
 
 def test_other_units_beside_the_fusion_are_refused():
-    source = trained(0, all_parts(embed_scale=0.5))
-    layer = trained(0, all_parts(embed_scale=0.2)).ept
+    source, layer = (layer_of(0, all_parts(embed_scale=scale)) for scale in (0.5, 0.2))
     with pytest.raises(ValueError, match="the fusion cannot be converted"):
-        converted(Source("a", source.ept_config, source.adapter_tensors()), layer)
+        converted(source_of(source), layer)
 
 
-def test_init_and_adapters_go_together(tmp_path):
-    source = trained()
-    with pytest.raises(ValueError, match="go together"):
-        get_ept_model(mean_pooling(), EPTConfig.deep(**DEEP), init_adapters=[pair(source)])
-    with pytest.raises(ValueError, match="go together"):
-        get_ept_model(mean_pooling(), EPTConfig.deep(init="adapters", **DEEP))
-    with pytest.raises(ValueError, match='are for init="adapters"'):
-        get_ept_model(mean_pooling(), EPTConfig.deep(**DEEP), init_rows=rows())
+def test_an_adapter_given_twice_is_refused():
     with pytest.raises(ValueError, match="given twice"):
-        source.save_pretrained(tmp_path)
-        fresh([tmp_path, tmp_path], init_weights=[1, 0])
+        start_from(layer_of(), [source_of(layer_of())] * 2, [1, 0], None)
+
+
+def test_arguments_that_do_not_go_together_are_refused():
+    base, source, deep = mean_pooling(), source_of(layer_of()), EPTConfig.deep(**DEEP)
+    adapters = [(source.config, source.tensors)]
+    begin = dataclasses.replace(deep, init="adapters")
+    for config, more, words in [
+        (deep, dict(init_adapters=adapters), "go together"),
+        (begin, dict(), "go together"),
+        (deep, dict(init_rows=rows()), 'are for init="adapters"'),
+        (begin, dict(init_adapters=adapters, init_rows=rows(), init_weights=[1]), "not both"),
+        (begin, dict(init_adapters=adapters, init_rows={"input_ids": ids(4, 5)}), "need their labels"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            get_ept_model(base, config, **more)
     with pytest.raises(ValueError, match="for get_ept_model"):
-        source.add_adapter("other", EPTConfig.deep(init="adapters", **DEEP))
+        get_ept_model(base, deep).add_adapter("other", begin)
 
 
 def test_an_adapter_that_cannot_be_trained_on_or_of_another_backbone_is_refused(tmp_path):

@@ -155,6 +155,10 @@ def test_the_pickled_training_arguments_are_found_under_their_name(place):
         arguments = torch.load(Path(path, "training_args.bin"), weights_only=False)
         assert type(arguments) is kind
         assert arguments.deep_learning_rate == 0.005
+        rates = dict(
+            prompt=0.09, up=0.018, down=0.001, deep=0.005, head=0.005
+        )  # then the defaults, `up` as learning_rate
+        assert arguments.rates() == rates | ({} if path == "." else dict(up=0.3, down=0.2, head=0.1))
         assert (arguments.output_dir, arguments.max_steps) == (("from-python", 3) if path == "." else ("run", 48))
 
 

@@ -88,7 +88,7 @@ def run(job: Job) -> Job:
     model, groups = adapt(
         job["method"], base, budget=job["budget"], rate=job["rate"], head_rate=job["head_rate"],
         tokenizer=tokenizer, token_counts=token_counts([row["input_ids"] for row in rows], len(tokenizer)),
-        settings=job.get("settings"), rates=job.get("rates"),
+        settings=job.get("settings"), rates=_named_as_now(job.get("rates") or {}),
     )  # fmt: skip
     trace = fit(
         model,
@@ -113,6 +113,11 @@ def run(job: Job) -> Job:
     if isinstance(model, EPTModel):
         result |= _look(model)
     return job | result
+
+
+def _named_as_now(rates: dict[str, float]) -> dict[str, float]:
+    """A job's rates. On record, that of what starts at zero has the name that it had: `learning_rate`."""
+    return {"up_learning_rate" if name == "learning_rate" else name: rate for name, rate in rates.items()}
 
 
 # Eager attention: the backward of torch's fused attention takes half of a bf16 step on a CPU.

@@ -9,6 +9,7 @@
 """
 
 import argparse
+import base64
 import json
 import statistics
 import time
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ept.machine import describe
-from ept.model.transfer import leave_one_out_error, weighted_sum
+from ept.model.transfer import ERROR_SCALE, FIRST_ROWS, leave_one_out_error, targets_of, weighted_sum
 
 from .arms import HEAD_RATE, STEPS, TASKS
 from .many import LINEARS, Encoder, Rows, Shape, features, fresh, fresh_head, logits_of, settings, train
@@ -32,7 +33,6 @@ from .many import LINEARS, Encoder, Rows, Shape, features, fresh, fresh_head, lo
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 MAX_LENGTH = 48
 SOURCE_ROWS = 2000
-FIRST_ROWS = 200  # at most so many rows choose among the sources
 SEARCH_SEEDS, FINAL_SEEDS = (5, 6, 7), (0, 1, 2, 3, 4)
 SIBLING = {"movies": "rating", "rating": "movies"}  # the task with the same texts
 SHAPES = {
@@ -52,7 +52,6 @@ WAYS = {
     "LoRA": ("single", "mean", "blend", "pick", "down", "mean product", "single, fitted head"),
 }
 GATE_STEPS, GATE_RATE = 30, 0.2
-SHARPNESS = 0.05  # of the blend's weights, in shares of the targets' variance
 
 Tensors = dict[str, Tensor]
 
@@ -169,12 +168,9 @@ def read_bundle(directory: Path, device: str) -> Bundle:
 # ---------------------------------------------------------------------- starts
 
 
-def targets_of(rows: Rows, device: Any) -> Tensor:
-    """[n, c] what a regression on the rows is to predict."""
+def _targets(rows: Rows, device: Any) -> Tensor:
     labels = torch.from_numpy(rows.labels).to(device)
-    if rows.num_labels == 1:
-        return labels.unsqueeze(1).float()
-    return torch.nn.functional.one_hot(labels.long(), rows.num_labels).float()
+    return targets_of(labels if rows.num_labels == 1 else labels.long(), rows.num_labels)
 
 
 def fitted_head(found: Tensor, targets: Tensor) -> Tensors:
@@ -305,7 +301,7 @@ class Study:
         for task in {job.task for job in jobs}:
             index = [i for i, (job, *_) in enumerate(candidates) if job.task == task]
             x = torch.stack([read[i] for i in index])
-            y = torch.stack([targets_of(candidates[i][3], device) for i in index])
+            y = torch.stack([_targets(candidates[i][3], device) for i in index])
             for i, own_x, own_y, error in zip(index, x, y, leave_one_out_error(x, y).tolist(), strict=True):
                 job, name, tensors, _ = candidates[i]
                 looked[_start_key(job)][name] = Look(own_x, own_y, error, tensors)
@@ -346,9 +342,9 @@ class Study:
             case "mean":
                 return looked["mean"].tensors
             case "blend" | "blend 0.02" | "blend 0.1" | "blend 0.2":
-                return _blend([looked[name] for name in singles], float(job.way[6:] or SHARPNESS))
+                return _blend([looked[name] for name in singles], float(job.way[6:] or ERROR_SCALE))
             case "blend with fresh":
-                return _blend([looked[name] for name in (*singles, "fresh")], SHARPNESS)
+                return _blend([looked[name] for name in (*singles, "fresh")], ERROR_SCALE)
             case "pick":
                 return min(looked.values(), key=lambda look: look.error).tensors
             case "down":
@@ -536,8 +532,6 @@ def _final(
 
 def encode_predictions(logits: np.ndarray) -> str:
     """As in `study`, which needs packages that this module must do without."""
-    import base64
-
     values = logits[:, 0] / 1e-3 if logits.shape[1] == 1 else logits.argmax(1)
     return base64.b64encode(np.clip(np.rint(values), -32768, 32767).astype("<i2").tobytes()).decode()
 

@@ -146,6 +146,9 @@ def main() -> None:
     lines += ["## The search at 100 rows", "", *search_table(records, "search 100"), ""]
     lines += ["## Other weights at 100 rows", "", *search_table(records, "weights"), ""]
     lines += ["## The search at 500 rows", "", *search_table(records, "search 500"), ""]
+    lines += [
+        "At 2,000 rows EPT from scratch goes at half of its default rate, which 500 rows chose: see `bench/NOTES.md`."
+    ]
     lines += ["Mean ± deviation over seeds; protocol in `bench/accuracy/README.md`."]
     machines = sorted({tuple(sorted(record["machine"].items())) for record in records})
     lines += ["; ".join(f"{name} {value}" for name, value in machine) for machine in machines]

@@ -14,6 +14,7 @@ __all__ = ["as_options", "bad_input_is_one_line", "fail"]
 # Parameters of the library's functions -> the option that sets them.
 OPTIONS = {
     "Columns.label": "--label_column",
+    "Columns.label_separator": "--label_separator",
     "Columns.text": "--text_column",
     "Columns.text_pair": "--text_pair_column",
     "data_dir": "--data_dir",
@@ -24,6 +25,7 @@ OPTIONS = {
     "metric_for_best_model": "--metric_for_best_model",
     "name_or_path": "--model_name_or_path",
     "prompt_start": "--prompt_start",
+    "threshold": "--threshold",
 }
 SWITCHES = {"header=False": "--no_header"}
 

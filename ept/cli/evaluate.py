@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ept.backbone.loading import input_limit
 from ept.cli.errors import bad_input_is_one_line
-from ept.cli.options import DATA_DIR_HELP, TASK_HELP, AdapterDirArguments, ColumnArguments
+from ept.cli.options import DATA_DIR_HELP, TASK_HELP, THRESHOLD_HELP, AdapterDirArguments, ColumnArguments
 from ept.cli.parser import OptionParser, option
 from ept.cli.shared import check_prompt_start
 from ept.data.columns import Columns, choose_columns
@@ -35,7 +35,8 @@ class TestDataArguments:
     dataset_split: str | None = option("Split of the hub data set or the task; by default test, for a task validation.")
     task_name: str | None = option(TASK_HELP)
     data_dir: str | None = option(DATA_DIR_HELP)
-    batch_size: int = option("Rows at a time.", 32)
+    threshold: float | None = option(THRESHOLD_HELP)
+    per_device_eval_batch_size: int = option("Rows at a time.", 32, aliases=["--batch_size"])
 
 
 def run(argv: list[str]) -> None:
@@ -52,6 +53,8 @@ def run(argv: list[str]) -> None:
         saved_adapter = SavedAdapter.open(place.adapter)
         tables, chosen = _read_tables(data, columns, saved_adapter.record)
         model, tokenizer, kind = saved_adapter.load(place.model_name_or_path, dtype=place.dtype)
+        if data.threshold is not None:
+            kind = kind.with_threshold(data.threshold)
         task = _task(kind, data.task_name, chosen)
         max_length = columns.max_seq_length or saved_adapter.max_length
         max_length = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, max_length)
@@ -66,7 +69,7 @@ def run(argv: list[str]) -> None:
     predictor = kind.predictor(model, tokenizer, columns.max_target_length)
     metrics: dict[str, Any] = {}
     for split in splits.values():
-        predictions = predict(predictor, split.data, data.batch_size, "Evaluating")
+        predictions = predict(predictor, split.data, data.per_device_eval_batch_size, "Evaluating")
         suffix = "_mismatched" if metrics else ""  # MNLI's second part, after the one that the paper reports
         metrics |= {metric + suffix: value for metric, value in task.metrics(predictions, split).items()}
     print(json.dumps(metrics | {"rows": sum(len(split.data) for split in splits.values())}))
@@ -96,6 +99,7 @@ def _read_tables(
         columns.text_column or trained_on.get("text"),
         columns.text_pair_column or trained_on.get("text_pair"),
         columns.label_column or trained_on.get("label"),
+        columns.label_separator or trained_on.get("label_separator"),
     )
     return {split: (table, source)}, choose_columns(table, source, wanted)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ept.cli.errors import bad_input_is_one_line
 from ept.cli.parser import OptionParser
 from ept.cli.shared import new_adapter_dir
-from ept.peft_format import _named_as_head, _read_peft, from_peft
+from ept.peft_format import from_peft, named_as_head, read_peft
 from ept.pretrained import load_peft_backbone
 
 __all__ = ["ImportArguments", "run"]
@@ -28,8 +28,8 @@ def run(argv: list[str]) -> None:
         description = "Reads a PEFT prompt-tuning adapter, or a checkpoint of DePT, and writes it as an EPT adapter."
         (options,) = OptionParser("import", description, ImportArguments).parse(argv)
         output = new_adapter_dir(options.output_dir)
-        settings, tensors = _read_peft(options.adapter)
-        backbone = load_peft_backbone(options.adapter, settings, _named_as_head(tensors), options.model_name_or_path)
+        settings, tensors = read_peft(options.adapter)
+        backbone = load_peft_backbone(options.adapter, settings, named_as_head(tensors), options.model_name_or_path)
         model = from_peft(backbone, options.adapter)
         model.save_pretrained(output)
         print(f"{options.output_dir}: an EPT adapter on {model.config._name_or_path}")

@@ -17,6 +17,7 @@ __all__ = [
     "ADAPTER_HELP",
     "DATA_DIR_HELP",
     "TASK_HELP",
+    "THRESHOLD_HELP",
     "AdapterArguments",
     "AdapterDirArguments",
     "ColumnArguments",
@@ -25,6 +26,8 @@ __all__ = [
 
 TASK_HELP = f"A task of GLUE or SuperGLUE in place of the files: {', '.join(BENCHMARK_TASKS)}."
 DATA_DIR_HELP = "Where the task's published files are (tsv, jsonl or parquet); without it they come from the hub."
+
+THRESHOLD_HELP = "Probability above which a row has a label, where it may have several (multi_label); by default 0.5."
 
 
 @dataclass
@@ -35,6 +38,9 @@ class ColumnArguments:
     text_pair_column: str | None = option("Column with a second text, for tasks on pairs.")
     label_column: str | None = option(
         "Column with the label, or with the text to write (text2text); by default the one named label."
+    )
+    label_separator: str | None = option(
+        "What stands between the labels of a row that may have several, such as ';' (--task multi_label)."
     )
     no_header: bool = option("The csv or tsv files have no header: columns are given by number, from 0.", False)
     max_seq_length: int | None = option("Cut texts to this many tokens; by default to what the model has room for.")

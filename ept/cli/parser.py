@@ -99,7 +99,7 @@ def _unmet_requirement(name: str, value: Any) -> str | None:
         return "at least 1"
     if name == "dataloader_num_workers" and value < 0:
         return "at least 0"
-    if name.endswith("learning_rate") and not (value >= 0 and math.isfinite(value)):
+    if name.endswith("learning_rate") and value is not None and not (value >= 0 and math.isfinite(value)):
         return "finite and at least 0"
     if name == "num_train_epochs" and not (value > 0 and math.isfinite(value)):
         return "finite and above 0"

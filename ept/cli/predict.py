@@ -12,7 +12,7 @@ import torch
 
 from ept.backbone.loading import input_limit
 from ept.cli.errors import bad_input_is_one_line
-from ept.cli.options import AdapterDirArguments
+from ept.cli.options import THRESHOLD_HELP, AdapterDirArguments
 from ept.cli.parser import OptionParser, option
 from ept.pretrained import SavedAdapter
 from ept.tasks.glue import benchmark_task
@@ -29,6 +29,7 @@ class PredictArguments:
     batch_size: int | None = option(
         "Rows at a time; by default 32 from a file, 1 from standard input, so that each line is answered at once."
     )
+    threshold: float | None = option(THRESHOLD_HELP)
     max_seq_length: int | None = option("Cut texts to this many tokens; by default as in training.")
     max_target_length: int = option("Write at most this many tokens (text2text).", 128)
 
@@ -38,8 +39,8 @@ def run(argv: list[str]) -> None:
     with bad_input_is_one_line("predict"):
         parser = OptionParser(
             "predict",
-            "Reads texts, one a line, and prints for each a line: label, tab, probability; or a value; or the written "
-            "text.",
+            "Reads texts, one a line, and prints for each a line: label, tab, probability (of every label above the "
+            "threshold, where a row may have several); or a value; or the written text.",
             AdapterDirArguments,
             PredictArguments,
         )
@@ -48,6 +49,8 @@ def run(argv: list[str]) -> None:
             raise ValueError(f"{options.input_file}: no such file")
         saved_adapter = SavedAdapter.open(place.adapter)
         model, tokenizer, kind = saved_adapter.load(place.model_name_or_path, dtype=place.dtype)
+        if options.threshold is not None:
+            kind = kind.with_threshold(options.threshold)
         max_length = options.max_seq_length or saved_adapter.max_length
         max_length = input_limit(model.base_model, tokenizer, model.ept_config.prompt_length, max_length)
         limit = kind.text_limit(tokenizer, max_length)

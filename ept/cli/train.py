@@ -23,6 +23,7 @@ from ept.cli.options import ept_config
 from ept.cli.shared import check_prompt_start
 from ept.cli.train_data import TrainingData, read_training_data, token_stream
 from ept.cli.train_options import TrainOptions, parse_train_options
+from ept.cli.training_checks import check_training_options
 from ept.config import EPTConfig
 from ept.console import say
 from ept.data.streaming import StreamError
@@ -50,8 +51,12 @@ def run(argv: list[str]) -> None:
         if trainer.terminated:
             say(f"stopped by SIGTERM after step {trainer.state.global_step}: go on with --resume_from_checkpoint true")
             raise SystemExit(128 + signal.SIGTERM)
+        # Before the last evaluation, so that nothing that is trained is lost if that fails.
+        trainer.save_model(trainer.args.output_dir)
+        _write_record(training, {})
         metrics = _evaluate(training)
-        _save(training, metrics)
+        trainer.save_state()
+        _write_record(training, metrics)
     except (FloatingPointError, OSError, StreamError) as error:
         # The training diverged (what save_pretrained refuses, nothing overwrites), a file cannot be written, or a row
         # that is read while training cannot be trained on.
@@ -100,6 +105,7 @@ def _prepare(options: TrainOptions) -> _Training:
     if checkpoint is not None:
         check_same_adapter(checkpoint, model)
     _complete_arguments(options, data.task, resumes=checkpoint is not None)
+    check_training_options(args, data.task, splits)
     trainer = _trainer(model, options, data.task, splits, tokenizer)
     model.gate_weights()  # an implementation that cannot run here says so
     check_optimizer(trainer)
@@ -108,6 +114,7 @@ def _prepare(options: TrainOptions) -> _Training:
             shutil.rmtree(old)
     say(f"{data.task.kind.name}: {', '.join(sizes.values())}")
     model.print_trainable_parameters()
+    say(f"learning rates: {trainer.rates_in_words()}")
     return _Training(trainer, data.task, checkpoint, splits.get("test"), _record(options, data.task, model, max_length))
 
 
@@ -177,7 +184,7 @@ def _fresh_model(
 def _complete_arguments(options: TrainOptions, task: Task, *, resumes: bool) -> None:
     """Sets the training arguments that depend on the task, unless the user did."""
     args: Any = options.training
-    if "metric_for_best_model" in options.explicit or args.load_best_model_at_end:
+    if args.metric_for_best_model is not None:  # also transformers' "loss", which not every task has
         metric, more_is_better = task.best_metric(options.explicit.get("metric_for_best_model"))
         args.metric_for_best_model = metric
         if "greater_is_better" not in options.explicit:
@@ -247,10 +254,8 @@ def _loss_last(metrics: dict[str, float], loss: str) -> dict[str, float]:
     return dict(sorted(metrics.items(), key=lambda item: item[0] == loss))
 
 
-def _save(training: _Training, metrics: dict[str, float]) -> None:
+def _write_record(training: _Training, metrics: dict[str, float]) -> None:
     trainer = training.trainer
-    trainer.save_model(trainer.args.output_dir)
-    trainer.save_state()
     if trainer.is_world_process_zero():
         record = training.record | {"metrics": metrics, "steps": trainer.state.global_step}
         write_record(trainer.args.output_dir, record)

@@ -49,7 +49,8 @@ def read_training_data(options: TrainOptions) -> TrainingData:
     if stream is not None and kind is not None and not KINDS[kind].can_stream:
         raise ValueError(f"--streaming does not know --task {kind}: leave one of them out")
     tables = _read_tables(data, header=not options.columns.no_header, stream=stream)
-    wanted = Columns(options.columns.text_column, options.columns.text_pair_column, options.columns.label_column)
+    columns = options.columns
+    wanted = Columns(columns.text_column, columns.text_pair_column, columns.label_column, columns.label_separator)
     task = Task.of_table(*tables["train"], wanted, kind, stream)
     for table, source in tables.values():
         choose_columns(table, source, task.columns)

@@ -21,9 +21,9 @@ class ModelArguments:
         metadata={"help": "Hub name or directory of the pretrained model, which stays frozen."}
     )
     task: str | None = option(
-        "What to learn. By default text2text for an encoder-decoder; else regression where the labels are decimal "
-        "numbers, and classification. continuation: a causal model scores the labels' words after the text (its default "
-        "with --task_name).",
+        "What to learn. By default text2text for an encoder-decoder; else multi_label where the labels are lists (or "
+        "--label_separator is given), regression where they are decimal numbers, and classification. continuation: a "
+        "causal model scores the labels' words after the text (its default with --task_name).",
         choices=tuple(KINDS),
         aliases=["--problem_type"],
     )
@@ -76,7 +76,7 @@ TRAINING_ARGUMENTS = ForeignOptions(
     explained=(
         "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
         "gradient_accumulation_steps", "activation_checkpointing", "learning_rate", "prompt_learning_rate",
-        "down_learning_rate", "deep_learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps",
+        "up_learning_rate", "down_learning_rate", "deep_learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps",
         "weight_decay", "train_sampling_strategy", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
         "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "resume_from_checkpoint", "logging_steps",
         "report_to", "bf16", "fp16", "seed", "disable_tqdm",

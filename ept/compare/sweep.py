@@ -27,7 +27,7 @@ from ept.data.tables import read_file
 from ept.machine import describe
 from ept.model.start_values import token_counts
 from ept.tasks.glue import BenchmarkTask, Rows, benchmark_task
-from ept.tasks.glue_files import read_benchmark
+from ept.tasks.glue_files import read_benchmark, read_task
 from ept.tasks.kinds import default_kind
 from ept.tasks.predicting import predict
 from ept.tasks.task import Split, Task
@@ -156,19 +156,35 @@ def run_on_ray(jobs: list[Job], path: Path, *, cpus_per_run: float, gpus_per_run
 # ---------------------------------------------------------------------- tasks
 
 
-def _benchmark(task: str) -> BenchmarkTask | None:
-    """Finds the benchmarks' task of a name or of a directory with its name; None for a directory of own files."""
-    if not Path(task).is_dir():
-        return benchmark_task(task)
+def _named_benchmark(name: str) -> BenchmarkTask | None:
+    """Finds the benchmarks' task of a name; None where there is none."""
     try:
-        return benchmark_task(Path(task).resolve().name)
+        return benchmark_task(name)
     except ValueError:
         return None
 
 
 def _name_of(task: str) -> str:
-    benchmark = _benchmark(task)
-    return Path(task).resolve().name if benchmark is None else benchmark.name
+    """Names a task in the results: a benchmark's by its name, a directory of own files by the directory's.
+
+    One that is called like a benchmark's task is own/rte, so that it is not taken for that.
+    """
+    if not Path(task).is_dir():
+        return benchmark_task(task).name
+    directory = Path(task).resolve()
+    benchmark = _named_benchmark(directory.name)
+    if benchmark is None:
+        return directory.name
+    return benchmark.name if _is_published(benchmark, directory) else f"{directory.parent.name}/{directory.name}"
+
+
+def _is_published(benchmark: BenchmarkTask, directory: Path) -> bool:
+    """Tells whether the train file in a directory is the benchmark's; says why, where there is one that is not."""
+    try:
+        return read_task(benchmark, "train", str(directory)) is not None
+    except ValueError as error:
+        say(f"{directory} is read as files of your own, since its train file is none of {benchmark.name}'s: {error}")
+        return False
 
 
 def _files_of(task: str, data_dir: str | None) -> str | None:
@@ -189,7 +205,7 @@ def _files_of(task: str, data_dir: str | None) -> str | None:
 def _read_task(model: str, task: str, data: str | None) -> tuple[Task, dict[str, tuple[Dataset | Rows, str]]]:
     """Reads what a task is for a kind of model, and its rows by split."""
     kind = default_kind(model, causal_continues=True)
-    benchmark = _benchmark(task if data is None else data)
+    benchmark = _named_benchmark(task)
     if benchmark is not None:
         return Task.of_benchmark(benchmark, kind), dict(read_benchmark(benchmark, data, ("train", "validation")))
     tables, directory = {}, Path(task if data is None else data)

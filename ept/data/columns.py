@@ -1,12 +1,23 @@
 """The columns of a table: which hold text and label, and their values."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from datasets import ClassLabel, Dataset
 
 from ept.data.rows import listed
 
-__all__ = ["Columns", "choose_columns", "label_strings", "texts_of"]
+__all__ = [
+    "Columns",
+    "choose_columns",
+    "holds_lists",
+    "label_lists",
+    "label_strings",
+    "labels_in",
+    "split_cell",
+    "split_labels",
+    "texts_of",
+]
 
 # What is guessed: a label column by these names, and, once it and a row number are set aside, a lone text column or
 # one of these pairs. Whatever else a file holds must be said.
@@ -20,11 +31,15 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that are read; None: not given (text, label) or not there (text_pair)."""
+    """Names of the columns that are read; None: not given (text, label) or not there (text_pair).
+
+    `label_separator` stands between the labels of a row that may have several; None: the column holds one, or lists.
+    """
 
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    label_separator: str | None = None
 
     @property
     def chosen_label(self) -> str:
@@ -64,7 +79,7 @@ def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
         return replace(wanted, text=rest[0], label=label)
     for text, pair in PAIRS:
         if wanted.text_pair is None and set(rest) == {text, pair}:
-            return Columns(text, pair, label)
+            return replace(wanted, text=text, text_pair=pair, label=label)
     raise ValueError(
         f"{source}: say which column is the text with `Columns.text` (and the second with `Columns.text_pair`); {there}"
     )
@@ -89,3 +104,63 @@ def label_strings(table: Dataset, source: str, column: str) -> list[str]:
         has_name = isinstance(feature, ClassLabel) and value >= 0
         values.append(feature.int2str(value) if has_name else str(value))
     return values
+
+
+def holds_lists(table: Dataset, column: str) -> bool:
+    """Whether a column's cells are lists."""
+    return _element(table.features[column]) is not None
+
+
+def label_lists(table: Dataset, source: str, column: str) -> list[list[str]]:
+    """Reads each row's labels as words where a row may have several, or none.
+
+    Raises:
+        ValueError: the first row whose cell is no list of different labels, with its number.
+    """
+    element, rows = _element(table.features[column]), []
+    for row, cell in enumerate(table[column], start=1):
+        labels = labels_in(cell, f"{source}, row {row}", column)
+        rows.append([element.int2str(int(label)) for label in labels] if isinstance(element, ClassLabel) else labels)
+    return rows
+
+
+def labels_in(cell: Any, at: str, column: str) -> list[str]:
+    """Returns the labels in a cell that is a list; ValueError where it is none, or holds one twice. `at` names the row."""
+    if cell is None:
+        raise ValueError(f"{at}: the label ({column!r}) is missing: an empty list says that a row has none")
+    if not isinstance(cell, list):
+        raise ValueError(
+            f"{at}: the label {cell!r} is no list: say what stands between a row's labels with "
+            "`Columns.label_separator`, or write lists in jsonl or parquet"
+        )
+    if None in cell or "" in cell:
+        raise ValueError(f"{at}: a label in the list ({column!r}) is missing")
+    labels = list(map(str, cell))
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(
+                f"{at}: the label {label!r} stands twice in the list {cell!r}: a list names a row's labels, it does "
+                "not hold a zero or a one for each class"
+            )
+    return labels
+
+
+def split_labels(table: Dataset, columns: Columns) -> Dataset:
+    """Makes lists of labels where `label_separator` stands between them; an empty cell has none. Returns the table."""
+    separator, column = columns.label_separator, columns.chosen_label
+    if separator is None:
+        return table
+    cells = [split_cell(cell, separator) for cell in table[column]]
+    return table.remove_columns(column).add_column(column, cells)
+
+
+def split_cell(cell: Any, separator: str | None) -> Any:
+    """Splits a cell into a list of labels; what is a list or missing, and all without a separator, stays as it is."""
+    if separator is None or cell is None or isinstance(cell, list):
+        return cell
+    return [part.strip() for part in str(cell).split(separator) if part.strip()]
+
+
+def _element(feature: Any) -> Any:
+    """Returns the type of a list's elements; None for what is no list."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)

@@ -44,7 +44,8 @@ def has_optional_header(path: Path) -> bool:
 def read_rows(path: Path, *, header: bool = True) -> Iterator[Row]:
     """Yields the rows of a file that passed `checked_path`. Columns of a file without a header are "0", "1", ….
 
-    csv follows RFC 4180; in tsv a quotation mark is a character like any other, as in GLUE's files. Both give strings.
+    csv follows RFC 4180; where its header has no comma but semicolons or tabs, these stand between the fields. In tsv a
+    quotation mark is a character like any other, as in GLUE's files. Both give strings.
     """
     return _READERS[path.suffix.lower()](path, header)
 
@@ -80,7 +81,9 @@ def listed(names: Any) -> str:
 
 def _csv_rows(path: Path, header: bool) -> Iterator[Row]:
     tsv = path.suffix.lower() == ".tsv"
-    form: dict[str, Any] = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else dict(delimiter=",", strict=True)
+    form: dict[str, Any] = (
+        dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else dict(delimiter=_delimiter(path, header), strict=True)
+    )
     reader = csv.reader(text_lines(path, newline=""), **form)
     names: list[str] | None = None
     try:
@@ -101,6 +104,24 @@ def _csv_rows(path: Path, header: bool) -> Iterator[Row]:
             yield dict(zip(names, fields, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not valid csv ({error})") from error
+
+
+def _delimiter(path: Path, header: bool) -> str:
+    """Finds what stands between the fields of a csv file: a comma, or what alone divides its header.
+
+    Raises:
+        ValueError: the first line of a file without a header has no comma but another sign, which may be text.
+    """
+    line = next(text_lines(path, newline=""), "")
+    for delimiter in (",", ";", "\t"):
+        if len(next(csv.reader([line], delimiter=delimiter), [])) > 1:
+            if not header and delimiter != ",":
+                raise ValueError(
+                    f"{path}: its first line has {delimiter!r} and no comma: write commas between the fields, or give "
+                    'the file a header; a text with that sign must stand in "quotes"'
+                )
+            return delimiter
+    return ","
 
 
 def _json_rows(path: Path, header: bool) -> Iterator[Row]:

@@ -7,6 +7,7 @@ order depends on the seed alone, so that a run that goes on skips what it has se
 import itertools
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from datasets import ClassLabel, Dataset, load_dataset
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ept.data.columns import Columns
-from ept.data.labels import Labels
+from ept.data.columns import Columns, labels_in, split_cell, split_labels
+from ept.data.labels import LabelCounts, Labels
 from ept.data.rows import checked_path, read_rows
 
 __all__ = ["RowStream", "StreamError", "TokenStream"]
@@ -61,25 +62,29 @@ class RowStream:
             raise ValueError(f"{self.source} holds no rows: add some")
         return Dataset.from_list(first)
 
-    def distinct(self, column: str) -> Dataset:
-        """Returns a table with each of a column's values once, from one pass over all rows. ValueError if one is missing."""
-        seen: dict[str, None] = {}
+    def label_counts(self, columns: Columns) -> LabelCounts:
+        """Counts the label column's labels in one pass over all rows; ValueError names a row that has none."""
+        column, several = columns.chosen_label, False
+        counts: Counter[str] = Counter()
         for number, row in enumerate(self, start=1):
-            value = row[column]
-            if value is None or value == "":
-                raise ValueError(f"{self.source}, row {number}: the label ({column!r}) is missing")
-            if len(seen) < DISTINCT:
-                seen[str(value)] = None
-        return Dataset.from_dict({column: list(seen)})
+            cell, at = split_cell(row[column], columns.label_separator), f"{self.source}, row {number}"
+            several |= isinstance(cell, list)
+            if not several and (cell is None or cell == ""):
+                raise ValueError(f"{at}: the label ({column!r}) is missing")
+            for label in labels_in(cell, at, column) if several else [str(cell)]:
+                if label in counts or len(counts) < DISTINCT:
+                    counts[label] += 1
+        return LabelCounts.merged(counts, several=several)
 
     def _hub_rows(self, name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
         try:
             table = load_dataset(name, config, split=split, streaming=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"data set {name}: {error}") from error
-        classes = {k: f for k, f in (table.features or {}).items() if isinstance(f, ClassLabel)}
+        features = {name: getattr(feature, "feature", feature) for name, feature in (table.features or {}).items()}
+        classes = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
         for row in table:
-            yield row | {k: f.int2str(row[k]) for k, f in classes.items() if row[k] is not None and row[k] >= 0}
+            yield row | {name: _names_of(row[name], feature) for name, feature in classes.items()}
 
 
 class TokenStream(IterableDataset):
@@ -150,11 +155,11 @@ class TokenStream(IterableDataset):
                 )
         return token_rows
 
-    def _labels(self, numbered: list[tuple[int, dict[str, Any]]], labels: Labels) -> list[int] | list[float]:
+    def _labels(self, numbered: list[tuple[int, dict[str, Any]]], labels: Labels) -> list[Any]:
         column = self.columns.chosen_label
         table = Dataset.from_dict({column: [row.get(column) for _, row in numbered]})
         try:
-            return labels.encode(table, self.rows.source, column)
+            return labels.encode(split_labels(table, self.columns), self.rows.source, column)
         except ValueError as error:  # it counts the rows of this table
             message = re.sub(r"row (\d+)", lambda match: f"row {numbered[int(match[1]) - 1][0]}", str(error), count=1)
             raise StreamError(message) from error
@@ -164,3 +169,10 @@ class TokenStream(IterableDataset):
             if not isinstance(row.get(column), str):
                 raise StreamError(f"{self.rows.source}, row {number}: the text ({column!r}) is missing or not text")
         return [row[column] for _, row in numbered]
+
+
+def _names_of(value: Any, classes: ClassLabel) -> Any:
+    """Names a class number or a list of them; what is missing stays so."""
+    if isinstance(value, list):
+        return [_names_of(number, classes) for number in value]
+    return value if value is None or value < 0 else classes.int2str(value)

@@ -64,7 +64,7 @@ def get_ept_model(
             of a config and tensors. A head is not taken from them. What was started from is kept in `model.started_from`.
         init_rows: a batch of the new task with its labels, up to 200 rows of which weight the adapters by the
             leave-one-out error of a ridge regression on what the head reads. Adapters that were trained from one start
-            are summed; of others the best is taken, or none if a fresh one is better.
+            are summed; of others, and of one alone, the best is taken, or none if a fresh one is better.
         init_weights: numbers by which the adapters are summed, in place of `init_rows`. One adapter needs neither.
         adapter_name: what `add_adapter`'s others know it by.
 

@@ -210,8 +210,8 @@ def _behind_the_padding(
     """A causal model's arguments with each row's prompt directly before its text, and positions counted from there."""
     leading = leading_padding(attention_mask)
     has_positions = "position_ids" in arguments or "position_ids" in traits.accepts
-    # Asked once, since it waits for the device; a compiled graph cannot ask, and moves the columns of every batch.
-    moved = (torch.compiler.is_compiling() and has_positions) or bool(leading.any())
+    # Asked once, since it waits for the device. What cannot ask moves the columns of every batch.
+    moved = (has_positions and _cannot_ask(leading.device)) or bool(leading.any())
     if moved:
         columns = behind_padding(shape, arguments["inputs_embeds"].shape[1], leading)
         arguments = {name: taken(value, columns) for name, value in arguments.items()}
@@ -222,6 +222,11 @@ def _behind_the_padding(
         elif moved:
             _refuse_moved_text(traits)
     return arguments
+
+
+def _cannot_ask(device: torch.device) -> bool:
+    """Whether values on the device cannot be read: in a compiled graph, and while a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _with_prompt(traits: Traits, shape: PromptShape, labels: Tensor) -> Tensor:

@@ -36,9 +36,8 @@ __all__ = [
 ]
 
 RIDGES = (0.01, 0.1, 1.0)  # of the features' mean squared size
-ERROR_SCALE = (
-    0.05  # a difference of so much in error is a factor of e in weight (bench/NOTES.md: 0.02 to 0.1 are level)
-)
+# A difference of so much in error is a factor of e in weight; 0.02 to 0.1 are level (bench/NOTES.md).
+ERROR_SCALE = 0.05
 FIRST_ROWS = 200  # of `init_rows` that are read: the time of a leave-one-out error grows with their cube
 BATCH = 32
 # D of two adapters from one start keeps a cosine of 0.7, of two starts one of 0.00 ± 0.02 (MiniLM, bench/NOTES.md).
@@ -101,7 +100,7 @@ def converted(source: Source, layer: EPTLayer) -> Tensors:
             raise ValueError(
                 f"{source.name}: {tensor.name} must be {shape} for this config, but it has {found}: give the source's sizes"
             )
-        tensors[tensor.name] = value.float()
+        tensors[tensor.name] = value.detach().cpu().float()
     extra = sorted(
         name for name in source.tensors if name not in tensors and not name.startswith(("head.", "deep_scale"))
     )
@@ -111,7 +110,9 @@ def converted(source: Source, layer: EPTLayer) -> Tensors:
     factors |= {"space_down": 1 / ratio, "gate_weight": 1 / ratio, "token_down": 1 / ratio}
     tensors = {name: value * factors.get(name, 1.0) if changed else value for name, value in tensors.items()}
     if layer.deep_scale is not None:
-        sizes = (source.tensors["deep_scale"].float() / layer.deep_scale.float().cpu())[:, None, None]
+        if "deep_scale" not in source.tensors:
+            raise ValueError(f"{source.name} lacks deep_scale, the unit of its deep updates: give all that was saved")
+        sizes = (source.tensors["deep_scale"].cpu().float() / layer.deep_scale.cpu().float())[:, None, None]
         tensors["deep_down"], tensors["deep_up"] = tensors["deep_down"] / sizes, tensors["deep_up"] * sizes
     return tensors
 
@@ -199,12 +200,14 @@ def start_from(
     """Copies into a fresh layer the weighted sum of sources.
 
     Args:
+        layer: as it starts without sources.
+        sources: each is `converted` first.
         weights: of each source; None: by `error`, or the only source as it is.
         error: how badly the layer, as it is at the call, suits new rows.
 
     Returns:
-        The weights, and the errors where they were asked for. Where the sources line up, the weights are
-        `weights_by_error`; where they do not, whichever of them and the fresh start has the lowest error is taken alone.
+        The weights, and the errors where they were asked for. Where several sources line up, the weights are
+        `weights_by_error`; elsewhere whichever of them and the fresh start has the lowest error is taken alone.
 
     Raises:
         ValueError: a source does not fit, or it is not said how several go together, or they cannot be summed.
@@ -237,7 +240,7 @@ def start_from(
             errors[name] = error()
         _copy(fresh, layer)
         best = min(errors, key=errors.__getitem__)
-        if same_start:
+        if same_start and len(sources) > 1:
             weights = weights_by_error([errors[name] for name in names])
         elif best == "fresh":
             return Start({"fresh": 1.0}, errors)

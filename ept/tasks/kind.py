@@ -30,7 +30,8 @@ class TaskKind(ABC):
     Class attributes:
         name: as in KINDS and in `--task`.
         evaluated: what an evaluation gives, "loss" or a metric; the first tells the best checkpoint.
-        label_form: "classification" or "regression", what `Labels.of` makes of the label column; None: text to write.
+        label_form: "classification", "regression" or "multi_label", what `Labels.of` makes of the label column; None:
+            text to write.
         has_head: whether the backbone has a head that is trained.
         writes_text: whether predictions are texts that the model generates.
         can_stream: whether a TokenStream can make its rows.
@@ -57,6 +58,10 @@ class TaskKind(ABC):
     def recorded_words(self) -> list[str] | None:
         """The label words that a run's record keeps, where the adapter's config has no place for them."""
         return None
+
+    def with_threshold(self, threshold: float) -> "TaskKind":
+        """Returns the kind with another probability above which a row has a label; ValueError where a row has one label."""
+        raise ValueError(f"`threshold` is for rows with several labels, and the adapter learned {self.name}")
 
     # ------------------------------------------------------------------ the model
 
@@ -119,7 +124,7 @@ class TaskKind(ABC):
         """Returns what a label column's predictions are judged by, and the labels that the model trains on."""
         from ept.data.labels import Labels  # `datasets`, which it imports, is optional
 
-        labels = Labels(self.label_names).encode(table, source, column)
+        labels = Labels(self.label_names, self.label_form == "multi_label").encode(table, source, column)
         return labels, labels
 
     def tokens(

@@ -5,8 +5,8 @@ they are judged and how a line of them reads. A new kind is a new class and a ro
 `ept.training.trainer.TRAINERS`.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ __all__ = [
     "KINDS",
     "Classification",
     "Continuation",
+    "MultiLabel",
     "Regression",
     "Text2Text",
     "default_kind",
@@ -57,19 +58,21 @@ class Classification(_Headed):
     """A head with a logit for each class."""
 
     name = "classification"
-    evaluated = ("accuracy", "f1", "loss")
+    evaluated: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "loss")
     label_form = "classification"
+    problem_type: ClassVar[str] = "single_label_classification"
 
     def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
         _refuse_seq2seq(name_or_path)
-        model = load_classifier(name_or_path, len(self.words), "single_label_classification", head=head, dtype=dtype)
+        model = load_classifier(name_or_path, len(self.words), self.problem_type, head=head, dtype=dtype)
         model.config.id2label = dict(enumerate(self.words))
         model.config.label2id = {name: number for number, name in enumerate(self.words)}
         return model
 
     @classmethod
     def adapts(cls, model_class: str, problem_type: str | None) -> bool:
-        return model_class.endswith("ForSequenceClassification") and problem_type != "regression"
+        others = ("regression", MultiLabel.problem_type)
+        return model_class.endswith("ForSequenceClassification") and problem_type not in others
 
     @classmethod
     def saved_label_names(cls, settings: dict[str, Any], record: dict[str, Any], config_file: str) -> list[str] | None:
@@ -86,6 +89,50 @@ class Classification(_Headed):
     def lines(self, predictions: Tensor) -> Iterator[str]:
         """The likeliest label and its probability with a tab between."""
         return _label_lines(self.words, predictions)
+
+
+class MultiLabel(Classification):
+    """A head with a logit for each class, of which a row has any number: those whose probability is above a threshold.
+
+    Args:
+        threshold: the probability above which a row has a label.
+    """
+
+    name = "multi_label"
+    evaluated = ("micro_f1", "macro_f1", "exact_match", "loss")
+    label_form = "multi_label"
+    problem_type = "multi_label_classification"
+
+    def __init__(self, label_names: Sequence[str] | None = None, threshold: float = 0.5):
+        super().__init__(label_names)
+        self.threshold = threshold
+
+    def with_threshold(self, threshold: float) -> "MultiLabel":
+        if not 0 <= threshold < 1:
+            raise ValueError(f"`threshold={threshold}`: a probability is at least 0 and below 1")
+        return MultiLabel(self.label_names, threshold)
+
+    @classmethod
+    def adapts(cls, model_class: str, problem_type: str | None) -> bool:
+        return model_class.endswith("ForSequenceClassification") and problem_type == cls.problem_type
+
+    @classmethod
+    def benchmark_labels(cls, task: BenchmarkTask) -> tuple[str, ...] | None:
+        return None
+
+    def benchmark_values(self, task: BenchmarkTask, predictions: Any, rows: Rows) -> list[float]:
+        raise ValueError(f"{task.name} has one label a row, which {self.name} does not judge")
+
+    def answers(self, predictions: Any, truth: list[Any]) -> Answers:
+        chosen = torch.as_tensor(predictions).sigmoid() > self.threshold
+        return Answers(torch.tensor(truth).int().tolist(), chosen.int().tolist(), num_classes=chosen.shape[-1])
+
+    def lines(self, predictions: Tensor) -> Iterator[str]:
+        """Writes every label above the threshold with its probability, the likeliest first; a row without has an empty line."""
+        for row in predictions.sigmoid():
+            order = row.argsort(descending=True)
+            pairs = [(self.words[i], p) for i, p in zip(order.tolist(), row[order].tolist(), strict=True)]
+            yield "\t".join(f"{label}\t{p:.6f}" for label, p in pairs if p > self.threshold)
 
 
 class Regression(_Headed):
@@ -253,7 +300,9 @@ class Continuation(TaskKind):
         return _label_lines(self.words, predictions)
 
 
-KINDS: dict[str, type[TaskKind]] = {kind.name: kind for kind in (Classification, Regression, Text2Text, Continuation)}
+KINDS: dict[str, type[TaskKind]] = {
+    kind.name: kind for kind in (Classification, MultiLabel, Regression, Text2Text, Continuation)
+}
 
 
 def default_kind(name_or_path: str, *, causal_continues: bool) -> str | None:
@@ -277,7 +326,7 @@ def kind_of_adapter(settings: dict[str, Any], record: dict[str, Any], config_fil
         ValueError: the adapter's model does none of the kinds, or the labels are not known.
     """
     model_class = settings.get("base_model_class") or ""
-    for kind in (Text2Text, Continuation, Regression, Classification):
+    for kind in (Text2Text, Continuation, Regression, MultiLabel, Classification):
         if kind.adapts(model_class, settings.get("problem_type")):
             return kind(kind.saved_label_names(settings, record, config_file))
     raise ValueError(

@@ -11,7 +11,8 @@ class Answers(NamedTuple):
     """What is judged.
 
     Attributes:
-        truth, predicted: class numbers, scores or texts, one a row.
+        truth, predicted: class numbers, scores, texts, or lists of zeros and ones (a one for each class of a row that
+            has several), one a row.
         num_classes: how many classes there are; 0 where rows have none.
         averaged: the classes over whose F1 the mean is taken where there are more than two; None: those that occur.
         groups: the group of each row, for exact match; None: every row is its own.
@@ -49,6 +50,17 @@ def _f1(answers: Answers) -> float:
     return f1_score(answers.truth, answers.predicted, average="macro", labels=answers.averaged, zero_division=0.0)
 
 
+def _f1_of_several(average: str) -> Callable[[Answers], float]:
+    """F1 over rows that have several classes: of all decisions together (micro), or the mean of the classes' (macro)."""
+
+    def f1(answers: Answers) -> float:
+        from sklearn.metrics import f1_score
+
+        return f1_score(answers.truth, answers.predicted, average=average, zero_division=0.0)
+
+    return f1
+
+
 def _matthews(answers: Answers) -> float:
     from sklearn.metrics import matthews_corrcoef
 
@@ -84,6 +96,8 @@ def _exact_match(answers: Answers) -> float:
 METRICS: dict[str, Callable[[Answers], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "micro_f1": _f1_of_several("micro"),
+    "macro_f1": _f1_of_several("macro"),
     "matthews": _matthews,
     "pearson": _correlation("pearsonr"),
     "spearman": _correlation("spearmanr"),

@@ -11,13 +11,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ept.console import say
-from ept.data.columns import Columns, choose_columns
-from ept.data.labels import Labels
+from ept.data.columns import Columns, choose_columns, split_labels
+from ept.data.labels import LabelCounts, Labels
 from ept.data.streaming import RowStream
 from ept.tasks.fitting_text import fit_texts
 from ept.tasks.glue import BenchmarkTask, Rows
 from ept.tasks.kind import TaskKind
-from ept.tasks.kinds import KINDS, Classification, Regression
+from ept.tasks.kinds import KINDS, Classification, MultiLabel, Regression
 from ept.tasks.metrics import is_better_higher
 
 __all__ = ["Split", "Task"]
@@ -58,24 +58,37 @@ class Task:
     def of_table(
         cls, table: Dataset, source: str, wanted: Columns, kind: str | None = None, stream: RowStream | None = None
     ) -> "Task":
-        """Reads the task from the training rows of an own file.
+        """Reads the task from the training rows of an own file; says which classes there are, with their rows.
 
         Args:
             wanted: the columns that are not to be guessed.
-            kind: a name in `KINDS`; None takes classification or regression, as the labels suggest.
+            kind: a name in `KINDS`; None takes classification, regression or several labels a row, as the labels
+                suggest.
             stream: where `table` holds only its first rows, the stream, whose other rows are asked for their labels.
         """
         columns = choose_columns(table, source, wanted)
         kind_class = None if kind is None else KINDS[kind]
+        if columns.label_separator is not None:
+            kind_class = kind_class or MultiLabel
+            if kind_class is not MultiLabel:
+                raise ValueError(
+                    f"`Columns.label_separator` is for several labels a row, not for {kind_class.name}: leave one out"
+                )
         if kind_class is not None and kind_class.label_form is None:
             return cls(kind_class(), columns)
-        if stream is not None and kind_class is not Regression:
-            table = stream.distinct(columns.chosen_label)  # one pass over all rows: a class may come late
-        label_form = None if kind_class is None else kind_class.label_form
-        labels = Labels.of(table, source, columns.chosen_label, label_form)
+        column, label_form = columns.chosen_label, None if kind_class is None else kind_class.label_form
+        table = split_labels(table, columns)
+        if stream is not None and label_form != Regression.label_form:
+            counts = stream.label_counts(columns)  # one pass over all rows: a class may come late
+            labels = Labels.of_counts(counts, source, column, label_form)
+        else:
+            counts = LabelCounts.of(table, source, column)
+            labels = Labels.of(table, source, column, label_form)
         if labels.names is None:
             return cls(Regression(), columns)
-        return cls((kind_class or Classification)(labels.names), columns)
+        for line in counts.lines():
+            say(f"{source}: {line}")
+        return cls((kind_class or (MultiLabel if labels.several else Classification))(labels.names), columns)
 
     @classmethod
     def of_benchmark(cls, task: BenchmarkTask, kind: str | None) -> "Task":
@@ -91,7 +104,8 @@ class Task:
     @property
     def streamed_labels(self) -> Labels | None:
         """What a TokenStream makes of the label column; None where it holds text to write."""
-        return None if self.kind.label_form is None else Labels(self.kind.label_names)
+        form = self.kind.label_form
+        return None if form is None else Labels(self.kind.label_names, form == MultiLabel.label_form)
 
     def encode(
         self,
@@ -108,6 +122,8 @@ class Task:
         if isinstance(table, Rows):
             rows = _labelled(table, source)
             table, columns = self._as_table(rows, source, tokenizer, limit)
+        else:
+            table = split_labels(table, columns)
         truth, labels = self.kind.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
         data, cut = self.kind.tokens(table, source, columns, tokenizer, limit, labels)
         if cut:

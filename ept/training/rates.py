@@ -10,42 +10,53 @@ from ept.model.model import EPTModel
 from ept.parts import PARTS
 
 __all__ = [
-    "DEEP_LEARNING_RATE",
-    "DOWN_LEARNING_RATE",
     "HEAD_LEARNING_RATE",
     "LEARNING_RATE",
-    "PROMPT_LEARNING_RATE",
     "EPTArguments",
     "EPTSeq2SeqTrainingArguments",
     "EPTTrainingArguments",
+    "group_names",
     "parameter_groups",
 ]
 
-# In units of the embeddings' RMS (docs/method.md), found on MiniLM with the three tasks of `make compare`.
-PROMPT_LEARNING_RATE = 0.09
-LEARNING_RATE = 0.018
-DOWN_LEARNING_RATE = 0.001
-DEEP_LEARNING_RATE = 0.005
-HEAD_LEARNING_RATE = 0.005
+# In units of the embeddings' RMS (docs/method.md), found on MiniLM with the three tasks of `make compare`. The rate that
+# moves all is that of the updates in the layers, which are the most of what the default trains.
+LEARNING_RATE = 0.005
+RATES = {"prompt": 0.09, "up": 0.018, "down": 0.001, "deep": 0.005, "head": 0.005}
+HEAD_LEARNING_RATE = RATES["head"]
+
+
+def _own_rate(part: str, what: str) -> Any:
+    """A part's own learning rate as a field of the arguments."""
+    ratio = RATES[part] / LEARNING_RATE
+    times = "learning_rate itself" if ratio == 1 else f"{ratio:g} times learning_rate"
+    return field(default=None, metadata={"help": f"Rate of {what}; by default {times}."})
 
 
 @dataclass
 class EPTArguments:
     """The learning rates of EPT's parts, mixed into transformers' arguments: in units of the embeddings' RMS, in the
-    layers in units of the hidden states' size."""
+    layers in units of the hidden states' size.
+
+    `learning_rate` moves all parts: each one's rate is a fixed multiple of it unless it is given.
+    """
 
     learning_rate: float = field(
-        default=LEARNING_RATE, metadata={"help": "Rate of the tensors that start at zero: B, V and W."}
+        default=LEARNING_RATE,
+        metadata={
+            "help": "Moves every part's rate, each a fixed multiple of it unless it is given; of the updates in the layers "
+            "and a head it is the rate itself."
+        },
     )
-    prompt_learning_rate: float = field(default=PROMPT_LEARNING_RATE, metadata={"help": "Rate of the short prompt P."})
-    down_learning_rate: float = field(
-        default=DOWN_LEARNING_RATE, metadata={"help": "Rate of the tensors that feed them: A, U, D and the gate G."}
+    prompt_learning_rate: float | None = _own_rate("prompt", "the short prompt P")
+    up_learning_rate: float | None = _own_rate(
+        "up", "the tensors that start at zero, of the input's updates: B, V and W"
     )
-    deep_learning_rate: float = field(
-        default=DEEP_LEARNING_RATE,
-        metadata={"help": "Rate of D and W where every layer has its own (deep_layers), the first's among them."},
+    down_learning_rate: float | None = _own_rate("down", "the tensors that feed them: A, U, D and the gate G")
+    deep_learning_rate: float | None = _own_rate(
+        "deep", "D and W where every layer has its own (deep_layers), the first's among them"
     )
-    head_learning_rate: float = field(default=HEAD_LEARNING_RATE, metadata={"help": "Rate of a task head."})
+    head_learning_rate: float | None = _own_rate("head", "a task head")
     include_num_input_tokens_seen: str = field(
         default="non_padding",
         metadata={
@@ -62,6 +73,26 @@ class EPTArguments:
             "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
         },
     )
+
+    def rates(self) -> dict[str, float]:
+        """Each part's peak learning rate by its name: "prompt", "up", "down", "deep" and "head"."""
+        return _rates(self.learning_rate, {part: getattr(self, f"{part}_learning_rate") for part in RATES})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Arguments that were pickled before `up_learning_rate` have its number in `learning_rate`.
+        if "up_learning_rate" not in state:
+            before = {f"{part}_learning_rate": rate for part, rate in RATES.items()}
+            state = before | {"up_learning_rate": state["learning_rate"]} | state
+        self.__dict__.update(state)
+
+
+def _rates(learning_rate: float, given: dict[str, float | None]) -> dict[str, float]:
+    """Each part's rate: what is given for it, or its multiple of `learning_rate`."""
+    factor, rates = learning_rate / LEARNING_RATE, {}
+    for part, default in RATES.items():
+        own = given[part]
+        rates[part] = default * factor if own is None else own
+    return rates
 
 
 @dataclass
@@ -82,13 +113,14 @@ def parameter_groups(
     model: EPTModel,
     *,
     learning_rate: float = LEARNING_RATE,
-    prompt_learning_rate: float = PROMPT_LEARNING_RATE,
-    down_learning_rate: float = DOWN_LEARNING_RATE,
-    deep_learning_rate: float = DEEP_LEARNING_RATE,
-    head_learning_rate: float = HEAD_LEARNING_RATE,
+    prompt_learning_rate: float | None = None,
+    up_learning_rate: float | None = None,
+    down_learning_rate: float | None = None,
+    deep_learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Returns the optimiser's groups, in this order: the prompt, what starts at zero, what feeds it, the updates where every
+    """The optimiser's groups, in this order: the prompt, what starts at zero, what feeds it, the updates where every
     layer has its own, and the head.
 
     The rates are those of `EPTArguments`. The prompt and biases have no weight decay.
@@ -98,21 +130,24 @@ def parameter_groups(
     """
     if not model.ept.trainable:
         raise ValueError("the adapter is folded, for inference only: train the adapter that it was folded from")
-    tensors = _tensors_by_rate(model)
-    head = [(name, p) for name, p in model.base_model.named_parameters() if p.requires_grad]
-    groups = [
-        (prompt_learning_rate, 0.0, tensors["prompt"]),
-        (learning_rate, weight_decay, tensors["up"]),
-        (down_learning_rate, weight_decay, tensors["down"]),
-        (deep_learning_rate, weight_decay, tensors["deep"]),
-        (head_learning_rate, weight_decay, [p for name, p in head if not name.endswith("bias")]),
-        (head_learning_rate, 0.0, [p for name, p in head if name.endswith("bias")]),
+    given = {
+        "prompt": prompt_learning_rate, "up": up_learning_rate, "down": down_learning_rate, "deep": deep_learning_rate,
+        "head": head_learning_rate,
+    }  # fmt: skip
+    rates = _rates(learning_rate, given)
+    return [
+        {"params": parameters, "lr": rates[name], "weight_decay": weight_decay if decays else 0.0}
+        for name, decays, parameters in _groups(model)
     ]
-    return [{"params": params, "lr": lr, "weight_decay": decay} for lr, decay, params in groups if params]
 
 
-def _tensors_by_rate(model: EPTModel) -> dict[str, list[nn.Parameter]]:
-    """Returns the adapter's trained tensors by the learning rate that moves them, as `ept.parts` says.
+def group_names(model: EPTModel) -> list[str]:
+    """The name of the rate of each of the optimiser's groups, in order."""
+    return [name for name, _, _ in _groups(model)]
+
+
+def _groups(model: EPTModel) -> list[tuple[str, bool, list[nn.Parameter]]]:
+    """The groups that hold anything: the name of their rate, whether their weights decay, and what they hold.
 
     Beside deep updates the first layer's token-conditioned update learns at their rate, as one of them.
     """
@@ -120,7 +155,11 @@ def _tensors_by_rate(model: EPTModel) -> dict[str, list[nn.Parameter]]:
     by_rate: dict[str, list[nn.Parameter]] = {"prompt": [], "up": [], "down": [], "deep": []}
     for part in PARTS:
         for tensor in part.tensors:
-            is_deep = part.name == "token" and model.ept_config.deep_layers
+            is_deep = part.name == "token" and model.ept_config.has_deep_updates
             if tensor.name in by_name:
                 by_rate["deep" if is_deep else tensor.rate].append(by_name[tensor.name])
-    return by_rate
+    head = [(name, p) for name, p in model.base_model.named_parameters() if p.requires_grad]
+    groups = [(name, name != "prompt", parameters) for name, parameters in by_rate.items()]
+    groups.append(("head", True, [p for name, p in head if not name.endswith("bias")]))
+    groups.append(("head", False, [p for name, p in head if name.endswith("bias")]))
+    return [group for group in groups if group[2]]

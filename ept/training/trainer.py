@@ -4,6 +4,7 @@ Every part of EPT has its own learning rate, checkpoints hold the adapter instea
 logs the gate.
 """
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -19,14 +21,22 @@ from ept.files.adapter_dir import read_adapter
 from ept.model.model import EPTModel
 from ept.sharding import load_optimizer_state, whole_optimizer_state
 from ept.tasks.continuation import ContinuationCollator, label_scores
-from ept.tasks.kinds import Classification, Continuation, Regression, Text2Text
+from ept.tasks.kinds import Classification, Continuation, MultiLabel, Regression, Text2Text
 from ept.training.checkpoints import last_checkpoint
 from ept.training.health import gate_health
-from ept.training.rates import EPTArguments, EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
-from ept.training.sampling import LengthGroupedByEpoch
+from ept.training.rates import (
+    EPTArguments,
+    EPTSeq2SeqTrainingArguments,
+    EPTTrainingArguments,
+    group_names,
+    parameter_groups,
+)
+from ept.training.sampling import LengthGroupedByEpoch, check_tokenised, knows_lengths
 from ept.training.stopping import StopOnSignal
 
 __all__ = ["TRAINERS", "EPTContinuationTrainer", "EPTSeq2SeqTrainer", "EPTTrainer"]
+
+logger = logging.getLogger("ept")
 
 
 class _EPTTrainerMixin(Trainer):
@@ -36,6 +46,8 @@ class _EPTTrainerMixin(Trainer):
     args: EPTTrainingArguments | EPTSeq2SeqTrainingArguments
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self._has_rates_by_part = False
+        self._rates_now: dict[str, float] = {}  # by part, when transformers last asked for the learning rate
         super().__init__(*args, **kwargs)
         if not isinstance(self.model, EPTModel):
             raise TypeError(
@@ -51,6 +63,12 @@ class _EPTTrainerMixin(Trainer):
                 "bf16_full_eval and fp16_full_eval would round the trained tensors: load the backbone in half precision "
                 "instead, what is trained stays fp32"
             )
+        rows_by_name = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        for name, rows in rows_by_name.items():
+            for part in rows.values() if isinstance(rows, dict) else [rows]:
+                check_tokenised(part, name, self.data_collator)
+        if self.args.label_smoothing_factor:
+            _check_label_smoothing(self.model)
         self._stop = StopOnSignal()
         self.add_callback(self._stop)
 
@@ -59,12 +77,34 @@ class _EPTTrainerMixin(Trainer):
         if self.optimizer is None:
             model_here: Any = self.model  # not a PreTrainedModel, but asked for its modules alone
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model_here)
-            rates = {
-                name: getattr(self.args, name) for name in EPTArguments.__dataclass_fields__ if name.endswith("rate")
-            }
+            rates = {f"{part}_learning_rate": rate for part, rate in self.args.rates().items()}
             groups = parameter_groups(self.model, **rates, weight_decay=self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **settings)
+            for group in self.optimizer.param_groups:
+                group["initial_lr"] = group["lr"]  # as most schedules note it, but not all
+            self._has_rates_by_part = True
+            logger.info("learning rates: %s", self.rates_in_words())
         return self.optimizer
+
+    def rates_in_words(self) -> str:
+        """The peak learning rate of each part that is trained."""
+        rates = self.args.rates()
+        return ", ".join(f"{name} {rates[name]:g}" for name in dict.fromkeys(group_names(self.model)))
+
+    def _get_learning_rate(self) -> float:
+        """Returns `learning_rate` where its schedule is; transformers takes the first group's, which is the prompt's."""
+        if not self._has_rates_by_part:
+            return super()._get_learning_rate()
+        groups = self._optimizer_and_schedule()[0].param_groups
+        names = [f"{name}_learning_rate" for name in group_names(self.model)]
+        self._rates_now = {name: float(group["lr"]) for name, group in zip(names, groups, strict=True)}
+        group = max(groups, key=lambda group: group.get("initial_lr", 0.0))
+        peak = group.get("initial_lr", 0.0)  # an optimiser from an older checkpoint may lack it
+        return float(self.args.learning_rate * group["lr"] / peak) if peak else super()._get_learning_rate()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' `log`, with the rate of each part beside the learning rate."""
+        super().log(logs | self._rates_now if "learning_rate" in logs else logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; True resumes from the last whole checkpoint, passing over one that a kill cut short.
@@ -88,8 +128,13 @@ class _EPTTrainerMixin(Trainer):
         """Whether SIGTERM ended the training."""
         return self._stop.came
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler | None:
-        sampler = super()._get_train_sampler(*args, **kwargs)
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """Makes transformers' sampler; rows whose lengths are not known come in random order in place of that by length."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        if by_length and hasattr(rows, "__len__") and not knows_lengths(rows, self.args.length_column_name):
+            return torch.utils.data.RandomSampler(rows)
+        sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return LengthGroupedByEpoch(sampler, seed, self.args.world_size)
@@ -187,6 +232,14 @@ class EPTTrainer(_EPTTrainerMixin, Trainer):
 class EPTSeq2SeqTrainer(_EPTTrainerMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer for an EPTModel; use it with EPTSeq2SeqTrainingArguments."""
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Computes transformers' loss. With label smoothing it hides the labels, of which the decoder's input is made."""
+        if self.label_smoother is not None and "labels" in inputs and "decoder_input_ids" not in inputs:
+            backbone: Any = self.model.base_model
+            shifted = backbone.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+            inputs = {**inputs, "decoder_input_ids": shifted}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
 
 class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
     """Trains a causal model on its rows' label words; evaluation predicts every label's score [rows, labels].
@@ -210,9 +263,25 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
         return None, scores.to(self.args.device), torch.tensor(classes, device=self.args.device)
 
 
+def _check_label_smoothing(model: EPTModel) -> None:
+    """Raises ValueError where transformers' smoothed loss is wrong.
+
+    It takes labels for class numbers that stand beside their logits.
+    """
+    backbone: Any = model.base_model
+    problem_type = getattr(backbone.config, "problem_type", None)
+    if problem_type in ("regression", "multi_label_classification"):
+        raise ValueError(f"label_smoothing_factor is for single classes, and the model's task is {problem_type}")
+    if type(backbone).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError("label_smoothing_factor: the labels of a causal model are not shifted for it: leave it out")
+    if backbone.config.is_encoder_decoder and not hasattr(backbone, "prepare_decoder_input_ids_from_labels"):
+        raise ValueError(f"label_smoothing_factor: {type(backbone).__name__} makes no decoder input from labels")
+
+
 # Name of a kind of task -> the trainer for it.
 TRAINERS: dict[str, type[_EPTTrainerMixin]] = {
     Classification.name: EPTTrainer,
+    MultiLabel.name: EPTTrainer,
     Regression.name: EPTTrainer,
     Text2Text.name: EPTSeq2SeqTrainer,
     Continuation.name: EPTContinuationTrainer,

@@ -22,6 +22,7 @@ from .triton_rows import add_outer, locate, project
 
 PER_THREAD = 32  # numbers of a tile in a thread: as many again for the sum, and there is room for six programs per SM
 MOST_ROWS = 16  # tokens per program where rows are short
+LOOPED_ROWS = 4  # the same where D and W are looped over, so that x stays in registers beside the sum
 UNROLLED = 8  # rows of D and W whose code is written out; of more than that two at a time, which keeps registers free
 
 
@@ -136,7 +137,8 @@ class Tiling(NamedTuple):
         tile_d = power_of_two(d)
         warps = warps_of(tile_d)
         length = columns if update.adapter_index is not None else batch * columns
-        rows = max(1, min(PER_THREAD * 32 * warps // tile_d, MOST_ROWS, power_of_two(length)))
+        most = MOST_ROWS if update.down.shape[-2] <= UNROLLED else LOOPED_ROWS
+        rows = max(1, min(PER_THREAD * 32 * warps // tile_d, most, power_of_two(length)))
         tiles = divided_up(length, rows)
         return cls(rows, tile_d, warps, tiles, tiles * (batch if update.adapter_index is not None else 1))
 
