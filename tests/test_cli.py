@@ -375,7 +375,7 @@ EVALUATED = {"--validation_file": "dev.csv"}
         ({"--prompt_length": "0"}, "prompt_length=0"),
         ({"--prompt_length": "64"}, "prompt"),
         ({"--prompt_length": "four"}, "invalid int value: 'four'"),
-        ({"--max_seq_length": "62"}, "--max_seq_length 62 does not fit"),
+        ({"--max_seq_length": "63"}, "--max_seq_length 63 does not fit"),
         ({"--budget": "10"}, "a budget of 10"),
         ({"--init": "decompose"}, "soft_prompt"),
         ({"--impl": "cuda"}, "impl='cuda'"),
@@ -422,6 +422,14 @@ EVALUATED = {"--validation_file": "dev.csv"}
             EVALUATED | {"--prediction_loss_only": "true", "--load_best_model_at_end": "true"},
             "--prediction_loss_only leaves out accuracy, by which the best checkpoint is chosen",
         ),
+        (
+            EVALUATED | {"--load_best_model_at_end": "true", "--eval_strategy": "no"},
+            "--load_best_model_at_end needs evaluations while training",
+        ),
+        (
+            {"--dataloader_prefetch_factor": "0", "--dataloader_num_workers": "1"},
+            "--dataloader_prefetch_factor 0 must be at least 1",
+        ),
         ({"--label_names": "label"}, "--label_names label: the rows' labels are called labels"),
         ({"--dataloader_drop_last": "true", "--per_device_train_batch_size": "99"}, "leaves none of 64 rows"),
         ({"--dataloader_persistent_workers": "true"}, "needs --dataloader_num_workers of at least 1"),
@@ -463,6 +471,13 @@ def test_a_run_that_cannot_begin_leaves_the_checkpoints_that_it_was_to_write_ove
     command += ["--output_dir", tmp_path / "out", "--overwrite_output_dir"]
     assert "lomo" in refused(capsys, [*command, "--optim", "lomo"])
     assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").is_file()
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_gone_on_from(place, tmp_path, capsys):
+    assert train(place, tmp_path / "out", "--save_only_model", "true", "--save_steps", 1, steps=1) == 0
+    command = ["train", "--model_name_or_path", place / "mean", "--train_file", place / "train.csv", *SMALL]
+    command += ["--output_dir", tmp_path / "out", "--resume_from_checkpoint", "true", "--max_steps", 2]
+    assert "holds no optimizer.pt (save_only_model)" in refused(capsys, command)
 
 
 def test_the_adapter_is_written_before_the_last_evaluation(place, tmp_path, monkeypatch):

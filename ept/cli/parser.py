@@ -17,7 +17,8 @@ __all__ = ["ForeignOptions", "OptionParser", "option"]
 AT_LEAST_ONE = (
     "shuffle_buffer", "batch", "length", "target_length", "max_seq_length", "max_target_length", "batch_size",
     "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "eval_accumulation_steps", "generation_max_length", "generation_num_beams",
+    "gradient_accumulation_steps", "eval_accumulation_steps",
+    "dataloader_prefetch_factor", "generation_max_length", "generation_num_beams",
     "early_stopping_patience",
 )  # fmt: skip
 NAME_WIDTH = 34  # columns of the help before an option's explanation

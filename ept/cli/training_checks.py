@@ -31,6 +31,8 @@ def _check_evaluation(args: Any, *, is_evaluated: bool) -> None:
         raise ValueError("--eval_do_concat_batches false leaves the metrics without the rows' order: leave it out")
     if is_evaluated and args.batch_eval_metrics:
         raise ValueError("--batch_eval_metrics: the metrics are of all rows together, not of batches: leave it out")
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise ValueError("--load_best_model_at_end needs evaluations while training: --eval_strategy epoch or steps")
     if args.label_names is not None and list(args.label_names) != ["labels"]:
         raise ValueError(
             f"--label_names {' '.join(args.label_names)}: the rows' labels are called labels: leave it out"
