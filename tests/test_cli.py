@@ -50,7 +50,7 @@ def adapter(place):
     """A trained adapter, and its run's record."""
     output = place / "adapter"
     files = ["--validation_file", place / "validation.csv", "--test_file", place / "test.csv"]
-    assert train(place, output, *files, "--eval_steps", 50) == 0
+    assert train(place, output, *files, "--eval_steps", 50, "--learning_rate", 0.02) == 0
     return output
 
 
@@ -371,7 +371,7 @@ def test_the_program_says_its_version_and_commands(capsys):
         ({"--prompt_length": "0"}, "prompt_length=0"),
         ({"--prompt_length": "64"}, "prompt"),
         ({"--prompt_length": "four"}, "invalid int value: 'four'"),
-        ({"--max_seq_length": "62"}, "--max_seq_length 62 does not fit"),
+        ({"--max_seq_length": "63"}, "--max_seq_length 63 does not fit"),
         ({"--budget": "10"}, "a budget of 10"),
         ({"--init": "decompose"}, "soft_prompt"),
         ({"--impl": "cuda"}, "impl='cuda'"),
