@@ -63,6 +63,10 @@ class SavedAdapter:
         """To how many tokens the texts were cut in training; None where that is not known."""
         return self.record.get("max_seq_length")
 
+    def kind(self) -> TaskKind:
+        """Returns the kind of task that the adapter learned; ValueError where that is not known."""
+        return kind_of_adapter(self.settings, self.record, str(Path(self.directory) / CONFIG_NAME))
+
     def load(
         self, name_or_path: str | None = None, *, dtype: str = "auto"
     ) -> tuple[EPTModel, PreTrainedTokenizerBase, TaskKind]:
@@ -76,7 +80,7 @@ class SavedAdapter:
             ValueError, OSError: the adapter is incomplete, or its backbone is not where it was.
         """
         source = base_model_name(self.directory, self.settings, name_or_path)
-        kind = kind_of_adapter(self.settings, self.record, str(Path(self.directory) / CONFIG_NAME))
+        kind = self.kind()
         head = "mean" if self.settings.get("base_model_class") == MEAN_POOLING else "first"
         backbone = kind.load_backbone(source, head=head, dtype=dtype)
         tokenizer = self.load_tokenizer(source)

@@ -12,7 +12,7 @@ from ept.cli.errors import bad_input_is_one_line
 from ept.cli.options import DATA_DIR_HELP, TASK_HELP, THRESHOLD_HELP, AdapterDirArguments, ColumnArguments
 from ept.cli.parser import OptionParser, option
 from ept.cli.shared import check_prompt_start
-from ept.data.columns import Columns, choose_columns
+from ept.data.columns import Columns
 from ept.data.labels import Labels
 from ept.data.tables import read_file, read_hub
 from ept.pretrained import SavedAdapter
@@ -51,7 +51,7 @@ def run(argv: list[str]) -> None:
         )
         place, data, columns = parser.parse(argv)
         saved_adapter = SavedAdapter.open(place.adapter)
-        tables, chosen = _read_tables(data, columns, saved_adapter.record)
+        tables, chosen = _read_tables(data, columns, saved_adapter.record, type(saved_adapter.kind()))
         model, tokenizer, kind = saved_adapter.load(place.model_name_or_path, dtype=place.dtype)
         if data.threshold is not None:
             kind = kind.with_threshold(data.threshold)
@@ -66,17 +66,20 @@ def run(argv: list[str]) -> None:
             check_prompt_start(model, split.data, split.source)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         model.gate_weights()  # an implementation that cannot run here says so
-    predictor = kind.predictor(model, tokenizer, columns.max_target_length)
+    predictor = kind.predictor(model, tokenizer, kind.target_limit(max_length, columns.max_target_length))
     metrics: dict[str, Any] = {}
     for split in splits.values():
         predictions = predict(predictor, split.data, data.per_device_eval_batch_size, "Evaluating")
         suffix = "_mismatched" if metrics else ""  # MNLI's second part, after the one that the paper reports
         metrics |= {metric + suffix: value for metric, value in task.metrics(predictions, split).items()}
+        loss = kind.loss(model, tokenizer, split.data, data.per_device_eval_batch_size)
+        if loss is not None:
+            metrics["loss" + suffix] = loss
     print(json.dumps(metrics | {"rows": sum(len(split.data) for split in splits.values())}))
 
 
 def _read_tables(
-    data: TestDataArguments, columns: ColumnArguments, record: dict[str, Any]
+    data: TestDataArguments, columns: ColumnArguments, record: dict[str, Any], kind: type[TaskKind]
 ) -> tuple[dict[str, tuple[Dataset | Rows, str]], Columns]:
     """Reads the rows to evaluate on; returns them and their source by split, and their columns (of own files)."""
     if data.task_name is not None:
@@ -101,7 +104,7 @@ def _read_tables(
         columns.label_column or trained_on.get("label"),
         columns.label_separator or trained_on.get("label_separator"),
     )
-    return {split: (table, source)}, choose_columns(table, source, wanted)
+    return {split: (table, source)}, kind.choose_columns(table, source, wanted)
 
 
 def _read_benchmark(data: TestDataArguments) -> dict[str, tuple[Rows, str]]:

@@ -102,9 +102,12 @@ def _prepare(options: TrainOptions) -> _Training:
     if data.stream is not None:
         splits["train"].data = token_stream(data, options, tokenizer, max_length, model.ept.prompt_start)
         sizes["train"] = "streamed train rows"
+    if options.data.packing:
+        splits["train"].data = _packed(data.task, splits["train"], model, max_length)
+        sizes["train"] += f" packed into {len(splits['train'].data)}"
     if checkpoint is not None:
         check_same_adapter(checkpoint, model)
-    _complete_arguments(options, data.task, resumes=checkpoint is not None)
+    _complete_arguments(options, data.task, max_length, resumes=checkpoint is not None)
     check_training_options(args, data.task, splits)
     trainer = _trainer(model, options, data.task, splits, tokenizer)
     model.gate_weights()  # an implementation that cannot run here says so
@@ -112,10 +115,22 @@ def _prepare(options: TrainOptions) -> _Training:
     if checkpoint is None and options.run.overwrite_output_dir and args.should_save:
         for old in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(old)
-    say(f"{data.task.kind.name}: {', '.join(sizes.values())}")
+    say(f"{data.task.kind.asked_as}: {', '.join(sizes.values())}")
     model.print_trainable_parameters()
     say(f"learning rates: {trainer.rates_in_words()}")
     return _Training(trainer, data.task, checkpoint, splits.get("test"), _record(options, data.task, model, max_length))
+
+
+def _packed(task: Task, train: Split, model: EPTModel, max_length: int | None) -> Any:
+    """Packs the training rows; ValueError where the task or the backbone cannot have several in a row."""
+    if max_length is None:
+        raise ValueError("--packing fills rows of --max_seq_length tokens: give it, since the model has no limit")
+    prompt_length = model.ept_config.prompt_length
+    rows = task.kind.packed(train.data, max_length + prompt_length, prompt_length)
+    two = torch.zeros(1, 2, dtype=torch.int64)
+    with torch.no_grad():
+        model(input_ids=two, position_ids=two)  # a backbone in which they would see each other says so
+    return rows
 
 
 def _checkpoint(options: TrainOptions) -> str | None:
@@ -181,8 +196,8 @@ def _fresh_model(
     return model
 
 
-def _complete_arguments(options: TrainOptions, task: Task, *, resumes: bool) -> None:
-    """Sets the training arguments that depend on the task, unless the user did."""
+def _complete_arguments(options: TrainOptions, task: Task, max_length: int | None, *, resumes: bool) -> None:
+    """Sets the training arguments that depend on the task, unless the user did; ValueError if one does not go with it."""
     args: Any = options.training
     if args.metric_for_best_model is not None:  # also transformers' "loss", which not every task has
         metric, more_is_better = task.best_metric(options.explicit.get("metric_for_best_model"))
@@ -194,7 +209,11 @@ def _complete_arguments(options: TrainOptions, task: Task, *, resumes: bool) -> 
     if "predict_with_generate" not in options.explicit:
         args.predict_with_generate = task.kind.writes_text
     if args.generation_max_length is None:
-        args.generation_max_length = options.columns.max_target_length
+        args.generation_max_length = task.kind.target_limit(max_length, options.columns.max_target_length)
+    if args.generation_max_length > task.kind.target_limit(max_length, args.generation_max_length):
+        raise ValueError(
+            f"--generation_max_length {args.generation_max_length} does not fit in {max_length} tokens a row"
+        )
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("--use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it out")
 
@@ -220,9 +239,10 @@ def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int 
     """Returns what run.json says of a run, but for what only its end shows."""
     return {
         "command": shlex.join(["ept", "train", *options.argv]),
-        "task": task.kind.name,
+        "task": task.kind.asked_as,
         "task_name": None if task.benchmark is None else task.benchmark.name,
         "label_words": task.kind.recorded_words,
+        "reads_chat": task.kind.reads_chat,
         "columns": dataclasses.asdict(task.columns),
         "no_header": options.columns.no_header,
         "max_seq_length": max_length,

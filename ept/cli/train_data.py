@@ -7,12 +7,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ept.cli.train_options import DataArguments, TrainOptions
-from ept.data.columns import Columns, choose_columns
+from ept.data.columns import Columns, holds_text_to_write
 from ept.data.streaming import RowStream, TokenStream
 from ept.data.tables import read_file, read_hub
 from ept.tasks.glue import Rows, benchmark_task
 from ept.tasks.glue_files import read_benchmark
-from ept.tasks.kinds import KINDS, default_kind
+from ept.tasks.kinds import KINDS, CausalText2Text, Text2Text, asked_kind, default_kind
 from ept.tasks.task import Task
 
 __all__ = ["TrainingData", "read_training_data", "token_stream"]
@@ -37,7 +37,12 @@ class TrainingData:
 def read_training_data(options: TrainOptions) -> TrainingData:
     """Reads the rows and finds out what they teach. ValueError if the data's options do not go together."""
     data, model_name = options.data, options.model.model_name_or_path
-    kind = options.model.task or default_kind(model_name, causal_continues=data.task_name is not None)
+    asked = options.model.task
+    kind = (
+        asked_kind(asked, model_name)
+        if asked is not None
+        else default_kind(model_name, causal_continues=data.task_name is not None)
+    )
     if data.task_name is not None:
         _check_only_benchmark(data)
         benchmark = benchmark_task(data.task_name)
@@ -47,13 +52,16 @@ def read_training_data(options: TrainOptions) -> TrainingData:
         raise ValueError("--data_dir holds a benchmark's task: say which with --task_name")
     stream = _row_stream(options) if data.streaming else None
     if stream is not None and kind is not None and not KINDS[kind].can_stream:
-        raise ValueError(f"--streaming does not know --task {kind}: leave one of them out")
+        raise ValueError(f"--streaming does not know --task {asked} with this model: leave one of them out")
     tables = _read_tables(data, header=not options.columns.no_header, stream=stream)
     columns = options.columns
     wanted = Columns(columns.text_column, columns.text_pair_column, columns.label_column, columns.label_separator)
+    writes = asked_kind(Text2Text.name, model_name) == CausalText2Text.name
+    if kind is None and writes and wanted == Columns() and holds_text_to_write(tables["train"][0]):
+        kind = CausalText2Text.name
     task = Task.of_table(*tables["train"], wanted, kind, stream)
     for table, source in tables.values():
-        choose_columns(table, source, task.columns)
+        task.kind.choose_columns(table, source, task.columns)
     return TrainingData(task, dict(tables), stream)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ept.backbone.loading import DTYPES, HEADS
 from ept.cli.options import DATA_DIR_HELP, TASK_HELP, AdapterArguments, ColumnArguments
 from ept.cli.parser import ForeignOptions, OptionParser, option
-from ept.tasks.kinds import KINDS
+from ept.tasks.kinds import ASKED
 from ept.training.rates import EPTSeq2SeqTrainingArguments
 
 __all__ = ["DataArguments", "ModelArguments", "RunArguments", "TrainOptions", "parse_train_options"]
@@ -21,10 +21,11 @@ class ModelArguments:
         metadata={"help": "Hub name or directory of the pretrained model, which stays frozen."}
     )
     task: str | None = option(
-        "What to learn. By default text2text for an encoder-decoder; else multi_label where the labels are lists (or "
-        "--label_separator is given), regression where they are decimal numbers, and classification. continuation: a "
-        "causal model scores the labels' words after the text (its default with --task_name).",
-        choices=tuple(KINDS),
+        "What to learn. By default text2text (to write) for an encoder-decoder, and for a causal model whose file has "
+        "prompt and completion, or messages; else multi_label where the labels are lists (or --label_separator is given), "
+        "regression where they are decimal numbers, and classification. continuation: a causal model scores the labels' "
+        "words after the text (its default with --task_name).",
+        choices=ASKED,
         aliases=["--problem_type"],
     )
     head: str = option(
@@ -57,6 +58,12 @@ class DataArguments:
         False,
     )
     shuffle_buffer: int = option("With --streaming: rows that are read ahead and shuffled together.", 10_000)
+
+    packing: bool = option(
+        "Put several short texts with their answers into one row of --max_seq_length tokens, each with a prompt of its own "
+        "(a causal model's text2text). A batch then has as many rows, and more texts.",
+        False,
+    )
 
 
 @dataclass

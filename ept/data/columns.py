@@ -5,12 +5,15 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
+from ept.data.chats import ends_with_answer, is_chat
 from ept.data.rows import listed
 
 __all__ = [
     "Columns",
     "choose_columns",
+    "choose_writing_columns",
     "holds_lists",
+    "holds_text_to_write",
     "label_lists",
     "label_strings",
     "labels_in",
@@ -85,6 +88,39 @@ def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
     )
 
 
+def choose_writing_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
+    """Chooses as `choose_columns`, for texts and the answers to them; `label` is None where conversations hold both.
+
+    By themselves are found `prompt` and `completion`, and `messages`.
+    """
+    if wanted.text_pair is not None:
+        raise ValueError(
+            f"{source}: a causal model that writes reads one text, not a pair: put both into one column and leave out "
+            "`Columns.text_pair`"
+        )
+    names = table.column_names
+    text, label = wanted.text, wanted.label
+    if text is None and label is None and _has_messages(table) and "completion" not in names:
+        return replace(wanted, text="messages")
+    if text in names and label is None and ends_with_answer(table[0][text]):
+        return wanted
+    if text is None and "prompt" in names:
+        text = "prompt"
+    if label is None and "completion" in names:
+        label = "completion"
+    return choose_columns(table, source, replace(wanted, text=text, label=label))
+
+
+def holds_text_to_write(table: Dataset) -> bool:
+    """Tells whether a table has the columns of texts and answers, prompt and completion or messages, and none of labels."""
+    names = set(table.column_names)
+    return names.isdisjoint(LABEL_NAMES) and ({"prompt", "completion"} <= names or _has_messages(table))
+
+
+def _has_messages(table: Dataset) -> bool:
+    return "messages" in table.column_names and is_chat(table[0]["messages"])
+
+
 def texts_of(table: Dataset, source: str, column: str) -> list[str]:
     """Returns a column's texts. ValueError names the first row without one."""
     texts = list(table[column])
@@ -147,9 +183,10 @@ def labels_in(cell: Any, at: str, column: str) -> list[str]:
 
 def split_labels(table: Dataset, columns: Columns) -> Dataset:
     """Makes lists of labels where `label_separator` stands between them; an empty cell has none. Returns the table."""
-    separator, column = columns.label_separator, columns.chosen_label
+    separator = columns.label_separator
     if separator is None:
         return table
+    column = columns.chosen_label
     cells = [split_cell(cell, separator) for cell in table[column]]
     return table.remove_columns(column).add_column(column, cells)
 

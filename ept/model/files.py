@@ -97,7 +97,7 @@ def settings_of(backbone: PreTrainedModel, traits: Traits, layer: AdapterLayer, 
         "base_model_class": traits.name,
         "head": heads,
         "num_labels": len(names) if names else None,
-        "label_names": names or None,
+        "label_names": names or [],
         "problem_type": labels.problem_type if heads else None,
         "backbone": backbone_fingerprint(backbone.config, backbone.get_input_embeddings()),
     }

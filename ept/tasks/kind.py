@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TaskKind", "Texts"]
 
-Texts = list[tuple[str, ...]]  # one or two texts a row
+Texts = list[tuple[Any, ...]]  # one or two texts a row, or a conversation
 
 
 class TaskKind(ABC):
@@ -28,24 +28,37 @@ class TaskKind(ABC):
         label_names: the classes' names, or the words whose continuation is scored; None for kinds without.
 
     Class attributes:
-        name: as in KINDS and in `--task`.
+        name: as in KINDS.
+        asked_as: as in `--task` and in run.json; by default the name.
         evaluated: what an evaluation gives, "loss" or a metric; the first tells the best checkpoint.
         label_form: "classification", "regression" or "multi_label", what `Labels.of` makes of the label column; None:
             text to write.
         has_head: whether the backbone has a head that is trained.
         writes_text: whether predictions are texts that the model generates.
         can_stream: whether a TokenStream can make its rows.
+        reads_one_text: whether a row has one text, or a conversation in its place, and no second.
+
+    Attributes:
+        reads_chat: whether texts are messages of a conversation, which a chat template writes.
     """
 
     name: ClassVar[str]
+    asked_as: ClassVar[str]
     evaluated: ClassVar[tuple[str, ...]]
     label_form: ClassVar[str | None]
     has_head: ClassVar[bool] = False
     writes_text: ClassVar[bool] = False
     can_stream: ClassVar[bool] = True
+    reads_one_text: ClassVar[bool] = False
 
-    def __init__(self, label_names: Sequence[str] | None = None):
+    def __init_subclass__(cls, **settings: Any):
+        super().__init_subclass__(**settings)
+        if "name" in cls.__dict__ and "asked_as" not in cls.__dict__:
+            cls.asked_as = cls.name
+
+    def __init__(self, label_names: Sequence[str] | None = None, *, reads_chat: bool = False):
         self.label_names = None if label_names is None else tuple(label_names)
+        self.reads_chat = reads_chat
 
     @property
     def words(self) -> list[str]:
@@ -104,9 +117,41 @@ class TaskKind(ABC):
 
     # ------------------------------------------------------------------ rows
 
-    def text_limit(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
+    @classmethod
+    def choose_columns(cls, table: "Dataset", source: str, wanted: "Columns") -> "Columns":
+        """Chooses the columns to read, those wanted and the only possible ones; ValueError where there are none or several."""
+        from ept.data.columns import choose_columns  # `datasets`, which it imports, is optional
+
+        return choose_columns(table, source, wanted)
+
+    @classmethod
+    def of_texts(cls, table: "Dataset", columns: "Columns") -> "TaskKind":
+        """Makes a kind without labels, for the training rows of a table."""
+        return cls()
+
+    def target_limit(self, max_length: int | None, max_target_length: int) -> int:
+        """Returns how many tokens may be written where a row has at most `max_length`."""
+        return max_target_length
+
+    def text_limit(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, max_target_length: int = 0
+    ) -> int | None:
         """Returns how many of `max_length` tokens are left to the text."""
         return max_length
+
+    def encode_table(
+        self,
+        table: "Dataset",
+        source: str,
+        columns: "Columns",
+        tokenizer: PreTrainedTokenizerBase,
+        limit: int | None,
+        max_target_length: int,
+    ) -> tuple["Dataset", list[Any], list[str]]:
+        """Encodes a table's rows; returns them with labels, what predictions are judged by, and sentences on what was cut."""
+        truth, labels = self.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
+        data, cut = self.tokens(table, source, columns, tokenizer, limit, labels)
+        return data, truth, [f"{cut} of {len(data)} rows were cut to {limit} tokens"] if cut else []
 
     def count_tokens(self, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> list[int]:
         """Counts the tokens of each row's texts, uncut."""
@@ -141,6 +186,14 @@ class TaskKind(ABC):
 
         return tokenize(table, source, columns, tokenizer, limit, labels)
 
+    def packed(self, rows: Any, room: int, apart: int) -> Any:
+        """Packs several encoded rows into each of at most `room` tokens, of which every one takes `apart` more.
+
+        Raises:
+            ValueError: the kind has one prediction a row, or an encoder that reads all of it.
+        """
+        raise ValueError(f"packing is for causal models that write (text2text), not for {self.asked_as}: leave it out")
+
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
         """Returns what makes a padded batch of encoded rows."""
         return padding_collator(model, tokenizer)
@@ -150,6 +203,10 @@ class TaskKind(ABC):
     def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
         """Returns the function that predicts for rows of tokens: logits [rows, labels], label scores, or written texts."""
         return logits_predictor(model, tokenizer)
+
+    def loss(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Any, batch_size: int) -> float | None:
+        """Computes the loss on encoded rows with labels; None for a kind whose evaluation reports none."""
+        return None
 
     def from_trainer(self, predictions: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Turns predictions that transformers' Trainer collected into what `predictor` gives."""
@@ -177,3 +234,7 @@ class TaskKind(ABC):
     @abstractmethod
     def lines(self, predictions: Any) -> Iterator[str]:
         """Yields each prediction as a line of text."""
+
+    @abstractmethod
+    def records(self, predictions: Any) -> Iterator[dict[str, Any]]:
+        """Yields each prediction as an object for JSON; of a kind with classes, with all their `probabilities` by name."""

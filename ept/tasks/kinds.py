@@ -17,12 +17,14 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ept.backbone.loading import architecture_of, load_causal, load_classifier, load_seq2seq, read_config
+from ept.data.chats import is_chat
 from ept.files.run_record import RUN_NAME
 from ept.tasks.continuation import ContinuationCollator, candidates, contexts
 from ept.tasks.glue import BenchmarkTask, Rows
 from ept.tasks.kind import TaskKind, Texts
 from ept.tasks.metrics import Answers
-from ept.tasks.predicting import Predictor, score_predictor, text_predictor
+from ept.tasks.predicting import Predictor, answer_loss, answer_predictor, score_predictor, text_predictor
+from ept.tasks.writing import ExchangeCollator, encode_exchanges, packed, read_chat, read_pair, read_question
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,12 +32,15 @@ if TYPE_CHECKING:
     from ept.data.columns import Columns
 
 __all__ = [
+    "ASKED",
     "KINDS",
+    "CausalText2Text",
     "Classification",
     "Continuation",
     "MultiLabel",
     "Regression",
     "Text2Text",
+    "asked_kind",
     "default_kind",
     "kind_of_adapter",
 ]
@@ -90,6 +95,9 @@ class Classification(_Headed):
         """The likeliest label and its probability with a tab between."""
         return _label_lines(self.words, predictions)
 
+    def records(self, predictions: Tensor) -> Iterator[dict[str, Any]]:
+        return _label_records(self.words, predictions)
+
 
 class MultiLabel(Classification):
     """A head with a logit for each class, of which a row has any number: those whose probability is above a threshold.
@@ -134,6 +142,16 @@ class MultiLabel(Classification):
             pairs = [(self.words[i], p) for i, p in zip(order.tolist(), row[order].tolist(), strict=True)]
             yield "\t".join(f"{label}\t{p:.6f}" for label, p in pairs if p > self.threshold)
 
+    def records(self, predictions: Tensor) -> Iterator[dict[str, Any]]:
+        """Yields the `labels` above the threshold, the likeliest first, and all `probabilities` by name."""
+        for row in predictions.sigmoid().tolist():
+            probabilities = {name: round(value, 6) for name, value in zip(self.words, row, strict=True)}
+            chosen = [name for name, value in zip(self.words, row, strict=True) if value > self.threshold]
+            yield {
+                "labels": sorted(chosen, key=probabilities.__getitem__, reverse=True),
+                "probabilities": probabilities,
+            }
+
 
 class Regression(_Headed):
     """A head with one value."""
@@ -167,20 +185,24 @@ class Regression(_Headed):
         """The value with six digits."""
         yield from (f"{value:.6g}" for value in predictions.flatten().tolist())
 
+    def records(self, predictions: Tensor) -> Iterator[dict[str, Any]]:
+        """Yields the `value`."""
+        yield from ({"value": value} for value in predictions.flatten().tolist())
+
 
 class Text2Text(TaskKind):
     """An encoder-decoder that writes the label, or any text."""
 
     name = "text2text"
-    evaluated = ("loss", "exact_match")
+    evaluated: ClassVar[tuple[str, ...]] = ("loss", "exact_match")
     label_form = None
     writes_text = True
 
     def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
         if architecture_of(read_config(name_or_path)) != "seq2seq":
             raise ValueError(
-                f"{name_or_path} is no encoder-decoder: text2text needs one (T5, BART); "
-                'a causal language model learns labels with `kind="continuation"`'
+                f"{name_or_path} is no model that writes: text2text needs one (T5, BART) or a causal language model "
+                "(GPT-2, Llama)"
             )
         return load_seq2seq(name_or_path, dtype)
 
@@ -221,6 +243,100 @@ class Text2Text(TaskKind):
     def lines(self, predictions: list[str]) -> Iterator[str]:
         """The text, its line ends as spaces."""
         yield from (" ".join(text.split("\n")) for text in predictions)
+
+    def records(self, predictions: list[str]) -> Iterator[dict[str, Any]]:
+        """Yields the `text` as it was written."""
+        yield from ({"text": text} for text in predictions)
+
+
+class CausalText2Text(Text2Text):
+    """A causal language model that writes the answer to a text or to a conversation, see `ept.tasks.writing`."""
+
+    name = "causal_text2text"
+    asked_as = Text2Text.name
+    evaluated = ("loss", "exact_match", "token_f1")
+    can_stream = False
+    reads_one_text = True
+
+    def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+        return load_causal(name_or_path, dtype)
+
+    @classmethod
+    def adapts(cls, model_class: str, problem_type: str | None) -> bool:
+        return model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    @classmethod
+    def benchmark_labels(cls, task: BenchmarkTask) -> tuple[str, ...] | None:
+        raise ValueError(
+            f"{task.name}: a causal model learns a benchmark's labels as the continuation of the text: "
+            '`kind="continuation"`, or with a head: `kind="classification"`'
+        )
+
+    @classmethod
+    def choose_columns(cls, table: "Dataset", source: str, wanted: "Columns") -> "Columns":
+        from ept.data.columns import choose_writing_columns  # `datasets`, which it imports, is optional
+
+        return choose_writing_columns(table, source, wanted)
+
+    @classmethod
+    def of_texts(cls, table: "Dataset", columns: "Columns") -> "CausalText2Text":
+        return cls(reads_chat=is_chat(table[0][columns.text]))
+
+    def target_limit(self, max_length: int | None, max_target_length: int) -> int:
+        """Allows at most three quarters of a row, so that a quarter is left to the text."""
+        return max_target_length if max_length is None else min(max_target_length, max_length * 3 // 4)
+
+    def text_limit(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, max_target_length: int = 0
+    ) -> int | None:
+        return None if max_length is None else max_length - self.target_limit(max_length, max_target_length)
+
+    def encode_table(
+        self,
+        table: "Dataset",
+        source: str,
+        columns: "Columns",
+        tokenizer: PreTrainedTokenizerBase,
+        limit: int | None,
+        max_target_length: int,
+    ) -> tuple["Dataset", list[Any], list[str]]:
+        """As `TaskKind.encode_table`; a row holds text and answer, and its labels the answer's tokens alone."""
+        from datasets import Dataset
+
+        exchanges = []
+        for number, row in enumerate(table, start=1):
+            place, text = f"{source}, row {number}", row[columns.text]
+            if columns.label is None:
+                exchanges.append(read_chat(tokenizer, text, f"{place}: {columns.text!r}"))
+            else:
+                exchanges.append(read_pair(tokenizer, text, row[columns.label], place))
+        rows, cut, cut_answers = encode_exchanges(tokenizer, exchanges, limit, max_target_length)
+        remarks = [f"{cut} of {len(rows)} texts were cut to their last {limit} tokens"] if cut else []
+        if cut_answers:
+            remarks.append(
+                f"{cut_answers} of {len(rows)} answers were cut to {max_target_length} tokens (max_target_length), without "
+                "their end"
+            )
+        return Dataset.from_list(rows), [exchange.reference for exchange in exchanges], remarks
+
+    def encode_texts(self, tokenizer: PreTrainedTokenizerBase, texts: Texts, limit: int | None) -> list[dict[str, Any]]:
+        asked = [read_question(tokenizer, row[0], "a text", in_chat=self.reads_chat) for row in texts]
+        return encode_exchanges(tokenizer, asked, limit, 0)[0]
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
+        return ExchangeCollator(tokenizer.pad_token_id)
+
+    def packed(self, rows: Any, room: int, apart: int) -> Any:
+        from datasets import Dataset
+
+        return Dataset.from_list(packed(list(rows), room, apart))
+
+    def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
+        return answer_predictor(model, tokenizer, max_new_tokens)
+
+    def loss(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Any, batch_size: int) -> float | None:
+        """Takes the mean over the answers' tokens."""
+        return answer_loss(model, rows, self.collator(tokenizer, model), batch_size)
 
 
 class Continuation(TaskKind):
@@ -263,7 +379,9 @@ class Continuation(TaskKind):
         chosen = _chosen(predictions)
         return [float(self.words[number]) for number in chosen] if task.is_regression else chosen
 
-    def text_limit(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
+    def text_limit(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, max_target_length: int = 0
+    ) -> int | None:
         return None if max_length is None else max_length - max(map(len, candidates(tokenizer, self.words)))
 
     def encode_texts(self, tokenizer: PreTrainedTokenizerBase, texts: Texts, limit: int | None) -> list[dict[str, Any]]:
@@ -299,10 +417,20 @@ class Continuation(TaskKind):
         """The likeliest label and its probability among the labels with a tab between."""
         return _label_lines(self.words, predictions)
 
+    def records(self, predictions: Tensor) -> Iterator[dict[str, Any]]:
+        return _label_records(self.words, predictions)
+
 
 KINDS: dict[str, type[TaskKind]] = {
-    kind.name: kind for kind in (Classification, MultiLabel, Regression, Text2Text, Continuation)
+    kind.name: kind for kind in (Classification, MultiLabel, Regression, Text2Text, CausalText2Text, Continuation)
 }
+ASKED = tuple(dict.fromkeys(kind.asked_as for kind in KINDS.values()))
+
+
+def asked_kind(asked: str, name_or_path: str) -> str:
+    """Returns the name in KINDS of what is asked for: a causal model writes otherwise than an encoder-decoder."""
+    causal = asked == Text2Text.name and architecture_of(read_config(name_or_path)) == "causal"
+    return CausalText2Text.name if causal else asked
 
 
 def default_kind(name_or_path: str, *, causal_continues: bool) -> str | None:
@@ -326,6 +454,8 @@ def kind_of_adapter(settings: dict[str, Any], record: dict[str, Any], config_fil
         ValueError: the adapter's model does none of the kinds, or the labels are not known.
     """
     model_class = settings.get("base_model_class") or ""
+    if record.get("task") == Text2Text.name and CausalText2Text.adapts(model_class, None):
+        return CausalText2Text(reads_chat=record.get("reads_chat") is True)
     for kind in (Text2Text, Continuation, Regression, MultiLabel, Classification):
         if kind.adapts(model_class, settings.get("problem_type")):
             return kind(kind.saved_label_names(settings, record, config_file))
@@ -343,6 +473,17 @@ def _label_lines(words: list[str], predictions: Tensor) -> Iterator[str]:
     best = predictions.softmax(-1).max(-1)
     for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         yield f"{words[label]}\t{probability:.6f}"
+
+
+def _label_records(words: list[str], predictions: Tensor) -> Iterator[dict[str, Any]]:
+    """Yields the likeliest `label` of each row, its `probability`, and all `probabilities` by name."""
+    for row in predictions.softmax(-1).tolist():
+        best, row = max(range(len(row)), key=row.__getitem__), [round(value, 6) for value in row]
+        yield {
+            "label": words[best],
+            "probability": row[best],
+            "probabilities": dict(zip(words, row, strict=True)),
+        }
 
 
 def _refuse_seq2seq(name_or_path: str) -> None:

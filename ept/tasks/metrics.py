@@ -1,6 +1,7 @@
 """The one table of metrics, for own files and for the benchmarks; scikit-learn and scipy compute what they have."""
 
-from collections import defaultdict
+import string
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -93,6 +94,25 @@ def _exact_match(answers: Answers) -> float:
     return sum(map(all, rights.values())) / len(rights)
 
 
+def _token_f1(answers: Answers) -> float:
+    """Takes the mean of the rows' F1 over words, as SQuAD has it: without case, punctuation and articles."""
+    scores = [_f1_of_words(truth, predicted) for truth, predicted in zip(answers.truth, answers.predicted, strict=True)]
+    return sum(scores) / len(scores)
+
+
+def _f1_of_words(truth: str, predicted: str) -> float:
+    wanted, written = _words(truth), _words(predicted)
+    if not wanted or not written:
+        return float(wanted == written)
+    both = (Counter(wanted) & Counter(written)).total()
+    return 2 * both / (len(wanted) + len(written))
+
+
+def _words(text: str) -> list[str]:
+    plain = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return [word for word in plain.split() if word not in ("a", "an", "the")]
+
+
 METRICS: dict[str, Callable[[Answers], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
@@ -103,4 +123,5 @@ METRICS: dict[str, Callable[[Answers], float]] = {
     "spearman": _correlation("spearmanr"),
     "mse": _mean_squared_error,
     "exact_match": _exact_match,
+    "token_f1": _token_f1,
 }

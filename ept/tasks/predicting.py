@@ -12,16 +12,21 @@ from tqdm import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
+from ept.backbone.traits import IGNORE_INDEX
 from ept.tasks.continuation import ContinuationCollator, label_scores
+from ept.tasks.writing import left_padded, prompt_of
 
 __all__ = [
     "PaddingCollator",
     "Predictor",
+    "answer_loss",
+    "answer_predictor",
     "logits_predictor",
     "padding_collator",
     "predict",
     "score_predictor",
     "text_predictor",
+    "written_answers",
 ]
 
 Row = dict[str, Any]
@@ -67,6 +72,48 @@ def text_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     return texts
+
+
+def answer_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
+    """Predicts the answers that a causal model writes; of rows with labels, to what stands before the last answer."""
+
+    @torch.no_grad()
+    def texts(rows: list[Row]) -> list[str]:
+        ids = written_answers(model, [prompt_of(row) for row in rows], tokenizer, max_new_tokens)
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    return texts
+
+
+@torch.no_grad()
+def written_answers(
+    model: nn.Module, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> Tensor:
+    """Writes the likeliest tokens after each prompt up to the end of text: [rows, max_new_tokens or fewer]."""
+    writer: Any = model.eval()
+    batch = _on_device(model, left_padded(prompts, tokenizer.pad_token_id))
+    ids = writer.generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return ids[:, batch["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def answer_loss(model: nn.Module, rows: Any, collate: Callable[[list[Row]], Any], batch_size: int) -> float:
+    """Computes the mean loss over the tokens that are learned in all rows, with a model whose labels are tokens."""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    total, tokens = 0.0, 0
+    for start in range(0, len(order), batch_size):
+        batch = dict(collate([rows[i] for i in order[start : start + batch_size]]))
+        here = int((batch["labels"] != IGNORE_INDEX).sum())
+        total += float(model(**_on_device(model, batch)).loss) * here
+        tokens += here
+    return total / tokens
 
 
 def score_predictor(model: nn.Module, collate: ContinuationCollator) -> Predictor:

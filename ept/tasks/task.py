@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ept.console import say
-from ept.data.columns import Columns, choose_columns, split_labels
+from ept.data.columns import Columns, split_labels
 from ept.data.labels import LabelCounts, Labels
 from ept.data.streaming import RowStream
 from ept.tasks.fitting_text import fit_texts
@@ -21,6 +21,9 @@ from ept.tasks.kinds import KINDS, Classification, MultiLabel, Regression
 from ept.tasks.metrics import is_better_higher
 
 __all__ = ["Split", "Task"]
+
+
+FEWEST_TO_DOUBT = 10  # rows, below which labels that occur once say nothing
 
 
 @dataclass
@@ -66,8 +69,8 @@ class Task:
                 suggest.
             stream: where `table` holds only its first rows, the stream, whose other rows are asked for their labels.
         """
-        columns = choose_columns(table, source, wanted)
         kind_class = None if kind is None else KINDS[kind]
+        columns = (kind_class or Classification).choose_columns(table, source, wanted)
         if columns.label_separator is not None:
             kind_class = kind_class or MultiLabel
             if kind_class is not MultiLabel:
@@ -75,7 +78,7 @@ class Task:
                     f"`Columns.label_separator` is for several labels a row, not for {kind_class.name}: leave one out"
                 )
         if kind_class is not None and kind_class.label_form is None:
-            return cls(kind_class(), columns)
+            return cls(kind_class.of_texts(table, columns), columns)
         column, label_form = columns.chosen_label, None if kind_class is None else kind_class.label_form
         table = split_labels(table, columns)
         if stream is not None and label_form != Regression.label_form:
@@ -86,6 +89,8 @@ class Task:
             labels = Labels.of(table, source, column, label_form)
         if labels.names is None:
             return cls(Regression(), columns)
+        if not labels.several:
+            _speak_of_single_labels(counts, source, column, asked=kind is not None)
         for line in counts.lines():
             say(f"{source}: {line}")
         return cls((kind_class or (MultiLabel if labels.several else Classification))(labels.names), columns)
@@ -116,7 +121,8 @@ class Task:
         max_target_length: int,
     ) -> Split:
         """Encodes the rows in at most `max_length` tokens; says once how many were cut, and how many have no label."""
-        limit = self.kind.text_limit(tokenizer, max_length)
+        max_target_length = self.kind.target_limit(max_length, max_target_length)
+        limit = self.kind.text_limit(tokenizer, max_length, max_target_length)
         rows: Rows | None = None
         columns = self.columns
         if isinstance(table, Rows):
@@ -124,10 +130,9 @@ class Task:
             table, columns = self._as_table(rows, source, tokenizer, limit)
         else:
             table = split_labels(table, columns)
-        truth, labels = self.kind.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
-        data, cut = self.kind.tokens(table, source, columns, tokenizer, limit, labels)
-        if cut:
-            say(f"{source}: {cut} of {len(data)} rows were cut to {limit} tokens")
+        data, truth, remarks = self.kind.encode_table(table, source, columns, tokenizer, limit, max_target_length)
+        for remark in remarks:
+            say(f"{source}: {remark}")
         return Split(data, truth, rows, source)
 
     def _as_table(
@@ -186,6 +191,20 @@ class Task:
                 f"`metric_for_best_model`: {metric_for_best_model} is unknown: {self.benchmark.name} has {', '.join(choices)}"
             )
         return name, is_better_higher(name)
+
+
+def _speak_of_single_labels(counts: LabelCounts, source: str, column: str, *, asked: bool) -> None:
+    """Says that nearly all labels occur once, as texts to be written do; ValueError where no kind was asked for."""
+    rows, once = sum(counts.rows.values()), sum(count == 1 for count in counts.rows.values())
+    if rows < FEWEST_TO_DOUBT or once < 0.9 * rows:
+        return
+    doubt = f"{source}: {once} of {rows} rows have a label ({column!r}) that no other row has"
+    if not asked:
+        raise ValueError(
+            f'{doubt}: are they texts to be written? `kind="text2text"` (with a model that writes); '
+            'if they are classes: `kind="classification"`'
+        )
+    say(f"{doubt}: texts to be written are learned with the task text2text")
 
 
 def _labelled(rows: Rows, source: str) -> Rows:

@@ -3,7 +3,7 @@
 from ept.training.checkpoints import last_checkpoint
 from ept.training.health import gate_health
 from ept.training.rates import EPTSeq2SeqTrainingArguments, EPTTrainingArguments, parameter_groups
-from ept.training.trainer import EPTContinuationTrainer, EPTSeq2SeqTrainer, EPTTrainer
+from ept.training.trainer import EPTContinuationTrainer, EPTSeq2SeqTrainer, EPTTrainer, EPTWritingTrainer
 
 __all__ = [
     "EPTContinuationTrainer",
@@ -11,6 +11,7 @@ __all__ = [
     "EPTSeq2SeqTrainingArguments",
     "EPTTrainer",
     "EPTTrainingArguments",
+    "EPTWritingTrainer",
     "gate_health",
     "last_checkpoint",
     "parameter_groups",

@@ -21,7 +21,9 @@ from ept.files.adapter_dir import read_adapter
 from ept.model.model import EPTModel
 from ept.sharding import load_optimizer_state, whole_optimizer_state
 from ept.tasks.continuation import ContinuationCollator, label_scores
-from ept.tasks.kinds import Classification, Continuation, MultiLabel, Regression, Text2Text
+from ept.tasks.kinds import CausalText2Text, Classification, Continuation, MultiLabel, Regression, Text2Text
+from ept.tasks.predicting import written_answers
+from ept.tasks.writing import prompt_of
 from ept.training.checkpoints import last_checkpoint
 from ept.training.health import gate_health
 from ept.training.rates import (
@@ -34,7 +36,7 @@ from ept.training.rates import (
 from ept.training.sampling import LengthGroupedByEpoch, check_tokenised, knows_lengths
 from ept.training.stopping import StopOnSignal
 
-__all__ = ["TRAINERS", "EPTContinuationTrainer", "EPTSeq2SeqTrainer", "EPTTrainer"]
+__all__ = ["TRAINERS", "EPTContinuationTrainer", "EPTSeq2SeqTrainer", "EPTTrainer", "EPTWritingTrainer"]
 
 logger = logging.getLogger("ept")
 
@@ -268,6 +270,38 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
         return None, scores.to(self.args.device), torch.tensor(classes, device=self.args.device)
 
 
+class EPTWritingTrainer(_EPTTrainerMixin, Trainer):
+    """Trains a causal model on answers; with `predict_with_generate` an evaluation writes them.
+
+    Its rows have labels on the answers alone, at their end.
+    """
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the loss, the tokens written after each row's prompt [rows, new], and the labels."""
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        args: Any = self.args
+        if prediction_loss_only or not args.predict_with_generate:
+            return loss, None, None
+        tokenizer: Any = self.processing_class
+        ids = written_answers(model, _prompts_in(inputs), tokenizer, args.generation_max_length)
+        return loss, ids.to(args.device), inputs["labels"].to(args.device)
+
+
+def _prompts_in(batch: dict[str, Tensor]) -> list[list[int]]:
+    """Returns the token ids before the last answer of each row of a padded batch."""
+    rows = []
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        text = mask != 0
+        rows.append(prompt_of({"input_ids": ids[text].tolist(), "labels": labels[text].tolist()}))
+    return rows
+
+
 def _check_label_smoothing(model: EPTModel) -> None:
     """Raises ValueError where transformers' smoothed loss is wrong.
 
@@ -289,5 +323,6 @@ TRAINERS: dict[str, type[_EPTTrainerMixin]] = {
     MultiLabel.name: EPTTrainer,
     Regression.name: EPTTrainer,
     Text2Text.name: EPTSeq2SeqTrainer,
+    CausalText2Text.name: EPTWritingTrainer,
     Continuation.name: EPTContinuationTrainer,
 }

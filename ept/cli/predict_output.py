@@ -1,0 +1,95 @@
+"""Where `ept predict` writes: lines on standard output or in a file, or objects in a jsonl file; it goes on with a file
+that another run began."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ept.cli.predict_input import InputRow
+from ept.data.rows import json_objects
+from ept.tasks.kind import TaskKind
+
+__all__ = ["Output"]
+
+
+class Output:
+    """The predictions' place.
+
+    Args:
+        path: None: standard output; a name in .jsonl: an object a row with its id; any other: a line a row.
+        all_probabilities: whether all classes' probabilities are written.
+        overwrite: whether what the file holds is done again.
+
+    Attributes:
+        done: how many rows the file holds already.
+    """
+
+    def __init__(self, path: str | None, *, all_probabilities: bool, overwrite: bool):
+        self.path, self.all_probabilities = path, all_probabilities
+        self.in_json = path is not None and Path(path).suffix.lower() == ".jsonl"
+        self.done, self._size, self._begun = 0, 0, False
+        if path is None:
+            return
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--output_file {path}: there is no such directory")
+        if Path(path).is_dir():
+            raise ValueError(f"--output_file {path} is a directory: give a file")
+        if Path(path).is_file() and not overwrite:
+            self.done, self._size = _whole_lines(path)
+
+    def skip_done(self, rows: Iterator[InputRow]) -> None:
+        """Passes over the rows that the file holds; ValueError if it holds others."""
+        there: Iterator[tuple[int, dict[str, Any]]] | None = None
+        if self.path is not None and self.in_json and self.done:
+            there = json_objects(Path(self.path), "it was not written by ept predict")
+        for number in range(1, self.done + 1):
+            row = next(rows, None)
+            if row is None:
+                raise ValueError(f"{self._other()}: it has {self.done} lines, and the input {number - 1} rows")
+            if there is not None:
+                _, written = next(there, (number, {}))
+                if written.get("id") != row.id:
+                    raise ValueError(f"{self._other()}: line {number} has the id {written.get('id')!r}, not {row.id!r}")
+
+    def write(self, rows: list[InputRow], kind: TaskKind, predictions: Any) -> None:
+        """Writes the predictions of some rows, whole lines at once."""
+        lines = list(kind.lines(predictions))
+        if self.in_json or self.all_probabilities:
+            lines = [
+                self._json(row, record) if self.in_json else _with_probabilities(line, record)
+                for row, line, record in zip(rows, lines, kind.records(predictions), strict=True)
+            ]
+        text = "".join(f"{line}\n" for line in lines)
+        if self.path is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        with open(self.path, "ab") as file:
+            if not self._begun:
+                file.truncate(self._size)  # what a kill cut short, or what is written over
+            file.write(text.encode("utf-8"))
+        self._begun = True
+
+    def _json(self, row: InputRow, record: dict[str, Any]) -> str:
+        if not self.all_probabilities:
+            record.pop("probabilities", None)
+        return json.dumps({"id": row.id} | record, ensure_ascii=False)
+
+    def _other(self) -> str:
+        return f"--output_file {self.path} holds predictions of another input (--overwrite_output_file writes over it)"
+
+
+def _with_probabilities(line: str, record: dict[str, Any]) -> str:
+    return "\t".join([line, *(f"{name}={value:.6f}" for name, value in record["probabilities"].items())])
+
+
+def _whole_lines(path: str) -> tuple[int, int]:
+    """Counts a file's whole lines, and their bytes; a kill may have cut one short after them."""
+    lines = size = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, size = lines + 1, size + len(line)
+    return lines, size

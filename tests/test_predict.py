@@ -1,0 +1,82 @@
+"""`ept predict` for classes and values: tables, probabilities of all classes, and objects in jsonl."""
+
+import json
+
+import pytest
+
+from ept.cli import main
+from tiny_text import reviews, save_model, write_csv
+
+
+def command(*argv) -> int:
+    return main([str(word) for word in argv])
+
+
+def trained(place, name, rows, *more) -> str:
+    data = write_csv(place / f"{name}.csv", rows, header=None)
+    assert command(
+        "train", "--model_name_or_path", place / "model", "--train_file", data, "--output_dir", place / name,
+        "--max_steps", 1, "--prompt_length", 4, "--token_rank", 6, "--disable_tqdm", "true", "--use_cpu", "--no_header",
+        *more,
+    ) == 0  # fmt: skip
+    return str(place / name)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model and adapters that one step trained: single/, pairs/ and scores/."""
+    place = tmp_path_factory.mktemp("predict")
+    save_model(place / "model")
+    rows = reviews(8)
+    trained(place, "single", rows, "--text_column", 0, "--label_column", 1)
+    pairs = [(*text.split(" ", 1), label) for text, label in rows]
+    trained(place, "pairs", pairs, "--text_column", 0, "--text_pair_column", 1, "--label_column", 2)
+    trained(place, "scores", [(text, len(text) + 0.5) for text, _ in rows], "--text_column", 0, "--label_column", 1)
+    return place
+
+
+def test_a_table_is_read_as_one_and_its_label_and_header_are_no_text(place, tmp_path, capsys):
+    text = 'text,label\n"the film was good, so good",positive\na dull plot,negative\n'
+    (tmp_path / "test.csv").write_text(text)
+    adapter = ["--adapter", place / "single"]
+    (tmp_path / "lines.txt").write_text("the film was good, so good\na dull plot\n")
+    assert command("predict", *adapter, "--input_file", tmp_path / "lines.txt") == 0
+    lines = capsys.readouterr().out
+    # The adapter was trained on a file without a header; this one has one, and its first row is named by number.
+    assert command("predict", *adapter, "--input_file", tmp_path / "test.csv") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    settings = json.loads((place / "single" / "run.json").read_text()) | {"no_header": False, "columns": {}}
+    (place / "single" / "run.json").write_text(json.dumps(settings))
+    assert command("predict", *adapter, "--input_file", tmp_path / "test.csv") == 0
+    assert capsys.readouterr().out == lines
+
+
+def test_all_probabilities_are_written_on_request(place, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"id": "x", "text": "the film"}\n{"id": "y", "text": "a plot"}\n')
+    run = ["predict", "--adapter", place / "single", "--input_file", tmp_path / "in.jsonl", "--text_column", "text"]
+    assert command(*run, "--all_probabilities") == 0
+    for line in capsys.readouterr().out.splitlines():
+        label, probability, *all_of_them = line.split("\t")
+        values = {name: float(value) for name, value in (entry.split("=") for entry in all_of_them)}
+        assert values[label] == float(probability) == max(values.values()) and sum(values.values()) == pytest.approx(1)
+    for more, keys in (
+        ([], ["id", "label", "probability"]),
+        (["--all_probabilities"], ["id", "label", "probability", "probabilities"]),
+    ):
+        out = tmp_path / f"out{len(more)}.jsonl"
+        assert command(*run, "--output_file", out, *more) == 0
+        records = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [list(record) for record in records] == [keys, keys] and [r["id"] for r in records] == ["x", "y"]
+    assert records[0]["probabilities"][records[0]["label"]] == records[0]["probability"]
+    assert command(*run, "--output_file", out, "--overwrite_output_file") == 0
+    assert len(out.read_text().splitlines()) == 2 and "probabilities" not in out.read_text()
+
+
+def test_pairs_and_values_of_a_table(place, tmp_path, capsys):
+    (tmp_path / "in.tsv").write_text("a\tb\nthe film\tthe plot\n")
+    run = ["predict", "--input_file", tmp_path / "in.tsv", "--no_header"]
+    assert command(*run, "--adapter", place / "pairs", "--text_column", 0, "--text_pair_column", 1) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    out = tmp_path / "out.jsonl"
+    assert command(*run, "--adapter", place / "scores", "--text_column", 0, "--output_file", out) == 0
+    assert [list(json.loads(line)) for line in out.read_text().splitlines()] == [["id", "value"]] * 2
