@@ -50,7 +50,7 @@ def adapter(place):
     """A trained adapter, and its run's record."""
     output = place / "adapter"
     files = ["--validation_file", place / "validation.csv", "--test_file", place / "test.csv"]
-    assert train(place, output, *files, "--eval_steps", 50) == 0
+    assert train(place, output, *files, "--eval_steps", 50, "--learning_rate", 0.02) == 0
     return output
 
 

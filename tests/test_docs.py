@@ -13,7 +13,7 @@ import transformers as hf
 from test_peft_format import of_peft
 
 import tiny_text
-from ept import MeanPoolingForSequenceClassification
+from ept import EPTModel, MeanPoolingForSequenceClassification
 from ept.cli import main
 from tiny_models import backbone, ids, wrapped
 
@@ -71,6 +71,7 @@ def test_the_example_of_the_readme_runs_as_printed_and_labels_both_texts_right(t
     exec(compile(code, "README.md", "exec"), names)
     good = names["model"](**names["batch"]).logits.softmax(-1)[:, 1]
     assert good[0] > 0.5 > good[1]
+    assert isinstance(names["model"], EPTModel) and torch.isfinite(names["model"].ept.prompt).all()
     assert "tensor([" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",

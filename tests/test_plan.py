@@ -116,7 +116,7 @@ def test_the_command_prints_a_table_and_says_what_fits(tmp_path, capsys):
     "argv, said",
     [
         (("--gpu", "abacus"), "--gpu abacus is unknown: give its memory (24GB), or one of t4,"),
-        (("--length", 64), "length 64 does not fit: the model has positions for 60 tokens"),
+        (("--length", 64, "--preset", "input"), "length 64 does not fit: the model has positions for 60 tokens"),
         (("--task", "text2text"), "a distilbert writes no text: use the task classification"),
         (("--batch", 0), "--batch 0 must be at least 1"),
         (("--model", "./nowhere"), "./nowhere: no such directory or file"),

@@ -2,7 +2,7 @@
 
 import os
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -65,16 +65,14 @@ def _label(axis: Axes, point: Point, taken: list[Bbox]) -> Annotation:
     Raises:
         ValueError: no place is free.
     """
-    canvas: Any = axis.figure.canvas  # of the drawing backends alone
-    renderer = canvas.get_renderer()
-    frame = axis.get_window_extent(renderer)
+    frame = axis.get_window_extent()
     colour = COLOURS.get(point.family, GREY)
     for x, y, side, height in PLACES:
         text = axis.annotate(
             point.label, (point.trained, point.score), xytext=(x, y), textcoords="offset points",
             ha=side, va=height, fontsize=8, color=colour,
         )  # fmt: skip
-        box = text.get_window_extent(renderer)
+        box = text.get_window_extent()
         inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
         if inside and not any(box.overlaps(other) for other in taken):
             taken.append(box)

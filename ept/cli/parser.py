@@ -71,8 +71,15 @@ class OptionParser(HfArgumentParser):
             self.error(f"unknown option {unknown[0]}: see {self.prog} --help")
         for name, value in itertools.chain.from_iterable(vars(group).items() for group in groups):
             if requirement := _unmet_requirement(name, value):
-                self.error(f"--{name} {value} must be {requirement}")
+                self.error(f"{self._spelling(name, argv)} {value} must be {requirement}")
         return tuple(groups)
+
+    def _spelling(self, name: str, argv: list[str]) -> str:
+        """Returns an option as the user wrote it, where it has several names."""
+        fields = (f for group in self.dataclass_types for f in dataclasses.fields(group) if f.name == name)
+        aliases = [alias for f in fields for alias in f.metadata.get("aliases", ())]
+        written = {word.partition("=")[0] for word in argv}
+        return next((alias for alias in aliases if alias in written), f"--{name}")
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)  # every option has a second spelling, with hyphens

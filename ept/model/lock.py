@@ -73,10 +73,6 @@ class AdapterLock:
                     self._changing = None
                     self._condition.notify_all()
 
-    def is_calling(self) -> bool:
-        """Whether this thread is in a call."""
-        return threading.get_ident() in self._calls
-
 
 _locks: weakref.WeakKeyDictionary[nn.Module, AdapterLock] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
