@@ -437,7 +437,7 @@ EVALUATED = {"--validation_file": "dev.csv"}
         ({"--debug": "underflow_overflow"}, "--debug underflow_overflow cannot look at masks"),
         (
             {"--train_file": "values.csv", "--task": "regression", "--label_smoothing_factor": "0.1"},
-            "--label_smoothing_factor is for classification and text2text, not for regression",
+            "--label_smoothing_factor is for classification and encoder-decoders, not for regression",
         ),
     ],
     ids=lambda value: " ".join(map(str, itertools.chain(*value.items()))) if isinstance(value, dict) else "",

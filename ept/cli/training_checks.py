@@ -22,7 +22,9 @@ def check_training_options(args: Any, task: Task, splits: dict[str, Split]) -> N
     if args.debug and any(option.value == "underflow_overflow" for option in args.debug):
         raise ValueError("--debug underflow_overflow cannot look at masks of true and false, which the model has")
     if args.label_smoothing_factor and task.kind.name not in ("classification", "text2text"):
-        raise ValueError(f"--label_smoothing_factor is for classification and text2text, not for {task.kind.name}")
+        raise ValueError(
+            f"--label_smoothing_factor is for classification and encoder-decoders, not for {task.kind.name}"
+        )
 
 
 def _check_evaluation(args: Any, *, is_evaluated: bool) -> None:
