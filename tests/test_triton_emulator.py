@@ -16,7 +16,7 @@ from kernel_mistakes import MISTAKES, TABLE, find_emulator, is_caught, schedule
 
 pytest.importorskip("triton")
 if not find_emulator().is_dir():
-    pytest.skip("no folder ../shared/gpu-emulator, and EPT_GPU_EMULATOR names no other", allow_module_level=True)
+    pytest.skip("no emulator of gfx942 code: EPT_GPU_EMULATOR names its folder", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 sys.path.insert(0, str(find_emulator()))

@@ -86,7 +86,7 @@ def run(argv: list[str]) -> None:
         predictor = kind.predictor(model, tokenizer, kind.target_limit(max_length, options.max_target_length))
         batch_size = options.batch_size or (32 if options.input_file else 1)
         quiet = options.input_file is None or (options.output_file is None and sys.stdout.isatty())
-        with tqdm(total=total, initial=output.done, desc="Predicting", unit="row", disable=quiet) as bar:
+        with tqdm(total=total, initial=output.done, desc="Predicting", disable=quiet) as bar:
             for batch in _batches(rows, batch_size):
                 encoded = kind.encode_texts(tokenizer, [row.texts for row in batch], limit)
                 output.write(batch, kind, predictor(encoded))
