@@ -89,3 +89,9 @@ def test_other_batches_and_lengths_need_one_more_compilation_at_most():
             batch = batch_of("llama", lengths, "left")
             torch.testing.assert_close(fast(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 2
+
+
+def test_a_compiled_model_without_fullgraph_gives_the_same_loss():
+    model = wrapped(backbone("bert", hf.AutoModelForSequenceClassification)).train()
+    batch = dict(input_ids=ids(2, 6), labels=torch.tensor([0, 1]))
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).loss, model(**batch).loss)

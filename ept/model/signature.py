@@ -23,6 +23,7 @@ class with_backbones_arguments:
         self.forward = forward
         self.__doc__ = forward.__doc__
 
+    @torch.compiler.disable  # in a call that is not yet traced, dynamo would trace this lookup by looking it up
     def __get__(self, model: Any, owner: type | None = None) -> Callable:
         if torch.compiler.is_compiling():  # nobody asks for a signature then
             return self.forward.__get__(model, owner)
