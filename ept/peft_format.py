@@ -215,9 +215,7 @@ def save_peft(model: EPTModel, directory: str | os.PathLike) -> None:
         config = model.ept_config
         remedy = ""
         if config.has_token_update or (config.has_lowrank and config.lowrank_update):
-            remedy = (
-                "; train one whose prompt is all: EPTConfig.input_only(token_rank=0) (--preset input --token_rank 0)"
-            )
+            remedy = "; train one whose prompt is all: EPTConfig.input_only(token_rank=0)"
         raise ValueError(f"this adapter cannot be a PEFT prompt-tuning adapter: {reason}{remedy}")
     name, text = type(model.base_model).__name__, model.config.get_text_config()
     settings = {

@@ -31,9 +31,7 @@ def main(steps: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     base = MeanPoolingForSequenceClassification.from_encoder(MINILM, num_labels=len(TOPICS))
     model = get_ept_model(base, EPTConfig(), tokenizer=tokenizer, adapter_name="topic")
-    model.add_adapter(
-        "is_sport", EPTConfig.input_only(), num_labels=2, tokenizer=tokenizer
-    )  # adapters may differ in all parts
+    model.add_adapter("is_sport", EPTConfig.input_only(), num_labels=2, tokenizer=tokenizer)  # adapters may differ
     arguments = EPTTrainingArguments("runs/many_adapters", max_steps=steps, save_strategy="no")
     for name, label in TASKS.items():
         model.set_adapter(name)  # the one that trains

@@ -317,6 +317,7 @@ def test_every_setting_of_the_config_is_an_option():
     ("x.jsonl: `header=False` is for csv", "x.jsonl: --no_header is for csv"),
     ("give `Columns.text_pair`", "give --text_pair_column"),
     ("`is_gradient_checkpointing` is deprecated", "`is_gradient_checkpointing` is deprecated"),
+    ("train EPTConfig.input_only()", "train EPTConfig.input_only() (--preset input)"),
     ("prompt_length=0 must be in 1 … 10000", "prompt_length=0 must be in 1 … 10000"),
 ])  # fmt: skip
 def test_parameters_in_an_error_become_the_options_that_set_them(message, line):

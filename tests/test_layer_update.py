@@ -322,3 +322,15 @@ def test_bad_input_is_named_in_one_or_two_lines(name):
 def test_the_triton_implementation_says_why_it_cannot_run():
     with pytest.raises(RuntimeError, match=r'impl="triton" cannot run: .* Use impl="torch"'):
         layer_update(**make_case(15), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_stay_are_out_of_all_gradients(dtype):
+    index = torch.tensor([1, -1])
+    hidden, down, up = torch.randn(2, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    down[0], up[0] = torch.nan, torch.nan  # the adapter that no row has
+    hidden[1] = torch.inf  # the row that stays
+    tensors = [tensor.to(dtype).requires_grad_() for tensor in (hidden, down, up)]
+    out = layer_update(*tensors, adapter_index=index, impl="torch")
+    grads = torch.autograd.grad(out[0].sum() + out[1].nan_to_num(0, 0, 0).sum(), tensors)
+    assert grads[0].isfinite().all() and all(grad[1].isfinite().all() and not grad[0].any() for grad in grads[1:])

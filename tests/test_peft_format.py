@@ -143,9 +143,7 @@ def test_what_peft_cannot_express_is_refused_with_the_reason(make, settings, wor
     with pytest.raises(ValueError, match=words) as refusal:
         save_peft(model, tmp_path)
     changes_the_text = bool(settings.get("rank") or settings.get("token_rank"))
-    assert (
-        "EPTConfig.input_only(token_rank=0) (--preset input --token_rank 0)" in str(refusal.value)
-    ) == changes_the_text
+    assert ("EPTConfig.input_only(token_rank=0)" in str(refusal.value)) == changes_the_text
     assert not list(tmp_path.iterdir())
 
 

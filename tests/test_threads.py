@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ept import EPTModel, get_ept_model
+from ept.files.adapter_dir import read_adapter
+from ept.model import lock
 from tiny_models import all_parts, backbone, ids, mean_pooling, padded, wrapped
 
 PATIENCE = 600  # seconds; a safety net alone: nothing here waits for a clock
@@ -835,3 +837,92 @@ def test_a_change_that_fails_keeps_no_call_waiting(served, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError)):
             refused()
         assert_same(in_threads(list(calls.values())), calls, want)
+
+
+def test_a_copy_shares_the_lock_of_its_own_backbone():
+    model = copy.deepcopy(wrapped(BACKBONES["mean"][0](3)))
+    model.add_adapter("other")
+    beside = get_ept_model(model.base_model, all_parts())
+    entered, left = threading.Event(), threading.Event()
+
+    def hold(*_):
+        entered.set()
+        assert left.wait(PATIENCE)
+
+    handle = model.base_model.encoder.encoder.layer[0].register_forward_hook(hold)
+    caller = threading.Thread(target=lambda: beside(input_ids=ids(2, 5)))
+    changer = threading.Thread(target=lambda: model.set_adapter("other"))
+    caller.start()
+    assert entered.wait(PATIENCE)
+    changer.start()
+    assert model.active_adapter == "default"
+    left.set()
+    caller.join()
+    changer.join()
+    handle.remove()
+    assert model.active_adapter == "other"
+
+
+def test_a_call_that_waits_for_a_thread_of_its_own_is_not_held_up_by_a_change(monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.05)
+    model = wrapped(BACKBONES["mean"][0](3))
+    want, changer = model(input_ids=ids(2, 5)).logits, threading.Thread(target=lambda: model.add_adapter("late"))
+    results = []
+
+    def hold(*_):
+        handle.remove()
+        changer.start()
+        while not lock.lock_of(model.base_model)._waiting:
+            pass
+        worker = threading.Thread(target=lambda: results.append(model(input_ids=ids(2, 5)).logits))
+        worker.start()
+        worker.join(PATIENCE)
+
+    handle = model.base_model.encoder.encoder.layer[0].register_forward_hook(hold)
+    model(input_ids=ids(2, 5))
+    changer.join(PATIENCE)
+    assert torch.equal(results[0], want) and "late" in model.list_adapters()
+
+
+def test_saving_beside_switching_writes_whole_adapters(tmp_path):
+    model = wrapped(BACKBONES["mean"][0](3))
+    model.add_adapter("five", all_parts(prompt_length=3), num_labels=5)
+    stop = threading.Event()
+
+    def switch():
+        while not stop.is_set():
+            model.set_adapter("five")
+            model.set_adapter("default")
+
+    changer = threading.Thread(target=switch)
+    changer.start()
+    try:
+        for number in range(12):
+            model.save_pretrained(tmp_path / str(number))
+    finally:
+        stop.set()
+        changer.join()
+    for number in range(12):
+        config, tensors = read_adapter(tmp_path / str(number))
+        assert len(tensors["prompt"]) == config["prompt_length"] == (3 if config["num_labels"] == 5 else 5)
+        assert len(tensors["head.classifier.weight"]) == config["num_labels"]
+
+
+def test_wrapping_beside_calls_finds_the_layers():
+    base = BACKBONES["first token"][0](3)
+    model, stop = wrapped(base), threading.Event()
+
+    def call():
+        while not stop.is_set():
+            model(input_ids=ids(2, 5))
+            base(input_ids=ids(2, 5))
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    try:
+        assert all(get_ept_model(base).ept_config.deep_layers == 2 for _ in range(4))
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join()

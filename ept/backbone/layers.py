@@ -5,6 +5,7 @@ tokens. What matters is what is read, in which order; so layers may share their 
 """
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -73,8 +74,7 @@ def find_layers(model: Any) -> LayerSites:
     found = look_for_layers(model)
     if isinstance(found, str):
         raise ValueError(
-            f"{type(model).__name__} has no updates in its layers: {found}; set deep_layers=0, as EPTConfig.input_only() "
-            "(--preset input) has it"
+            f"{type(model).__name__} has no updates in its layers: {found}; set deep_layers=0, as EPTConfig.input_only() has it"
         )
     return found
 
@@ -226,14 +226,22 @@ def _trial(model: Any, lists: list[nn.ModuleList]) -> tuple[list[_Visit], int]:
 
 
 def _begin(visits: list[_Visit], number: int, index: int) -> Callable[[nn.Module, tuple, dict], None]:
+    thread = threading.get_ident()
+
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if threading.get_ident() != thread:
+            return  # somebody else's pass over the same layers
         visits.append(_Visit(number, index, _copy(hidden_states_of(args, kwargs)), None))
 
     return note
 
 
 def _end(visits: list[_Visit], number: int, index: int) -> Callable[[nn.Module, tuple, Any], None]:
+    thread = threading.get_ident()
+
     def note(module: nn.Module, args: tuple, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         place = max(place for place, visit in enumerate(visits) if (visit.number, visit.index) == (number, index))
         visits[place] = replace(visits[place], gave=_copy(output))
 

@@ -28,6 +28,11 @@ OPTIONS = {
     "threshold": "--threshold",
 }
 SWITCHES = {"header=False": "--no_header"}
+# Presets, which the message keeps, and the options that choose them.
+PRESETS = {
+    "EPTConfig.input_only()": "--preset input",
+    "EPTConfig.input_only(token_rank=0)": "--preset input --token_rank 0",
+}
 
 
 @contextlib.contextmanager
@@ -60,4 +65,6 @@ def as_options(message: str) -> str:
             return match[0]
         return OPTIONS[name] if value is None else " ".join([OPTIONS[name], value.strip('"')])
 
+    for preset, options in PRESETS.items():
+        message = message.replace(preset, f"{preset} ({options})")
     return re.sub(r"`(([\w.]+)(?:=([^`]*))?)`", option, message)

@@ -97,9 +97,9 @@ class Backbone:
         return InputPlan({name: value for name, value in arguments.items() if name not in counted}), decoding
 
     def _completed(self, inputs: Inputs, kwargs: dict[str, Any], *, packed: bool, cached: bool) -> Inputs:
-        """The inputs with what a model that sees images would otherwise find by its own, from the caller's columns alone.
+        """Fills in what a model that sees images would find by itself: token types, a mask, positions in images.
 
-        That is token types where it takes them, and a mask and positions where it counts positions in images. Raises
+        They are found from the caller's columns, before the prompt's come between. Raises
         ValueError where these positions cannot be known.
         """
         traits = self.traits

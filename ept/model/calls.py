@@ -138,10 +138,9 @@ def bare() -> contextlib.AbstractContextManager[None]:
 
 
 def begin(module: nn.Module) -> None:
-    """Notes that an entry of the current call starts to run.
+    """Records that an entry of the current call starts to run.
 
-    One that starts while it runs already was called by somebody else, from a hook within the pass, say: until it ends,
-    the call is a bare one.
+    An entry that starts again while it runs was called from a hook within the pass: a bare frame lasts until it ends.
     """
     frames = _frames()
     if not frames:
@@ -160,7 +159,7 @@ def begin(module: nn.Module) -> None:
 
 
 def end(module: nn.Module) -> None:
-    """Notes that what `begin` noted has ended, by an error or not."""
+    """Records that an entry has ended, by an error or not."""
     frames = _frames()
     if not frames:
         return

@@ -26,7 +26,7 @@ from ept.model.routing import Routing
 
 __all__ = ["DecodingSteps", "GenerationSettings", "outside_the_call"]
 
-# Ways to generate that would read the text by other paths than the forward that EPT stands before.
+# Modes of generation that bypass the wrapped model's forward.
 UNSUPPORTED = {
     "assistant_model": "assisted generation is not supported with EPT: leave out the assistant",
     "prompt_lookup_num_tokens": "assisted generation is not supported with EPT: leave out prompt_lookup_num_tokens",

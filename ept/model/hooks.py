@@ -30,7 +30,7 @@ _installing = threading.Lock()
 def hook_layers(layers: Iterable[nn.Module], at: Literal["input", "output"]) -> None:
     """Installs the update hook on layers, once, before what they read or after what they give.
 
-    Where layers are checkpointed, their checkpoint function learns to keep the call, too.
+    Wraps the checkpoint function of layers that have one, so that a recomputation enters the call again.
     """
     layers = tuple(layers)
     if not all(map(_is_hooked, layers)):

@@ -29,8 +29,8 @@ from ept.model.generation import GenerationSettings, outside_the_call
 from ept.model.hooks import hook_entries, hook_head, pass_embeddings_on
 from ept.model.inputs import Inputs, check_inputs, take_per_token
 from ept.model.labels import Labels
-from ept.model.lock import lock_of
-from ept.model.packing import Packing
+from ept.model.lock import calling, changing, lock_of
+from ept.model.packing import Packing, take_starts
 from ept.model.routing import Member, OneAdapter, Routing, route
 from ept.model.signature import with_backbones_arguments
 from ept.model.start_values import init_prompt
@@ -83,20 +83,20 @@ class EPTModel(nn.Module):
             raise TypeError("the model is already an EPTModel: wrap its base_model, or train the adapter that it has")
         refuse_unsupported(model)
         self.base_model, self.config = model, model.config
-        keep_4_bits_differentiable(model)
-        self.traits = traits_of(model)
-        check_inputs_embeds(model, self.traits.kind.name)
         self.started_from: Start | None = None
-        self._lock, self._disabled = lock_of(model), Disabled()
+        self._disabled = Disabled()
         self._walked: Walked | None = None
-        self._packing = Packing(model, self.traits)
         self._sites: LayerSites | None = None  # known once any adapter has updates in the layers
         self.adapter_names: list[str] = []
         check_new_name(self, adapter_name)
         self.adapter_names.append(adapter_name)
         self.active_adapter, self.inactive_adapters = adapter_name, nn.ModuleList()
-        config = config_for(model, config)
-        with self._lock.changing("wrapping a model"):
+        with changing(model, "wrapping a model"):
+            keep_4_bits_differentiable(model)
+            self.traits = traits_of(model)
+            check_inputs_embeds(model, self.traits.kind.name)
+            self._packing = Packing(model, self.traits)
+            config = config_for(model, config)
             self.ept = new_layer(model, self.traits, config, self._sites_for(config))
             model.requires_grad_(False)
             for head in self.trained_heads():
@@ -125,12 +125,13 @@ class EPTModel(nn.Module):
         adapter_ids: list[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        with self._lock.calling():
-            others = take_per_token(kwargs)
-            inputs = Inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, others)
-            if self._disabled.here():
-                return self._bare_forward(inputs, past_key_values, return_dict, kwargs)
-            check_inputs(self.traits, inputs, kwargs)
+        others = take_per_token(kwargs)
+        inputs = Inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, others)
+        if self._disabled.here():
+            return self._bare_forward(inputs, past_key_values, return_dict, kwargs)
+        check_inputs(self.traits, inputs, kwargs)
+        self._learn_packing(inputs, kwargs)
+        with calling(self.base_model):
             routing = self._route(inputs, adapter_ids, kwargs)
             plan = self._backbone.lay_out(inputs, routing, past_key_values, kwargs)
             with entered(self._call(routing)):
@@ -151,8 +152,19 @@ class EPTModel(nn.Module):
         """The wrapped model's own forward."""
         others = {"past_key_values": past_key_values, "return_dict": return_dict}
         arguments = inputs.present() | {name: value for name, value in others.items() if value is not None}
-        with entered(BARE):
+        with calling(self.base_model), entered(BARE):
             return self.base_model(**arguments, **kwargs)
+
+    def _learn_packing(self, inputs: Inputs, kwargs: dict[str, Any]) -> None:
+        """Asks before the first call with packed rows how the backbone is told of them.
+
+        The probe runs the backbone in eval mode, so that it must be nobody else's turn.
+        """
+        if self.traits.kind.encoder_decoder or not self._packing.is_asked or lock_of(self.base_model).is_calling():
+            return
+        if take_starts(inputs, dict(kwargs)) is not None:
+            with changing(self.base_model, "the first packed call"):
+                self._packing.way()
 
     def _route(self, inputs: Inputs, adapter_ids: list[str] | None, kwargs: dict[str, Any]) -> Routing:
         """The rows by adapter."""
@@ -187,7 +199,7 @@ class EPTModel(nn.Module):
             ValueError, TypeError: what cannot be right is refused with the reason.
         """
         backbone: Any = self.base_model  # its class has `generate`; PreTrainedModel alone has not
-        with self._lock.calling():
+        with calling(self.base_model):
             if self._disabled.here():
                 with entered(BARE):
                     return backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -284,7 +296,7 @@ class EPTModel(nn.Module):
             num_labels: labels of its head, where the model has one; None: as many as the active adapter's.
             config, tokenizer, token_counts, soft_prompt: as in `get_ept_model`.
         """
-        with self._lock.changing("adding an adapter"):
+        with changing(self.base_model, "adding an adapter"):
             check_new_name(self, adapter_name)
             config = config_for(self.base_model, EPTConfig() if config is None else config)
             if config.init == "adapters":
@@ -299,13 +311,13 @@ class EPTModel(nn.Module):
         self, path: str | os.PathLike, adapter_name: str, *, ignore_backbone_mismatch: bool = False
     ) -> None:
         """Adds the adapter of a directory that `save_pretrained` wrote; errors as in `EPTModel.from_pretrained`."""
-        with self._lock.changing("loading an adapter"):
+        with changing(self.base_model, "loading an adapter"):
             files = AdapterFiles.read(path, self.base_model, ignore_backbone_mismatch=ignore_backbone_mismatch)
             self._put(loaded_adapter(self, adapter_name, files, self._sites_for(files.config)))
 
     def set_adapter(self, adapter_name: str) -> None:
         """Makes an adapter the active one; the one before keeps its tensors and stops training."""
-        with self._lock.changing("switching adapters"):
+        with changing(self.base_model, "switching adapters"):
             if adapter_name == self.active_adapter:
                 return
             activate(self, self._inactive(adapter_name), Labels.of(self.config))
@@ -314,7 +326,7 @@ class EPTModel(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter that is not the active one."""
-        with self._lock.changing("deleting an adapter"):
+        with changing(self.base_model, "deleting an adapter"):
             if adapter_name == self.active_adapter:
                 raise ValueError(f"{adapter_name!r} is the active adapter: make another one active first (set_adapter)")
             gone = self._inactive(adapter_name)
@@ -324,7 +336,7 @@ class EPTModel(nn.Module):
 
     def fold(self) -> "EPTModel":
         """Puts the constants P* and C in the EPT layer's place: from now on for inference only. Returns self."""
-        with self._lock.changing("folding"):
+        with changing(self.base_model, "folding"):
             self.ept = fold_layer(self.ept)
             self.requires_grad_(False)
             self._walked = None
@@ -399,10 +411,10 @@ class EPTModel(nn.Module):
         if self.ept_config.has_deep_updates:
             raise ValueError(
                 "the adapter's deep updates act inside the backbone, where no input reaches: train one with deep_layers=0, "
-                "EPTConfig.input_only() (--preset input), to use its embeddings elsewhere"
+                "EPTConfig.input_only(), to use its embeddings elsewhere"
             )
         inputs = Inputs(input_ids, inputs_embeds, attention_mask)
-        with self._lock.calling():
+        with calling(self.base_model):
             check_inputs(self.traits, inputs, {})
             routing = OneAdapter(self._member(self.active_adapter))
             return self._backbone.lay_out_rows(inputs, routing).arguments["inputs_embeds"]
@@ -426,11 +438,12 @@ class EPTModel(nn.Module):
         The active adapter, or the one named. Where the model is spread over processes, every one of them calls this,
         and one has `is_main_process`. Raises FloatingPointError, and writes nothing, if a tensor holds NaN or infinity.
         """
-        adapter = None if adapter_name in (None, self.active_adapter) else self._inactive(adapter_name)
-        layer, labels = (self.ept, Labels.of(self.config)) if adapter is None else (adapter.layer, adapter.labels)
-        tensors = self.adapter_tensors(adapter_name)
-        check_finite(tensors)
-        settings = settings_of(self.base_model, self.traits, layer, labels)
+        with calling(self.base_model):
+            adapter = None if adapter_name in (None, self.active_adapter) else self._inactive(adapter_name)
+            layer, labels = (self.ept, Labels.of(self.config)) if adapter is None else (adapter.layer, adapter.labels)
+            tensors = self.adapter_tensors(adapter_name)
+            check_finite(tensors)
+            settings = settings_of(self.base_model, self.traits, layer, labels)
         if is_main_process:
             write_adapter(save_directory, settings, tensors)
 
@@ -450,23 +463,25 @@ class EPTModel(nn.Module):
                 (`ignore_backbone_mismatch=True` loads it all the same where the shapes fit).
         """
         files = AdapterFiles.read(path, model, ignore_backbone_mismatch=ignore_backbone_mismatch)
-        wrapped = cls(model, files.config, adapter_name)
-        if files.facts["folded"]:
-            wrapped.ept = files.new_layer(model, wrapped.traits, wrapped._sites_for(files.config))
-            wrapped.requires_grad_(False)
-            wrapped._walked = None
-        files.copy_into(wrapped._adapter_tensors())
-        if wrapped.head_names:
-            files.labels_beside(Labels.of(wrapped.config)).put_on(model)
+        with changing(model, "loading an adapter"):
+            wrapped = cls(model, files.config, adapter_name)
+            if files.facts["folded"]:
+                wrapped.ept = files.new_layer(model, wrapped.traits, wrapped._sites_for(files.config))
+                wrapped.requires_grad_(False)
+                wrapped._walked = None
+            files.copy_into(wrapped._adapter_tensors())
+            if wrapped.head_names:
+                files.labels_beside(Labels.of(wrapped.config)).put_on(model)
         return wrapped
 
     def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """What is saved: the EPT tensors by name, the head's under "head.". Whole, also where they are sharded."""
-        return {name: whole(tensor).detach() for name, tensor in self._adapter_tensors(adapter_name).items()}
+        with calling(self.base_model):
+            return {name: whole(tensor).detach() for name, tensor in self._adapter_tensors(adapter_name).items()}
 
     def load_adapter_tensors(self, tensors: dict[str, Tensor], source: str = "the given tensors") -> None:
         """Copies tensors into the active adapter. ValueError if any is missing, extra or of another shape."""
-        with self._lock.changing("loading tensors"):
+        with changing(self.base_model, "loading tensors"):
             copy_tensors(tensors, self._adapter_tensors(), source)
 
     def __getattr__(self, name: str) -> Any:

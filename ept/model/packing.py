@@ -149,6 +149,11 @@ class Packing:
         columns = torch.zeros_like(starts, dtype=torch.int64).index_put((row, examples.column), in_example)
         return InputPlan(arguments, lambda: columns, starts.shape[1])
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether the next packed call would have to run the probe."""
+        return self._way is None and not torch.compiler.is_compiling()
+
     def way(self) -> str:
         """ "positions" or "mask": how the backbone is told of packed examples; ValueError where it cannot be."""
         name = self.traits.name

@@ -9,9 +9,9 @@ __all__ = ["Walked", "enable_checkpointing", "freeze_dropout"]
 
 
 class Walked:
-    """A model's modules and parameters as they were walked through last, so that a training step need not do it again.
+    """Keeps the modes of a model's modules and its parameters, so that a training step need not walk through them.
 
-    transformers' Trainer calls `train` and `zero_grad` for every step; torch's walks take longer than many a forward.
+    transformers' Trainer calls `train` and `zero_grad` before every step. torch's walks take longer than a small forward.
 
     Args:
         model: the model, whose modes are as they shall be.
@@ -47,7 +47,7 @@ def _witnesses(model: Any) -> list[Any]:
 
 
 def freeze_dropout(backbone: nn.Module, heads: list[nn.Module]) -> None:
-    """Puts a backbone that trains into eval mode, but for its heads and for what its layers checkpoint by."""
+    """Puts a backbone into eval mode, but for its heads and the modules that checkpoint."""
     backbone.eval()
     for head in heads:
         head.train()

@@ -10,8 +10,11 @@ from ept.model.model import EPTModel
 from ept.parts import PARTS
 
 __all__ = [
+    "DEEP_LEARNING_RATE",
+    "DOWN_LEARNING_RATE",
     "HEAD_LEARNING_RATE",
     "LEARNING_RATE",
+    "PROMPT_LEARNING_RATE",
     "EPTArguments",
     "EPTSeq2SeqTrainingArguments",
     "EPTTrainingArguments",
@@ -23,7 +26,8 @@ __all__ = [
 # moves all is that of the updates in the layers, which are the most of what the default trains.
 LEARNING_RATE = 0.005
 RATES = {"prompt": 0.09, "up": 0.018, "down": 0.001, "deep": 0.005, "head": 0.005}
-HEAD_LEARNING_RATE = RATES["head"]
+PROMPT_LEARNING_RATE, DOWN_LEARNING_RATE = RATES["prompt"], RATES["down"]
+DEEP_LEARNING_RATE, HEAD_LEARNING_RATE = RATES["deep"], RATES["head"]
 
 
 def _own_rate(part: str, what: str) -> Any:

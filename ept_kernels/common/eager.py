@@ -12,10 +12,10 @@ def add_bottleneck(x: Tensor, down: Tensor, up: Tensor, activation: str, skipped
     x is [rows, d] with D and W [q, d], or [batch, columns, d] with D and W [batch, q, d], a pair for each batch row.
     `skipped` is True where σ(x·Dᵀ) counts as zero; it has as many axes as x, of x's sizes or 1.
     """
-    inner = ACTIVATIONS[activation](x @ down.mT)
+    z = x @ down.mT
     if skipped is not None:
-        inner = inner.masked_fill(skipped, 0)
-    return multiply_onto(x, inner, up)
+        z = z.masked_fill(skipped, 0)  # σ(0) is 0, and what z was has no gradient
+    return multiply_onto(x, ACTIVATIONS[activation](z), up)
 
 
 def multiply_onto(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

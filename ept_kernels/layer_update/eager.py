@@ -38,8 +38,8 @@ def layer_update(
     if isinstance(hidden_scale, Tensor) and hidden_scale.dim() == 1:
         hidden_scale = hidden_scale[rows].view(-1, 1, 1)
     down, up = _scaled(down[rows], up[rows], hidden_scale)
-    # Zeros in place of W, too: an adapter with NaN in its W must not reach rows that are not its own.
-    return _rounded_update(hidden, down, up.masked_fill(skipped, 0), activation, skipped, dtype)
+    # Zeros in place of D and W: an adapter that holds NaN must not reach rows that are not its own, in neither direction.
+    return _rounded_update(hidden, down.masked_fill(skipped, 0), up.masked_fill(skipped, 0), activation, skipped, dtype)
 
 
 def _scaled(down: Tensor, up: Tensor, hidden_scale: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -70,13 +70,10 @@ class _RoundedUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, activation: str, skipped: Tensor | None) -> Tensor:
         wide = x.to(down.dtype)
-        z = wide @ down.mT
-        inner = ACTIVATIONS[activation](z)
-        if skipped is not None:
-            inner = inner.masked_fill(skipped, 0)
+        z = _masked(wide @ down.mT, skipped)
         ctx.save_for_backward(x, down, up, z, skipped)
         ctx.activation = activation
-        return multiply_onto(wide, inner, up).to(x.dtype)
+        return multiply_onto(wide, ACTIVATIONS[activation](z), up).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
