@@ -18,7 +18,7 @@ from ept.backbone.probes import beside_text, evaluating
 from ept.backbone.traits import is_encoder_decoder, positions_of, text_part
 
 __all__ = [
-    "LayerSites", "find_layers", "hidden_states_of", "layers_after_first", "layers_of", "look_for_layers",
+    "LayerSites", "find_layers", "hidden_states_of", "layers_of", "look_for_layers",
     "why_no_updates",
 ]  # fmt: skip
 
@@ -77,11 +77,6 @@ def find_layers(model: Any) -> LayerSites:
             f"{type(model).__name__} has no updates in its layers: {found}; set deep_layers=0, as EPTConfig.input_only() has it"
         )
     return found
-
-
-def layers_after_first(model: Any) -> int:
-    """How many layers can have updates. ValueError, with the reason, if none can."""
-    return len(find_layers(model).order)
 
 
 def layers_of(model: Any) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from ept.model.generation import DecodingSteps, GenerationSettings
 from ept.model.hooks import entries_of, hook_layers
 from ept.model.inputs import Inputs
 from ept.model.layout import VISION_POSITIONS, InputPlan, continued, encoder, padded, with_vision_positions
-from ept.model.packing import Packing, take_starts
+from ept.model.packing import Packing
 from ept.model.routing import Member, Routing
 
 __all__ = ["Backbone"]
@@ -39,10 +39,13 @@ class Backbone:
     packing: Packing
     sites: LayerSites | None
 
-    def lay_out(self, inputs: Inputs, routing: Routing, cache: Any, kwargs: dict[str, Any]) -> InputPlan:
+    def lay_out(
+        self, inputs: Inputs, routing: Routing, starts: Tensor | None, cache: Any, kwargs: dict[str, Any]
+    ) -> InputPlan:
         """The model's arguments for a forward.
 
         Args:
+            starts: `take_starts` of the call.
             cache: the caller's `past_key_values`.
             kwargs: the caller's other arguments; what the plan says in its own way is taken out.
         """
@@ -51,7 +54,6 @@ class Backbone:
             return encoder(self.traits, inputs, routing, self.embed, encoded=encoded).with_arguments(
                 past_key_values=cache
             )
-        starts = take_starts(inputs, kwargs)
         inputs = self._completed(inputs, kwargs, packed=starts is not None, cached=_length(cache) > 0)
         if starts is not None:
             if cache is not None or kwargs.pop("use_cache", False):

@@ -130,10 +130,12 @@ class EPTModel(nn.Module):
         if self._disabled.here():
             return self._bare_forward(inputs, past_key_values, return_dict, kwargs)
         check_inputs(self.traits, inputs, kwargs)
-        self._learn_packing(inputs, kwargs)
+        starts = None if self.traits.kind.encoder_decoder else take_starts(inputs, kwargs)
+        if starts is not None:
+            self._learn_packing()
         with calling(self.base_model):
             routing = self._route(inputs, adapter_ids, kwargs)
-            plan = self._backbone.lay_out(inputs, routing, past_key_values, kwargs)
+            plan = self._backbone.lay_out(inputs, routing, starts, past_key_values, kwargs)
             with entered(self._call(routing)):
                 outputs = self.base_model(**plan.given(), **kwargs, return_dict=True)
             outputs = plan.bring_back(outputs)
@@ -155,14 +157,12 @@ class EPTModel(nn.Module):
         with calling(self.base_model), entered(BARE):
             return self.base_model(**arguments, **kwargs)
 
-    def _learn_packing(self, inputs: Inputs, kwargs: dict[str, Any]) -> None:
+    def _learn_packing(self) -> None:
         """Asks before the first call with packed rows how the backbone is told of them.
 
         The probe runs the backbone in eval mode, so that it must be nobody else's turn.
         """
-        if self.traits.kind.encoder_decoder or not self._packing.is_asked or lock_of(self.base_model).is_calling():
-            return
-        if take_starts(inputs, dict(kwargs)) is not None:
+        if self._packing.is_asked and not lock_of(self.base_model).is_calling():
             with changing(self.base_model, "the first packed call"):
                 self._packing.way()
 
