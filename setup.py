@@ -30,7 +30,10 @@ setup(
         "safetensors>=0.8.0",
     ],
     extras_require=EXTRAS | {"all": [need for name in ("train", "bench", "test") for need in EXTRAS[name]]},
-    entry_points={"console_scripts": ["ept=ept.cli:main"]},
+    entry_points={
+        "console_scripts": ["ept=ept.cli:main"],
+        "vllm.general_plugins": ["ept=ept.serving.plugin:register"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

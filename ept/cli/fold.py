@@ -16,6 +16,7 @@ from ept.layer.folded import fold_layer
 from ept.model.embedding_table import embedding_table
 from ept.peft_format import save_peft, why_not_peft
 from ept.pretrained import SavedAdapter
+from ept.serving.served_dir import write_served
 
 __all__ = ["TABLE_NAME", "FoldArguments", "run"]
 
@@ -35,8 +36,8 @@ class FoldArguments:
         default="auto",
         metadata={
             "help": "peft: a PEFT prompt-tuning adapter; ept: P*, C, D and W, which EPTModel.from_pretrained reads; "
-            "auto: PEFT's where its results are the same.",
-            "choices": ("auto", "peft", "ept"),
+            "vllm: what the plugin for vLLM serves; auto: PEFT's where its results are the same, else ept.",
+            "choices": ("auto", "peft", "ept", "vllm"),
         },
     )
     embedding_table: bool = field(
@@ -54,12 +55,16 @@ def run(argv: list[str]) -> None:
         saved_adapter = SavedAdapter.open(options.adapter)
         model = saved_adapter.load_to_fold(options.model_name_or_path, with_weights=options.embedding_table)
         folded = fold_layer(model.ept)
+        digest = folded.sha256
+        heads = {name: t for name, t in model.adapter_tensors().items() if name.startswith("head.")}
         reason = why_not_peft(model)
         if options.format == "peft" or (options.format == "auto" and reason is None):
             save_peft(model, output)
             say(f"{output}: a PEFT prompt-tuning adapter")
+        elif options.format == "vllm":
+            digest = write_served(output, folded, saved_adapter.settings, heads.get("head.score.weight")).sha256
+            say(f"{output}: for vLLM, EPT_VLLM_ADAPTER={output}")
         else:
-            heads = {name: t for name, t in model.adapter_tensors().items() if name.startswith("head.")}
             write_adapter(output, saved_adapter.settings | folded.facts(), folded.state_dict() | heads)
             record = Path(options.adapter) / RUN_NAME
             if record.is_file():  # eval and predict know from it the columns, the label words and pairs of texts
@@ -68,4 +73,4 @@ def run(argv: list[str]) -> None:
         if options.embedding_table:
             save_file({"weight": embedding_table(model).cpu().contiguous()}, output / TABLE_NAME)
             say(f"{output / TABLE_NAME}: the embeddings with the token-conditioned update")
-        print(folded.sha256)
+        print(digest)
