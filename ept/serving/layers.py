@@ -94,7 +94,9 @@ class Update(_SlotLayer):
     def forward(self, stream: Tensor, slots: Tensor | None) -> Tensor:
         """The addend σ(x·Dᵀ)·W [tokens, d] for the residual stream x [tokens, d], in its dtype."""
         if slots is None:
-            return ept_kernels.layer_update(stream[None], self.down[0], self.up[0], activation=self.activation)[0] - stream
+            return (
+                ept_kernels.layer_update(stream[None], self.down[0], self.up[0], activation=self.activation)[0] - stream
+            )
         if resolve("auto", stream.device) == "triton":
             index = torch.where((slots >= 0) & (slots < len(self.down)), slots, -1)
             updated = ept_kernels.layer_update(

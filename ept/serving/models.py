@@ -90,5 +90,3 @@ class EPTQwen3ForCausalLM(_WithAdapters, Qwen3ForCausalLM):
 
 class EPTGemma3ForCausalLM(_WithAdapters, Gemma3ForCausalLM):
     """Gemma 3, the models of text alone."""
-
-

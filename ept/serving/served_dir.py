@@ -198,5 +198,3 @@ def check_servable(settings: dict[str, Any], layer: FoldedLayer) -> None:
         raise ValueError(
             f"the layers are {layer.layer_dim} wide and the embeddings {layer.embed_dim}: vLLM's plugin needs one width"
         )
-
-

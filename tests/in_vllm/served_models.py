@@ -35,7 +35,9 @@ CONFIGS = {
 # Adapters differ in prompt length, rank, depth and parts; "long" has more rows than a chunk of a prompt has tokens.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "default": dict(prompt_length=3, rank=0, num_spaces=0),
-    "all": dict(prompt_length=5, rank=4, num_spaces=2, space_dim=2, max_text_length=20, lowrank_update=True, token_rank=2),
+    "all": dict(
+        prompt_length=5, rank=4, num_spaces=2, space_dim=2, max_text_length=20, lowrank_update=True, token_rank=2
+    ),
     "shallow": dict(prompt_length=1, rank=0, deep_layers=2),
     "long": dict(prompt_length=40, rank=0, num_spaces=0, token_rank=3),
 }
@@ -53,9 +55,7 @@ def backbone(kind: str, auto: Any = hf.AutoModelForCausalLM, **settings: Any) ->
 def texts(*lengths: int, seed: int = 3) -> list[list[int]]:
     """Token ids of texts of these lengths; equal lengths have equal texts."""
     draw = [torch.Generator().manual_seed(seed * 1000 + length) for length in lengths]
-    return [
-        torch.randint(5, VOCAB, (length,), generator=g).tolist() for length, g in zip(lengths, draw, strict=True)
-    ]
+    return [torch.randint(5, VOCAB, (length,), generator=g).tolist() for length, g in zip(lengths, draw, strict=True)]
 
 
 @torch.no_grad()

@@ -94,9 +94,7 @@ def test_an_adapter_that_is_not_there_is_its_requests_error_alone(served, by_req
 
 def test_updates_of_zeros_and_requests_without_an_adapter_give_the_bits_of_plain_vllm(served, zeros, by_request):
     text = texts(40)[0]
-    rounds = [
-        [served.request(None, ids, 4, logprobs=5, prompt_logprobs=5)] for ids in ([*text], [*zeros, *text])
-    ]
+    rounds = [[served.request(None, ids, 4, logprobs=5, prompt_logprobs=5)] for ids in ([*text], [*zeros, *text])]
     plain = served.run(rounds, {})["rounds"]
     assert by_request["rounds"][7] == plain[0]
     if "zero" in served.adapters:
