@@ -51,7 +51,7 @@ def by_request(served, zeros) -> dict:
         batch,  # what was computed once is found by its prefix
         penalised,
         [served.request("long", longest, 1), served.request(None, texts(MODEL_LENGTH - 1)[0], 1)],
-        [served.request("long", longest + [5], 1)],
+        [served.request("long", [*longest, 5], 1)],
         [{"ids": [5, 6], "adapter": ["nobody", 77, "/nowhere"], "sampling": {}}],
         [served.request("default", texts(17)[0])],
         [served.request(None, texts(40)[0], 4, logprobs=5, prompt_logprobs=5)],
