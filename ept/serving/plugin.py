@@ -8,6 +8,7 @@ MODELS = {
     "LlamaForCausalLM": "EPTLlamaForCausalLM",
     "Qwen3ForCausalLM": "EPTQwen3ForCausalLM",
     "Gemma3ForCausalLM": "EPTGemma3ForCausalLM",
+    "Gemma3TextForCausalLM": "EPTGemma3ForCausalLM",  # what vLLM looks for where it is a classifier
 }
 
 

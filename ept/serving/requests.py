@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.pooling_params import PoolingParams
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.v1.engine.input_processor import InputProcessor
 
+from ept.serving.checks import check_adapter, check_head
 from ept.serving.served_dir import ServedAdapter
 from ept.serving.settings import OneAdapter, Slots, served
 
@@ -34,6 +36,10 @@ def _with_rows(process_inputs: Callable) -> Callable:
         given = call.arguments
         adapter = adapters.find(self, given["lora_request"])
         if adapter is not None:
+            if isinstance(given["params"], PoolingParams) and given["params"].task != "classify":
+                raise VLLMValidationError(
+                    f"an adapter of EPT classifies texts, and does not serve {given['params'].task}"
+                )
             if given["resumable"]:
                 raise VLLMValidationError("a prompt that comes in pieces cannot have an adapter of EPT: send it whole")
             prompt = _rendered(self, given["prompt"], given["tokenization_kwargs"])
@@ -48,11 +54,13 @@ class _AdaptersOfRequests:
 
     def __init__(self) -> None:
         self.by_number: dict[int, tuple[str, ServedAdapter]] = {}
+        self.is_checked = False
 
     def find(self, processor: InputProcessor, lora_request: Any) -> ServedAdapter | None:
         """The adapter of a request; None where it has none. VLLMValidationError where it cannot be served."""
         what = served()
         if isinstance(what, OneAdapter):
+            self._check_once(processor, what)
             return what.adapter
         if lora_request is None or processor.lora_config is None:  # without LoRA vLLM refuses the request itself
             return None
@@ -66,13 +74,22 @@ class _AdaptersOfRequests:
             )
         return adapter
 
+    def _check_once(self, processor: InputProcessor, one: OneAdapter) -> None:
+        """Raises VLLMValidationError if vLLM runs a model that has no place for the adapter."""
+        if not self.is_checked:
+            try:
+                check_adapter(one.adapter, one.directory, processor.model_config)
+            except ValueError as error:
+                raise VLLMValidationError(str(error)) from error
+            self.is_checked = True
+
     def _read(self, processor: InputProcessor, slots: Slots, lora_request: Any) -> ServedAdapter:
-        config = processor.model_config
+        name = lora_request.lora_name
         try:
             adapter = ServedAdapter.read(Path(lora_request.lora_path).expanduser())
-            slots.check(adapter, lora_request.lora_name)
-            layers = config.hf_text_config.num_hidden_layers
-            adapter.check_backbone(lora_request.lora_name, config.get_hidden_size(), layers)
+            slots.check(adapter, name)
+            check_adapter(adapter, name, processor.model_config)
+            check_head(adapter, name, processor.model_config, processor.lora_config)
         except (OSError, ValueError) as error:
             raise VLLMValidationError(str(error), parameter="lora_request") from error
         return adapter

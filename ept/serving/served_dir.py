@@ -27,14 +27,14 @@ from ept.layer.folded import FoldedLayer
 
 __all__ = ["ARCHITECTURES", "ROWS", "UPDATE", "ServedAdapter", "module_name", "write_served"]
 
-# transformers' class -> the kind of model that vLLM serves it as. One table for the writer and the plugin.
+# transformers' class that an adapter is for -> the architecture of vLLM's that serves it.
 ARCHITECTURES = {
-    "LlamaForCausalLM": "generate",
-    "Qwen3ForCausalLM": "generate",
-    "Gemma3ForCausalLM": "generate",
-    "LlamaForSequenceClassification": "classify",
-    "Qwen3ForSequenceClassification": "classify",
-    "Gemma3TextForSequenceClassification": "classify",
+    "LlamaForCausalLM": "LlamaForCausalLM",
+    "Qwen3ForCausalLM": "Qwen3ForCausalLM",
+    "Gemma3ForCausalLM": "Gemma3ForCausalLM",
+    "LlamaForSequenceClassification": "LlamaForCausalLM",
+    "Qwen3ForSequenceClassification": "Qwen3ForCausalLM",
+    "Gemma3TextForSequenceClassification": "Gemma3ForCausalLM",
 }
 VERSION = 1
 ROWS, UPDATE = "ept_rows", "ept_update"
@@ -73,16 +73,28 @@ class ServedAdapter:
         """Rows by position: s + N."""
         return self.prompt_rows + self.text_rows
 
-    def check_backbone(self, name: str, hidden_size: int, num_hidden_layers: int) -> None:
-        """Raises ValueError if the adapter `name` was trained on a model of other sizes."""
-        trained_on = self.backbone.get("num_hidden_layers", num_hidden_layers)
-        for what, expected, size in (
+    def check_model(self, name: str, architecture: str, *, classifies: bool, hidden_size: int, layers: int) -> None:
+        """Raises ValueError if the adapter does not belong to a model of vLLM's.
+
+        Args:
+            name: of the adapter, for the message.
+            architecture: the model's, as its config.json says it.
+            classifies: whether the engine pools; otherwise it writes text.
+            hidden_size, layers: of the model.
+        """
+        if (self.num_labels is not None) != classifies:
+            kinds = {True: "a classifier (--runner pooling)", False: "a model that writes text"}
+            raise ValueError(
+                f"the adapter {name} is for {kinds[not classifies]}, and this engine is {kinds[classifies]}"
+            )
+        for what, expected, value in (
+            ("the architecture", ARCHITECTURES.get(self.base_class), ARCHITECTURES.get(architecture)),
             ("hidden_size", self.embed_dim, hidden_size),
-            ("num_hidden_layers", trained_on, num_hidden_layers),
+            ("num_hidden_layers", self.backbone.get("num_hidden_layers", layers), layers),
         ):
-            if expected != size:
+            if expected != value:
                 raise ValueError(
-                    f"the adapter {name} belongs to another backbone: {what} was {expected}, here it is {size}: serve "
+                    f"the adapter {name} belongs to another backbone: {what} was {expected}, here it is {value}: serve "
                     "the model that it was trained on"
                 )
 

@@ -52,6 +52,8 @@ def test_requests_of_one_batch_have_heads_of_their_own(served):
 
 
 def test_one_classifier_for_all_requests(served):
+    if served.kind != "llama":
+        pytest.skip("the head is loaded alike for all")
     rounds = [[served.request("also", ids) for ids in texts(*LENGTHS)]]
     outcome = served.run(rounds, {"EPT_VLLM_ADAPTER": served.adapters["also"]}, runner="pooling")
     for ids, got in zip(texts(*LENGTHS), outcome["rounds"][0], strict=True):
