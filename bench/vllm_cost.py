@@ -38,7 +38,7 @@ RATIOS = (("one", "bare"), ("16 mixed", "bare, no graph"), ("16 mixed", "bare"))
 
 def prepare(directory: Path) -> None:
     """Writes the backbone and its adapters in vLLM's form."""
-    backbone = transformers.AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=torch.float32)
+    backbone: Any = transformers.AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=torch.float32)
     backbone.save_pretrained(directory / "backbone")
     for number in range(ADAPTERS):
         torch.manual_seed(number)

@@ -213,7 +213,7 @@ class EPTConfig:
 
     @classmethod
     def input_only(cls, **settings: Any) -> "EPTConfig":
-        """What acts on the input alone [ours], for programs that take embeddings (vLLM) and for PEFT's format.
+        """What acts on the input alone [ours], for programs that take embeddings and for PEFT's format.
 
         A prompt of 4 rows, 4 spaces and a token-conditioned update with dropout: 100·d trained parameters, as many as a
         soft prompt of 100 tokens.

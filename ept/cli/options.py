@@ -99,7 +99,7 @@ AdapterArguments = make_dataclass(
             str | None,
             option(
                 "Sizes to start from: updates in every layer where the model can have them (default) or else refused "
-                "(deep), the paper's parts, or what acts on the input alone, for vLLM and PEFT (input); by default "
+                "(deep), the paper's parts, or what acts on the input alone, for PEFT and prompt_embeds (input); by default "
                 "default.",
                 choices=tuple(PRESETS),
             ),

@@ -1,13 +1,15 @@
 """vLLM's models with an adapter's rows and updates in their layers: a class for each architecture that the plugin serves."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
+from ept.backbone.fingerprint import backbone_fingerprint, check_fingerprint
 from ept.serving.checks import check_adapter, check_engine
 from ept.serving.layers import Rows, Update, before_first_layer, before_layer
 from ept.serving.served_dir import ROWS, UPDATE, module_name
@@ -19,8 +21,13 @@ __all__ = ["EPTGemma3ForCausalLM", "EPTLlamaForCausalLM", "EPTQwen3ForCausalLM"]
 class _WithAdapters(nn.Module):
     """Puts the plugin's modules into the decoder layers of a model of vLLM's, before its weights are loaded."""
 
+    model: Any
+    score: Any
+    one: OneAdapter | None
+    head: Tensor | None
+
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         what = served()
         check_engine(vllm_config, what)
         width = vllm_config.model_config.get_hidden_size()
@@ -30,11 +37,11 @@ class _WithAdapters(nn.Module):
             self._install_one(what, layers, width)
         else:
             self._install_slots(what, vllm_config.lora_config, layers, width)
-        # vLLM keeps compiled graphs by its settings: those of another adapter have other shapes.
-        vllm_config.additional_config["ept"] = repr(what)
+        # vLLM keeps compiled graphs by its settings, and adapters of other shapes need others.
+        vllm_config.additional_config["ept"] = str(what.shapes)
 
     def _install_one(self, one: OneAdapter, layers: list[nn.Module], width: int) -> None:
-        adapter = one.adapter
+        self.one, adapter = one, one.adapter
         tensors = adapter.tensors(one.directory)
         self.head = tensors.get("score.weight")
         layers[0].add_module(ROWS, Rows(1, adapter.rows, width, by_token=False))
@@ -48,7 +55,7 @@ class _WithAdapters(nn.Module):
         _hook(layers)
 
     def _install_slots(self, slots: Slots, lora_config: Any, layers: list[nn.Module], width: int) -> None:
-        self.head = None
+        self.one, self.head = None, None
         # vLLM's own layers stay as they are, and A and B keep their dtype.
         lora_config.target_modules = [ROWS, UPDATE]
         lora_config.lora_dtype = torch.float32
@@ -60,6 +67,8 @@ class _WithAdapters(nn.Module):
     def load_weights(self, weights: Any) -> set[str]:
         """Loads the backbone's weights, then the adapter's head, where one adapter with a head serves all requests."""
         loaded = set(super().load_weights(weights))  # type: ignore[misc]
+        if self.one is not None:
+            self._check_embeddings(self.one)
         if self.head is None:
             return loaded
         score = self.score.weight
@@ -71,6 +80,21 @@ class _WithAdapters(nn.Module):
         with torch.no_grad():
             score.copy_(self.head)
         return loaded | {"score.weight"}
+
+    def _check_embeddings(self, one: OneAdapter) -> None:
+        """Raises ValueError if the model's word embeddings are not those that the adapter was trained on."""
+        table, trained_on = self.model.embed_tokens, one.adapter.backbone
+        own: Any = SimpleNamespace(weight=table.weight[: table.org_vocab_size])  # without vLLM's padding
+        facts = backbone_fingerprint(self.config, own)
+        try:
+            check_fingerprint(
+                trained_on, trained_on | {key: facts[key] for key in facts if key.startswith("embedding_")}
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{one.directory} belongs to another backbone: the word embeddings differ: serve the model that it was "
+                "trained on"
+            ) from error
 
 
 def _hook(layers: list[nn.Module]) -> None:

@@ -157,7 +157,9 @@ def write_served(
 
     rows = layer.prompt if layer.text_update is None else torch.cat([layer.prompt, layer.text_update])
     put(0, ROWS, rows, rows.new_zeros(1, len(layer.prompt)))
-    updates = dict(enumerate(zip(layer.deep_down, layer.deep_up, strict=True), start=1)) if has_deep(layer) else {}
+    updates: dict[int, tuple[Tensor, Tensor]] = {}
+    if layer.deep_down is not None and layer.deep_up is not None:
+        updates |= enumerate(zip(layer.deep_down, layer.deep_up, strict=True), start=1)
     if layer.token_down is not None and layer.token_up is not None:
         size = layer.embed_scale  # e goes into the matrices, as h of the layers has: what is read has its own size
         updates[0] = (layer.token_down.double() / size, layer.token_up.double() * size)
@@ -191,11 +193,6 @@ def write_served(
         tensors,
     )
     return ServedAdapter.read(directory)
-
-
-def has_deep(layer: FoldedLayer) -> bool:
-    """Whether layers after the first have updates."""
-    return layer.deep_down is not None
 
 
 def check_servable(settings: dict[str, Any], layer: FoldedLayer) -> None:

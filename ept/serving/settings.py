@@ -27,6 +27,11 @@ class OneAdapter:
     directory: str
     adapter: ServedAdapter
 
+    @property
+    def shapes(self) -> tuple:
+        """What the model's graph depends on."""
+        return self.adapter.rows, self.adapter.rank, self.adapter.activation, self.adapter.updated_layers
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -39,6 +44,11 @@ class Slots:
 
     rows: int
     rank: int
+
+    @property
+    def shapes(self) -> tuple:
+        """What the model's graph depends on."""
+        return self.rows, self.rank
 
     def check(self, adapter: ServedAdapter, name: str) -> None:
         """Raises ValueError if an adapter does not fit a slot."""
