@@ -65,12 +65,14 @@ class Update(_SlotLayer):
 
     down: Tensor
     up: Tensor
+    owner: Tensor
 
     def __init__(self, slots: int, rank: int, width: int, activation: str, *, by_token: bool):
         super().__init__(by_token=by_token)
         self.activation = activation
         for name in ("down", "up"):
             self.register_buffer(name, torch.zeros(slots, rank, width, dtype=torch.float32), persistent=False)
+        self.register_buffer("owner", torch.arange(slots).repeat_interleave(rank), persistent=False)
 
     @property
     def a(self) -> Tensor:
@@ -110,11 +112,9 @@ class Update(_SlotLayer):
 
         Zeros are put in place of what the others' units hold: behind the step's tokens they may be infinite.
         """
-        count, rank, width = self.down.shape
-        owner = torch.arange(count, device=slots.device).repeat_interleave(rank)
-        z = stream.to(self.down.dtype) @ self.down.view(count * rank, width).T
-        z = torch.where(owner == slots[:, None], ACTIVATIONS[self.activation](z), 0)
-        return (z @ self.up.view(count * rank, width)).to(stream.dtype)
+        z = stream.to(self.down.dtype) @ self.down.flatten(0, 1).T
+        z = torch.where(self.owner == slots[:, None], ACTIVATIONS[self.activation](z), 0)
+        return (z @ self.up.flatten(0, 1)).to(stream.dtype)
 
 
 class Rows(_SlotLayer):
