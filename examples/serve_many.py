@@ -2,8 +2,8 @@
 
 Run `pip install '.[serve]'`, then `python examples/serve_many.py MODEL reviews=DIR topics=DIR`, and ask:
 `curl localhost:8000/generate -H 'Content-Type: application/json' -d '{"text": "The film", "adapter": "reviews"}'`.
-`PUT /adapters/NAME?directory=DIR` loads another adapter while requests run, `DELETE /adapters/NAME` drops one. Requests are
-computed side by side, not in one batch: for that there is vLLM (docs/vllm.md).
+`PUT /adapters/NAME?directory=DIR` loads another adapter while requests run, `DELETE /adapters/NAME` drops one. vLLM computes
+requests in one batch (docs/vllm.md); here they run side by side.
 """
 
 import sys
@@ -53,8 +53,8 @@ def serve(model: EPTModel, tokenizer: PreTrainedTokenizerBase) -> FastAPI:
 
 if __name__ == "__main__":
     (first, directory), *others = [pair.split("=", 1) for pair in sys.argv[2:]]
-    causal_lm = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-    served = EPTModel.from_pretrained(causal_lm, directory, adapter_name=first).eval()
+    backbone = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    served = EPTModel.from_pretrained(backbone, directory, adapter_name=first).eval()
     for name, directory in others:
         served.load_adapter(directory, name)
     uvicorn.run(serve(served, AutoTokenizer.from_pretrained(sys.argv[1])))
