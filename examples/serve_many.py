@@ -3,8 +3,7 @@
 Run `pip install '.[serve]'`, then `python examples/serve_many.py MODEL reviews=DIR topics=DIR`, and ask:
 `curl localhost:8000/generate -H 'Content-Type: application/json' -d '{"text": "The film", "adapter": "reviews"}'`.
 `PUT /adapters/NAME?directory=DIR` loads another adapter while requests run, `DELETE /adapters/NAME` drops one. vLLM computes
-requests in one batch (docs/vllm.md); here they run side by side.
-"""
+requests in one batch (docs/vllm.md); here they run side by side."""
 
 import sys
 
@@ -53,8 +52,8 @@ def serve(model: EPTModel, tokenizer: PreTrainedTokenizerBase) -> FastAPI:
 
 if __name__ == "__main__":
     (first, directory), *others = [pair.split("=", 1) for pair in sys.argv[2:]]
-    backbone = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    backbone, tokens = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))
     served = EPTModel.from_pretrained(backbone, directory, adapter_name=first).eval()
     for name, directory in others:
         served.load_adapter(directory, name)
-    uvicorn.run(serve(served, AutoTokenizer.from_pretrained(sys.argv[1])))
+    uvicorn.run(serve(served, tokens))
