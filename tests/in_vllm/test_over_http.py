@@ -1,4 +1,4 @@
-"""`vllm serve` with adapters by name: as docs/vllm.md says it, asked by several clients at once."""
+"""vLLM's server with adapters by name, as docs/vllm.md says it, asked by several clients at once."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def address(served):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(served.directory / "backbone"),
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served.directory / "backbone"),
         "--served-model-name", "backbone", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
         "--max-model-len", "128", "--kv-cache-memory-bytes", str(2**27), "--enable-lora", "--max-loras", "2",
         "--lora-modules", *(f"{name}={served.adapters[name]}" for name in ("default", "all")),
@@ -60,11 +60,11 @@ def address(served):
             time.sleep(0.5)
         yield url
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        server.terminate()
         try:
             server.wait(60)
         except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+            os.killpg(server.pid, signal.SIGKILL)  # its engine and worker as well
             server.wait()
 
 
