@@ -28,7 +28,7 @@ CONFIGS = {
     "llama": lambda: hf.LlamaConfig(**_SIZES),
     "qwen3": lambda: hf.Qwen3Config(**_SIZES),
     "gemma3": lambda: hf.Gemma3TextConfig(
-        **_SIZES | dict(initializer_range=0.1, tie_word_embeddings=True),
+        **_SIZES | dict(initializer_range=0.2),
         sliding_window=16, layer_types=["sliding_attention"] * 3 + ["full_attention"],
     ),
 }  # fmt: skip
