@@ -258,11 +258,11 @@ def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int 
 
 
 def _evaluate(training: _Training) -> dict[str, float]:
-    """Evaluates on the validation rows and the test rows, of those that there are; returns the metrics."""
+    """Returns the metrics on the validation rows and the test rows, of those that there are."""
     trainer = training.trainer
     metrics: dict[str, float] = {}
     if trainer.eval_dataset is not None:
-        metrics |= _loss_last(trainer.evaluate(), "eval_loss")
+        metrics |= _loss_last(trainer.final_metrics(), "eval_loss")
     if training.test is not None:
         trainer.compute_metrics = training.task.compute_metrics(training.test, trainer.processing_class)
         metrics |= _loss_last(trainer.evaluate(training.test.data, metric_key_prefix="test"), "test_loss")
