@@ -195,7 +195,8 @@ def test_text_to_text_trains_evaluates_and_writes(place, tmp_path, capsys, monke
     assert 0 <= metrics["eval_exact_match"] <= 1 and metrics["eval_loss"] > 0
     command = ["eval", "--adapter", tmp_path / "out", "--test_file", place / "test.csv", "--max_target_length", 5]
     assert main([str(word) for word in command]) == 0
-    assert list(last_json(capsys)) == ["exact_match", "rows"]
+    evaluated = last_json(capsys)
+    assert list(evaluated) == ["exact_match", "token_f1", "loss", "rows"] and evaluated["loss"] > 0
     monkeypatch.setattr(sys, "stdin", Bytes(b"a superb film\nthe weak plot\n"))
     assert main(["predict", "--adapter", str(tmp_path / "out"), "--max_target_length", "5"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ept.data.chats import checked_chat
-from ept.data.columns import LABEL_NAMES, ROW_NUMBER_NAMES, Columns
+from ept.data.columns import LABEL_NAMES, ROW_NUMBER_NAMES, Columns, words_in
 from ept.data.rows import SUFFIXES, checked_path, listed, read_rows
 from ept.tasks.kind import TaskKind
 
@@ -98,6 +98,8 @@ class TableRows:
             return value
         if isinstance(value, list) and self.kind.reads_one_text:
             return checked_chat(value, f"{place}: {column!r}")
+        if isinstance(value, list) and self.kind.reads_words:
+            return words_in(value, place, column)
         problem = "missing" if value is None else f"{type(value).__name__} {value!r}, not text"
         raise ValueError(f"{place}: the text ({column!r}) is {problem}")
 

@@ -7,12 +7,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ept.cli.train_options import DataArguments, TrainOptions
-from ept.data.columns import Columns, holds_text_to_write
+from ept.data.columns import Columns, holds_tagged_words, holds_text_to_write
 from ept.data.streaming import RowStream, TokenStream
 from ept.data.tables import read_file, read_hub
 from ept.tasks.glue import Rows, benchmark_task
 from ept.tasks.glue_files import read_benchmark
-from ept.tasks.kinds import KINDS, CausalText2Text, Text2Text, asked_kind, default_kind
+from ept.tasks.kinds import KINDS, CausalText2Text, Text2Text, TokenClassification, asked_kind, default_kind
 from ept.tasks.task import Task
 
 __all__ = ["TrainingData", "read_training_data", "token_stream"]
@@ -59,6 +59,8 @@ def read_training_data(options: TrainOptions) -> TrainingData:
     writes = asked_kind(Text2Text.name, model_name) == CausalText2Text.name
     if kind is None and writes and wanted == Columns() and holds_text_to_write(tables["train"][0]):
         kind = CausalText2Text.name
+    if kind is None and columns.label_separator is None and holds_tagged_words(tables["train"][0], wanted):
+        kind = TokenClassification.name
     task = Task.of_table(*tables["train"], wanted, kind, stream)
     for table, source in tables.values():
         task.kind.choose_columns(table, source, task.columns)

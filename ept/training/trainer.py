@@ -21,7 +21,15 @@ from ept.files.adapter_dir import read_adapter
 from ept.model.model import EPTModel
 from ept.sharding import load_optimizer_state, whole_optimizer_state
 from ept.tasks.continuation import ContinuationCollator, label_scores
-from ept.tasks.kinds import CausalText2Text, Classification, Continuation, MultiLabel, Regression, Text2Text
+from ept.tasks.kinds import (
+    CausalText2Text,
+    Classification,
+    Continuation,
+    MultiLabel,
+    Regression,
+    Text2Text,
+    TokenClassification,
+)
 from ept.tasks.predicting import written_answers
 from ept.tasks.writing import prompt_of
 from ept.training.checkpoints import last_checkpoint
@@ -343,6 +351,7 @@ TRAINERS: dict[str, type[_EPTTrainerMixin]] = {
     Classification.name: EPTTrainer,
     MultiLabel.name: EPTTrainer,
     Regression.name: EPTTrainer,
+    TokenClassification.name: EPTTrainer,
     Text2Text.name: EPTSeq2SeqTrainer,
     CausalText2Text.name: EPTWritingTrainer,
     Continuation.name: EPTContinuationTrainer,
