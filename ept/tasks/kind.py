@@ -1,7 +1,7 @@
 """What a kind of task must know: the base class of `ept.tasks.kinds`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -192,6 +192,17 @@ class TaskKind(ABC):
         from ept.data.tokens import tokenize  # as above
 
         return tokenize(table, source, columns, tokenizer, limit, labels)
+
+    def stream_encoder(
+        self,
+        source: str,
+        columns: "Columns",
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        max_target_length: int,
+    ) -> Callable[[list[tuple[int, dict[str, Any]]]], list[dict[str, Any]]] | None:
+        """Returns what encodes rows of a stream, each with its number for the errors; None: as a TokenStream does itself."""
+        return None
 
     def packed(self, rows: Any, room: int, apart: int) -> Any:
         """Packs several encoded rows into each of at most `room` tokens, of which every one takes `apart` more.

@@ -5,7 +5,7 @@ they are judged and how a line of them reads. A new kind is a new class and a ro
 `ept.training.trainer.TRAINERS`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -46,7 +46,7 @@ from ept.tasks.predicting import (
     word_predictor,
 )
 from ept.tasks.tagging import encode_words, spans_of
-from ept.tasks.writing import ExchangeCollator, encode_exchanges, packed, read_chat, read_pair, read_question
+from ept.tasks.writing import Exchange, ExchangeCollator, encode_exchanges, packed, read_chat, read_pair, read_question
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -379,7 +379,6 @@ class CausalText2Text(Text2Text):
 
     name = "causal_text2text"
     asked_as = Text2Text.name
-    can_stream = False
     reads_one_text = True
 
     def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
@@ -427,13 +426,7 @@ class CausalText2Text(Text2Text):
         """As `TaskKind.encode_table`; a row holds text and answer, and its labels the answer's tokens alone."""
         from datasets import Dataset
 
-        exchanges = []
-        for number, row in enumerate(table, start=1):
-            place, text = f"{source}, row {number}", row[columns.text]
-            if columns.label is None:
-                exchanges.append(read_chat(tokenizer, text, f"{place}: {columns.text!r}"))
-            else:
-                exchanges.append(read_pair(tokenizer, text, row[columns.label], place))
+        exchanges = self._exchanges(enumerate(table, start=1), source, columns, tokenizer)
         rows, cut, cut_answers = encode_exchanges(tokenizer, exchanges, limit, max_target_length)
         remarks = [f"{cut} of {len(rows)} texts were cut to their last {limit} tokens"] if cut else []
         if cut_answers:
@@ -442,6 +435,36 @@ class CausalText2Text(Text2Text):
                 "their end"
             )
         return Dataset.from_list(rows), [exchange.reference for exchange in exchanges], remarks
+
+    def stream_encoder(
+        self,
+        source: str,
+        columns: "Columns",
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        max_target_length: int,
+    ) -> Callable[[list[tuple[int, dict[str, Any]]]], list[dict[str, Any]]]:
+        longest = self.target_limit(max_length, max_target_length)
+        limit = self.text_limit(tokenizer, max_length, longest)
+
+        def encode(numbered: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+            return encode_exchanges(tokenizer, self._exchanges(numbered, source, columns, tokenizer), limit, longest)[0]
+
+        return encode
+
+    @staticmethod
+    def _exchanges(
+        numbered: Iterable[tuple[int, Any]], source: str, columns: "Columns", tokenizer: PreTrainedTokenizerBase
+    ) -> list[Exchange]:
+        """Reads rows with their numbers, for the errors."""
+        exchanges = []
+        for number, row in numbered:
+            place, text = f"{source}, row {number}", row.get(columns.text)
+            if columns.label is None:
+                exchanges.append(read_chat(tokenizer, text, f"{place}: {columns.text!r}"))
+            else:
+                exchanges.append(read_pair(tokenizer, text, row.get(columns.label), place))
+        return exchanges
 
     def encode_texts(self, tokenizer: PreTrainedTokenizerBase, texts: Texts, limit: int | None) -> list[dict[str, Any]]:
         asked = [read_question(tokenizer, row[0], "a text", in_chat=self.reads_chat) for row in texts]
