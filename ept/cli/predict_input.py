@@ -106,7 +106,7 @@ class TableRows:
     def _id_column(self, names: list[str]) -> str | None:
         if self.id_column is not None and self.id_column not in names:
             raise ValueError(f"{self.path} has no column {self.id_column!r} (--id_column); it has: {listed(names)}")
-        return self.id_column or next((name for name in ROW_NUMBER_NAMES if name in names), None)
+        return self.id_column or next((name for name in ROW_NUMBER_NAMES if name and name in names), None)
 
     def _text_columns(self, names: list[str]) -> tuple[str, ...]:
         """Finds the columns with the texts; ValueError where they are missing or cannot be told."""

@@ -11,6 +11,7 @@ from ept.data.rows import listed
 __all__ = [
     "Columns",
     "choose_columns",
+    "choose_pair_columns",
     "choose_tagged_columns",
     "choose_writing_columns",
     "element_of",
@@ -28,10 +29,10 @@ __all__ = [
     "words_of",
 ]
 
-# What is guessed: a label column by these names, and, once it and a row number are set aside, a lone text column or
-# one of these pairs. Whatever else a file holds must be said.
+# What is guessed: a label column by these names, capitals or not, and, once it and a row number are set aside, a lone text
+# column or one of these pairs. Whatever else a file holds must be said.
 LABEL_NAMES = ("label", "labels")
-ROW_NUMBER_NAMES = ("idx", "id", "index")
+ROW_NUMBER_NAMES = ("idx", "id", "index", "", "Unnamed: 0")  # the last two are an index as pandas writes it
 WORD_NAMES, TAG_NAMES = ("tokens", "words"), ("ner_tags", "tags", "labels", "label")
 PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
@@ -72,7 +73,7 @@ def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
             raise ValueError(f"{source} has no column {name!r} (`Columns.{field}`); {there}")
     label = wanted.label
     if label is None:
-        candidates = [name for name in names if name in LABEL_NAMES]
+        candidates = [name for name in names if name.lower() in LABEL_NAMES]
         if len(candidates) != 1:
             raise ValueError(f"{source}: say which column is the label with `Columns.label`; {there}")
         label = candidates[0]
@@ -84,7 +85,11 @@ def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
             )
     if wanted.text is not None:
         return replace(wanted, label=label)
-    rest = [name for name in names if name not in (label, wanted.text_pair, *ROW_NUMBER_NAMES, *LABEL_NAMES)]
+    rest = [
+        name
+        for name in names
+        if name.lower() not in LABEL_NAMES and name not in (label, wanted.text_pair, *ROW_NUMBER_NAMES)
+    ]
     if len(rest) == 1:
         return replace(wanted, text=rest[0], label=label)
     for text, pair in PAIRS:
@@ -111,6 +116,12 @@ def choose_writing_columns(table: Dataset, source: str, wanted: Columns) -> Colu
         return replace(wanted, text="messages")
     if text in names and label is None and ends_with_answer(table[0][text]):
         return wanted
+    return choose_pair_columns(table, source, wanted)
+
+
+def choose_pair_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
+    """Chooses as `choose_columns`, for texts and what is to be written: by themselves `prompt` and `completion`."""
+    names, text, label = table.column_names, wanted.text, wanted.label
     if text is None and "prompt" in names:
         text = "prompt"
     if label is None and "completion" in names:
@@ -215,6 +226,10 @@ def label_strings(table: Dataset, source: str, column: str) -> list[str]:
     for row, value in enumerate(table[column], start=1):
         if value is None or value == "":
             raise ValueError(f"{source}, row {row}: the label ({column!r}) is missing")
+        if isinstance(value, dict):
+            raise ValueError(
+                f"{source}, row {row}: the label ({column!r}) is an object, {value!r}: give a word or a number"
+            )
         has_name = isinstance(feature, ClassLabel) and value >= 0
         values.append(feature.int2str(value) if has_name else str(value))
     return values

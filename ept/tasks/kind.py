@@ -158,7 +158,11 @@ class TaskKind(ABC):
         """Encodes a table's rows; returns them with labels, what predictions are judged by, and sentences on what was cut."""
         truth, labels = self.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
         data, cut = self.tokens(table, source, columns, tokenizer, limit, labels)
-        return data, truth, [f"{cut} of {len(data)} rows were cut to {limit} tokens"] if cut else []
+        remarks = [f"{cut} of {len(data)} rows were cut to {limit} tokens"] if cut else []
+        empty = sum(not text.strip() for text in table[columns.text])
+        if empty:
+            remarks.append(f"warning: {empty} of {len(data)} rows have an empty text ({columns.text!r})")
+        return data, truth, remarks
 
     def count_tokens(self, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> list[int]:
         """Counts the tokens of each row's texts, uncut."""

@@ -339,6 +339,12 @@ class Text2Text(TaskKind):
         truth = rows.known_labels()
         return [task.read_word(text, label) for text, label in zip(predictions, truth, strict=True)]
 
+    @classmethod
+    def choose_columns(cls, table: "Dataset", source: str, wanted: "Columns") -> "Columns":
+        from ept.data.columns import choose_pair_columns  # `datasets`, which it imports, is optional
+
+        return choose_pair_columns(table, source, wanted)
+
     def targets(
         self, table: "Dataset", source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_target_length: int
     ) -> tuple[list[Any], list[Any]]:
