@@ -643,7 +643,7 @@ def test_no_global_attention_is_the_same_as_none_given():
         )).eval(), dict(lengths=torch.tensor([6, 3])), "lengths is not supported: give attention_mask"),
         (lambda: hf.LayoutLMModel(hf.LayoutLMConfig(**_LAYOUT)).eval(), dict(bbox=torch.zeros(2, 5, 4)), "bbox is .2, 5, 4"),
         (lambda: hf.LayoutLMv3ForTokenClassification(layoutlmv3()).eval(),
-         dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])), "counts positions by columns: give it one example a row"),
+         dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])), "counts positions by columns, where examples are packed"),
     ],
 )  # fmt: skip
 def test_an_argument_that_would_need_the_prompts_columns_is_named_where_it_cannot_have_them(make, arguments, words):

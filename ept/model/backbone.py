@@ -56,8 +56,6 @@ class Backbone:
             )
         inputs = self._completed(inputs, kwargs, packed=starts is not None, cached=_length(cache) > 0)
         if starts is not None:
-            if self.traits.id_for_shape is not None:
-                raise ValueError(f"{self.traits.name} counts positions by columns: give it one example a row")
             if cache is not None or kwargs.pop("use_cache", False):
                 raise ValueError(
                     "packed examples and a cache do not go together: leave past_key_values and use_cache out"
