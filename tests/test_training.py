@@ -126,7 +126,8 @@ def test_a_run_logs_its_loss_at_least_twenty_times_and_a_short_one_every_step(st
     run.train()
     losses = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(losses) == steps if steps < 20 else 20 <= len(losses) <= 40
-    assert EPTTrainingArguments(str(tmp_path), eval_strategy="steps", use_cpu=True).eval_steps == 500
+    args = EPTTrainingArguments(str(tmp_path), eval_strategy="steps", use_cpu=True)
+    assert args.eval_steps == 500 and args.dataloader_pin_memory == torch.cuda.is_available()
 
 
 def test_the_picture_of_the_loss_has_a_smoothed_line_over_faint_points(tmp_path):

@@ -205,7 +205,6 @@ def _complete_arguments(options: TrainOptions, task: Task, max_length: int | Non
         if "greater_is_better" not in options.explicit:
             args.greater_is_better = more_is_better
     args.restore_callback_states_from_checkpoint = resumes  # early stopping counts on
-    args.dataloader_pin_memory &= torch.cuda.is_available()
     if "predict_with_generate" not in options.explicit:
         args.predict_with_generate = task.kind.writes_text
     if args.generation_max_length is None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -93,6 +94,7 @@ class EPTArguments:
         args: Any = self
         if args.eval_steps is None and self.logging_steps < 1:
             args.eval_steps = EVAL_STEPS  # transformers would evaluate as often as it logs
+        args.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns without a GPU
         super().__post_init__()  # type: ignore[misc]  # of transformers' arguments, into which this is mixed
 
     def rates(self) -> dict[str, float]:
