@@ -85,6 +85,10 @@ def test_predictions_are_a_label_a_word_from_lines_and_from_tables_alike(adapter
     assert records[1]["labels"] == rows[1]["ner_tags"] and records[1]["entities"] == [
         {"label": "GOOD", "start": 1, "end": 3}
     ]
+    assert main(["predict", "--adapter", str(adapter), "--input_file", file, "--max_seq_length", "4"]) == 0
+    cut = capsys.readouterr()
+    assert [len(line.split()) for line in cut.out.splitlines()] == [2] * 7  # beside two special tokens
+    assert "\n7 texts were cut to 4 tokens: the words after them get no label\n" in cut.err.replace("\r", "\n")
     assert "no classes of rows" in refused(capsys, ["predict", "--adapter", adapter, "--all_probabilities"])
 
 
