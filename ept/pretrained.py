@@ -164,7 +164,8 @@ class SavedAdapter(AdapterFiles):
                 f"{self.directory} adapts a {name or 'model of no known kind'}, which transformers has not: load the "
                 "backbone yourself, and the adapter with EPTModel.from_pretrained"
             )
-        if not any(isinstance(part, cls.config_class) for part in (config, config.get_text_config())):
+        config_class: Any = cls.config_class
+        if not any(isinstance(part, config_class) for part in (config, config.get_text_config())):
             raise ValueError(
                 f"{self.directory} adapts a {name}, and {source} is a {config.model_type}: give the model that it was "
                 "trained on, `name_or_path`"

@@ -6,6 +6,7 @@ becomes an OSError of one sentence in `hub_errors`.
 
 import contextlib
 import fnmatch
+import functools
 import json
 import logging
 import os
@@ -120,12 +121,7 @@ def upload(
     """
     directory = Path(directory)
     settings = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    if not is_public_name(settings.get("base_model_name_or_path")):
-        logger.warning(
-            "%s: the adapter names its backbone %s, which others do not have: they must give `name_or_path`",
-            repo_id,
-            settings.get("base_model_name_or_path") or "by no name",
-        )
+    _warn_of_backbone(repo_id, settings.get("base_model_name_or_path"))
     with hub_errors(f"{repo_id} cannot be written on the hub", revision):
         api = HfApi(library_name="ept", library_version=__version__)
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
@@ -177,6 +173,14 @@ def hub_errors(failure: str, revision: str | None = None) -> Iterator[None]:
         raise OSError(f"{failure}: {status}, {words}") from error
     except HTTPError as error:  # a connection that fails is none of the client's own errors
         raise ConnectionError(f"{failure}: {constants.ENDPOINT} cannot be reached ({error})") from error
+
+
+@functools.cache  # once, however many checkpoints go up
+def _warn_of_backbone(repo_id: str, name: str | None) -> None:
+    """Logs that others must say where the backbone is, if the adapter names it by a directory of this machine."""
+    if not is_public_name(name):
+        named = "does not name its backbone" if not name else f"names its backbone {name}, a directory of this machine"
+        logger.warning("%s: the adapter %s: others have to give `name_or_path`", repo_id, named)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -27,6 +27,7 @@ from ept.layer.folded import fold_layer
 from ept.model.adapters import Adapter, config_for, new_layer, tensors_of_adapter
 from ept.model.backbone import Backbone
 from ept.model.calls import BARE, Call, Decoding, Disabled, entered
+from ept.model.class_name import class_called, name_for
 from ept.model.files import AdapterFiles, check_finite, copy_tensors, settings_of
 from ept.model.generation import GenerationSettings, outside_the_call
 from ept.model.hooks import hook_entries, hook_head, pass_embeddings_on
@@ -69,6 +70,9 @@ class EPTModel(nn.Module):
     Any number of threads may call one model at once, each with its own `adapter_ids` and `disable_adapter`. Adding,
     removing and switching adapters waits until no other thread is in a call; inside a call it raises RuntimeError.
 
+    Its class is a subclass of EPTModel with the name of the wrapped model's, by which transformers' pipelines know what it
+    does (`isinstance(model, EPTModel)` is true).
+
     Attributes: `base_model` (the wrapped model), `ept` (the active adapter's layer), `ept_config` (its settings);
     `active_adapter` (the name of the one that runs where no `adapter_ids` are given, trains, and is saved); `config` is
     the wrapped model's; `started_from` (what `init_adapters` of `get_ept_model` came to, or None).
@@ -110,7 +114,12 @@ class EPTModel(nn.Module):
             if self.traits.generates:
                 pass_embeddings_on(model)
         write_tied_once(self)
+        self.__class__ = class_called(name_for(model), type(self))
         self.train(model.training)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        cls = type(self)  # cannot be imported; the class beneath it can
+        return _blank, (cls.__name__, cls.__mro__[1]), self.__dict__
 
     # ------------------------------------------------------------------ running
 
@@ -590,3 +599,9 @@ class EPTModel(nn.Module):
         if adapter_name is not None and adapter_name != self.active_adapter:
             return self._inactive(adapter_name).tensors(self.traits.head_names)
         return tensors_of_adapter(self.ept, dict(zip(self.head_names, self.trained_heads(), strict=True)))
+
+
+def _blank(class_name: str, cls: type[EPTModel]) -> EPTModel:
+    """An EPTModel without anything, as copies and pickles start."""
+    named = class_called(class_name, cls)
+    return named.__new__(named)
