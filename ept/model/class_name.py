@@ -23,8 +23,12 @@ def name_for(backbone: PreTrainedModel) -> str:
     return name
 
 
-@functools.cache
-def class_called(name: str, cls: type) -> Any:
+def class_called(name: str, cls: Any) -> Any:
     """Returns a subclass of `cls` with another name, always the same one."""
+    return _subclass(name, cls)
+
+
+@functools.cache
+def _subclass(name: str, cls: Any) -> Any:
     settings = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}[{name}]"}
     return type(name, (cls,), settings)
