@@ -66,12 +66,17 @@ class Refused(Exception):
 
 
 class Hub:
-    """The server; `repositories` by name, and `requests` as (method, path, token) in the order in which they came."""
+    """The server.
+
+    Attributes: `repositories` by name; `requests` as (method, path, token) in the order in which they came; `is_full`
+    refuses large files.
+    """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.large_files: dict[str, bytes] = {}
+        self.is_full = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -171,6 +176,8 @@ def large_files_asked(hub, token, body, name):
 
 
 def large_file_uploaded(hub, token, body, oid):
+    if hub.is_full:
+        raise Refused(403, "", "Storage limit reached")
     assert hashlib.sha256(body).hexdigest() == oid
     hub.large_files[oid] = body
     return 200, {}, b""

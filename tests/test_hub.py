@@ -30,7 +30,7 @@ def server():
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
     """The stand-in without repositories, an empty cache, and no token."""
-    server.repositories, server.requests = {}, []
+    server.repositories, server.requests, server.is_full = {}, [], False
     reach(monkeypatch, server.url, tmp_path / "cache")
     return server
 
@@ -158,6 +158,12 @@ def test_what_cannot_be_read_is_one_clear_error(hub, name, settings, error, mess
 def test_a_hub_that_does_not_answer_or_refuses_is_one_clear_error(hub, model, tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match=r"^me/reviews cannot be written on the hub: Invalid username.*; log in"):
         model.push_to_hub(NAME, token="hf_another")
+    hub.is_full = True
+    with pytest.raises(
+        OSError, match=r"^me/reviews cannot be written on the hub: Error while uploading 'adapter_model"
+    ):
+        model.push_to_hub(NAME, token=TOKEN)
+    assert not hub.repositories[NAME].files()  # nor anything else of it
     reach(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
     with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9 cannot be reached, and the cache has no copy"):
         AutoEPTModel.from_pretrained(NAME)

@@ -17,14 +17,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file, is_bitsandbytes_available
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
-from ept.backbone.traits import head_names, max_text_tokens
+from ept.backbone.traits import head_names, is_causal, max_text_tokens
 from ept.console import without_load_reports
 
 __all__ = [
@@ -74,8 +71,7 @@ def architecture_of(config: PreTrainedConfig) -> str:
     """Returns "seq2seq" (an encoder-decoder), "causal" or "encoder", by a model's config."""
     if config.is_encoder_decoder:
         return "seq2seq"
-    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return "causal" if has_causal_form(config) and not is_encoder else "encoder"
+    return "causal" if is_causal(config) else "encoder"
 
 
 def has_causal_form(config: PreTrainedConfig) -> bool:

@@ -171,6 +171,8 @@ def hub_errors(failure: str, revision: str | None = None) -> Iterator[None]:
         if status in (401, 403):
             raise PermissionError(f"{failure}: {words}; {log_in}") from error
         raise OSError(f"{failure}: {status}, {words}") from error
+    except (RuntimeError, ValueError) as error:  # a large file that could not be uploaded, a card that is no card
+        raise OSError(f"{failure}: {' '.join(str(error).split())}") from error
     except HTTPError as error:  # a connection that fails is none of the client's own errors
         raise ConnectionError(f"{failure}: {constants.ENDPOINT} cannot be reached ({error})") from error
 
