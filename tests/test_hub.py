@@ -76,7 +76,7 @@ def test_what_is_pushed_loads_by_its_name_and_gives_the_same_logits(hub, model, 
     loaded = EPTModel.from_pretrained(base(backbone_dir), NAME, token=TOKEN).eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
     assert {token for method, _, token in hub.requests} == {TOKEN}
-    assert [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path] == [
+    assert sorted(path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path) == [
         f"/{NAME}/resolve/{commit.oid}/{name}" for name in FILES[1:]
     ]
     torch.testing.assert_close(logits(AutoEPTModel.from_pretrained(NAME, token=TOKEN)), logits(model), rtol=0, atol=0)
@@ -310,8 +310,12 @@ def test_a_trainer_pushes_checkpoints_without_the_token(hub, model, tmp_path):
     )  # fmt: skip
     trainer = EPTTrainer(model, args, train_dataset=rows)
     trainer.train()
+    (tmp_path / "out" / "other").mkdir()
+    for name in ("notes.txt", "other/spiece.model"):
+        (tmp_path / "out" / name).write_text("mine")
     trainer.push_to_hub()
     files = hub.repositories[NAME].files()
     assert {"adapter_config.json", "checkpoint-1/adapter_config.json", "checkpoint-1/optimizer.pt"} <= set(files)
-    assert "training_args.bin" not in files and TOKEN.encode() not in b"".join(files.values())
+    assert not {"training_args.bin", "notes.txt", "other/spiece.model"} & set(files)
+    assert TOKEN.encode() not in b"".join(files.values())
     assert args.hub_token == TOKEN

@@ -5,7 +5,6 @@ becomes an OSError of one sentence in `hub_errors`.
 """
 
 import contextlib
-import fnmatch
 import functools
 import json
 import logging
@@ -129,11 +128,10 @@ def upload(
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         text = (directory / CARD_NAME).read_text(encoding="utf-8") if (directory / CARD_NAME).is_file() else None
         card = described_card(text or _card_on_hub(repo_id, revision, token), settings, repo_id, tags)
-        files = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
+        files = sorted({file for pattern in ADAPTER_FILES for file in directory.glob(pattern)})
         operations = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(directory / name))
-            for name in files
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in ADAPTER_FILES)
+            CommitOperationAdd(path_in_repo=file.relative_to(directory).as_posix(), path_or_fileobj=str(file))
+            for file in files
         ]
         operations.append(CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=str(card).encode()))
         return api.create_commit(
@@ -153,8 +151,6 @@ def hub_errors(failure: str, revision: str | None = None) -> Iterator[None]:
     log_in = "log in with hf auth login, or give a token that may"
     try:
         yield
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{failure}: {error}") from error
     except GatedRepoError as error:
         raise PermissionError(f"{failure}: it is gated; ask for access on its page, and {log_in}") from error
     except RepositoryNotFoundError as error:
@@ -167,11 +163,11 @@ def hub_errors(failure: str, revision: str | None = None) -> Iterator[None]:
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
         raise ConnectionError(f"{failure}: {reason}, and the cache has no copy") from error
     except HfHubHTTPError as error:
-        status, words = error.response.status_code, error.server_message or " ".join(str(error).split())
+        status, words = error.response.status_code, " ".join((error.server_message or str(error)).split())
         if status in (401, 403):
             raise PermissionError(f"{failure}: {words}; {log_in}") from error
         raise OSError(f"{failure}: {status}, {words}") from error
-    except (RuntimeError, ValueError) as error:  # a large file that could not be uploaded, a card that is no card
+    except (RuntimeError, ValueError) as error:  # as of a large file, of the card, or of a name
         raise OSError(f"{failure}: {' '.join(str(error).split())}") from error
     except HTTPError as error:  # a connection that fails is none of the client's own errors
         raise ConnectionError(f"{failure}: {constants.ENDPOINT} cannot be reached ({error})") from error
