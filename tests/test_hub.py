@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,20 @@ def test_a_cached_adapter_loads_offline_and_another_cache_has_none(hub, model, b
     ):
         AutoEPTModel.from_pretrained(NAME)
     assert not hub.requests
+
+
+def test_a_private_backbone_comes_from_the_hub_with_the_same_token(hub, backbone_dir, tmp_path):
+    hub.repositories["me/bert"] = Repository(private=True)
+    hub.repositories["me/bert"].commit("main", {path.name: path.read_bytes() for path in Path(backbone_dir).iterdir()})
+    model = wrapped(AUTO.from_pretrained("me/bert", token=TOKEN))
+    model.push_to_hub(NAME, token=TOKEN)
+    shutil.rmtree(tmp_path / "cache")
+    settings = {"token": TOKEN, "cache_dir": tmp_path / "kept"}
+    torch.testing.assert_close(logits(AutoEPTModel.from_pretrained(NAME, **settings)), logits(model), rtol=0, atol=0)
+    assert not (tmp_path / "cache" / "models--me--bert").exists()
+    assert {path.name for path in (tmp_path / "kept").glob("models--*")} == {"models--me--bert", "models--me--reviews"}
+    with pytest.raises(OSError, match="me/bert"):
+        AutoEPTModel.from_pretrained(NAME)
 
 
 def test_a_directory_wins_over_a_repository_of_its_name(hub, model, backbone_dir, tmp_path, monkeypatch):
@@ -258,6 +273,11 @@ def test_a_command_trains_pushes_and_the_others_take_the_name(hub, tmp_path, mon
     assert main(["eval", "--adapter", NAME, "--test_file", data]) == 0
     assert main(["fold", "--adapter", NAME, "--output_dir", str(tmp_path / "folded")]) == 0
     assert (tmp_path / "folded" / "run.json").is_file()
+
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert main(["predict", "--adapter", NAME, "--input_file", data]) == 0
+        assert capsys.readouterr().out.endswith(results[NAME])
 
     repository.commit("v2", {"run.json": b"{}"})
     for command in (["eval", "--test_file", data], ["predict"]):
