@@ -41,16 +41,16 @@ def prepare(directory: Path) -> None:
     """Writes the backbone and its adapters in vLLM's form."""
     save_smollm2(directory / "backbone")
     backbone: Any = transformers.AutoModelForCausalLM.from_pretrained(directory / "backbone")
+    model = get_ept_model(backbone, EPTConfig())
+    start = {name: parameter.detach().clone() for name, parameter in model.ept.named_parameters()}
     for number in range(ADAPTERS):
         torch.manual_seed(number)
-        model = get_ept_model(backbone, EPTConfig())
         with torch.no_grad():
-            for parameter in model.ept.parameters():
-                parameter.add_(0.02 * torch.randn(parameter.shape))
+            for name, parameter in model.ept.named_parameters():
+                parameter.copy_(start[name] + 0.02 * torch.randn(parameter.shape))
         model.save_pretrained(directory / f"trained{number}")
         settings, _ = read_adapter(directory / f"trained{number}")
         write_served(directory / f"adapter{number}", fold_layer(model.ept), settings, None)
-        backbone = model.base_model
 
 
 def serve(name: str, directory: Path, pipe: Connection) -> None:
