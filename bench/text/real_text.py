@@ -76,11 +76,11 @@ def smollm2() -> dict[str, Path | str]:
 def save_smollm2(directory: Path) -> None:
     """Writes SmolLM2 with its tokenizer as a model directory in fp32, for programs that read no GGUF."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     weights = AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=torch.float32)
     settings = {name: value for name, value in weights.config.to_dict().items() if name != "quantization_config"}
-    model = LlamaForCausalLM(type(weights.config)(**settings))  # one that does not take itself for quantised
+    model = LlamaForCausalLM(LlamaConfig(**settings))  # one that does not take itself for quantised
     model.load_state_dict(weights.state_dict())
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(**smollm2()).save_pretrained(directory)
