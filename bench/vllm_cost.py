@@ -1,10 +1,9 @@
-"""Tokens per second of adapters in vLLM over the bare model's: `python -m bench.vllm_cost DIRECTORY`.
+"""What adapters cost in vLLM: tokens per second with them over those without. `python -m bench.vllm_cost DIRECTORY`.
 
 An optional measurement, in the environment of `make test-vllm`. SmolLM2-135M with seeded adapters of the default preset is
-served by four engines, each in a process of its own, all open at once; they take turns, so that a busy machine slows all.
-Each turn is one batch of requests, prompt and new tokens counted. The medians of the ratios of neighbouring turns are
-printed as JSON. vLLM compiles no graph on a CPU where LoRA requests are on, so the mixed batch is held against both forms.
-With VLLM_CPU_CI_ENV=1 vLLM traces the graph and runs it without a compiler, which starts faster.
+served by one engine at a time, eagerly. In the same engine the plugin's hooks are taken out and put back, and the two take
+turns, so that a busy machine slows both alike. Each turn is one batch of requests, prompt and new tokens counted. The ratios of
+neighbouring turns are printed as JSON: least, median, greatest.
 """
 
 import json
@@ -29,12 +28,12 @@ from ept.serving.served_dir import write_served
 
 ADAPTERS, REQUESTS, PROMPT, NEW_TOKENS, TURNS = 16, 16, 32, 16, 5
 ENGINES: dict[str, dict[str, Any]] = {
-    "bare": {},
-    "one": {},
-    "bare, no graph": {"enforce_eager": True},
-    "16 mixed": {"enable_lora": True, "max_loras": ADAPTERS},
+    "one": {"enforce_eager": True},
+    "16 mixed": {
+        "enable_lora": True,
+        "max_loras": ADAPTERS,
+    },  # vLLM compiles no graph on a CPU where LoRA requests are on
 }
-RATIOS = (("one", "bare"), ("16 mixed", "bare, no graph"), ("16 mixed", "bare"))
 
 
 def prepare(directory: Path) -> None:
@@ -53,12 +52,12 @@ def prepare(directory: Path) -> None:
         write_served(directory / f"adapter{number}", fold_layer(model.ept), settings, None)
 
 
-def serve(name: str, directory: Path, pipe: Connection) -> None:
-    """An engine that runs the batch whenever it is told to, and answers with the seconds."""
+def measure(name: str, directory: Path, pipe: Connection) -> None:
+    """Sends the seconds of each pair of turns in a new engine: without the plugin's hooks, and with them."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
     if name == "one":
         os.environ["EPT_VLLM_ADAPTER"] = str(directory / "adapter0")
-    elif name == "16 mixed":
+    else:
         os.environ["EPT_VLLM_SLOTS"] = '{"rows": 2, "rank": 4}'
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -73,13 +72,24 @@ def serve(name: str, directory: Path, pipe: Connection) -> None:
     ]
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     requests = None
-    if name == "16 mixed":
+    if name != "one":
         requests = [LoRARequest(f"a{n}", n + 1, str(directory / f"adapter{n}")) for n in range(ADAPTERS)]
-    pipe.send(0.0)
-    while pipe.recv():
+    layers = llm.apply_model(lambda model: list(model.model.layers))[0]
+    hooks = [dict(layer._forward_pre_hooks) for layer in layers]
+
+    def seconds(with_hooks: bool) -> float:
+        for layer, hook in zip(layers, hooks, strict=True):
+            layer._forward_pre_hooks.clear()
+            layer._forward_pre_hooks.update(hook if with_hooks else {})
         start = time.perf_counter()
         llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
-        pipe.send(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    pairs = []
+    for turn in range(TURNS + 1):
+        order = (False, True) if turn % 2 else (True, False)
+        pairs.append({with_hooks: seconds(with_hooks) for with_hooks in order})
+    pipe.send([(pair[False], pair[True]) for pair in pairs[1:]])  # the first warms up
 
 
 def main(directory: Path) -> None:
@@ -88,38 +98,22 @@ def main(directory: Path) -> None:
     if not (directory / f"adapter{ADAPTERS - 1}").is_dir():
         prepare(directory)
     spawned = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
     for name in ENGINES:
         ours, theirs = spawned.Pipe()
-        process = spawned.Process(target=serve, args=(name, directory, theirs), daemon=True)
+        process = spawned.Process(target=measure, args=(name, directory, theirs))
         process.start()
-        processes.append(process)
-        pipes[name] = ours
-        ours.recv()
-    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
-    for turn in range(TURNS + 1):
-        for name in list(ENGINES)[:: 1 if turn % 2 else -1]:
-            pipes[name].send(True)
-            taken = pipes[name].recv()
-            if turn:  # the first warms up
-                seconds[name].append(taken)
-    for pipe in pipes.values():
-        pipe.send(False)
-    for process in processes:
+        pairs = ours.recv()
         process.join()
-    tokens = REQUESTS * (PROMPT + NEW_TOKENS)
-    record = {
-        "measurement": "tokens per second over the bare model's, medians of pairs",
-        "model": "SmolLM2-135M, fp32", "requests": REQUESTS, "prompt_tokens": PROMPT, "new_tokens": NEW_TOKENS,
-        "turns": TURNS, "graph": "as traced" if os.environ.get("VLLM_CPU_CI_ENV") == "1" else "compiled",
-        "tokens_per_second": {name: round(tokens / statistics.median(taken), 1) for name, taken in seconds.items()},
-        "ratios": {
-            f"{name} / {base}": [round(f(b / a for a, b in zip(seconds[name], seconds[base], strict=True)), 3)
-                                 for f in (min, statistics.median, max)]
-            for name, base in RATIOS
-        },
-    }  # fmt: skip
-    print(json.dumps(record | describe() | {"vllm": vllm.__version__}), flush=True)
+        tokens = REQUESTS * (PROMPT + NEW_TOKENS)
+        ratios = sorted(without / with_hooks for without, with_hooks in pairs)
+        record = {
+            "measurement": "tokens per second with adapters over without, in one engine", "adapters": name,
+            "model": "SmolLM2-135M, fp32, eager", "requests": REQUESTS, "prompt_tokens": PROMPT,
+            "new_tokens": NEW_TOKENS, "pairs": TURNS,
+            "tokens_per_second_without": round(tokens / statistics.median(without for without, _ in pairs), 1),
+            "ratio": [round(value, 3) for value in (ratios[0], statistics.median(ratios), ratios[-1])],
+        }  # fmt: skip
+        print(json.dumps(record | describe() | {"vllm": vllm.__version__}), flush=True)
 
 
 if __name__ == "__main__":
