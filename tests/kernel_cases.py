@@ -47,7 +47,8 @@ def kernel_case(seed, *, shape, dtype, source_dtype, parts, mask, start, activat
         del case["embedding_weight"]
     else:
         case["input_ids"] = case["input_ids"].to([torch.int64, torch.int32][seed % 2])
-    where = dict(first=0, second=min(1, sizes["length"]), last=sizes["length"])[start]
+    by_row = torch.randint(sizes["length"] + 1, (sizes["batch"],), generator=g, dtype=[torch.int64, torch.int32][seed % 2])
+    where = {"first": 0, "second": min(1, sizes["length"]), "last": sizes["length"], "by row": by_row}[start]
     return case | SWITCHES[switch] | dict(activation=activation, prompt_start=where)
 
 
@@ -61,7 +62,7 @@ DTYPES = [
     (torch.float16, torch.float32),
 ]
 AXES = dict(
-    shape=tuple(SHAPES), dtypes=DTYPES, parts=tuple(PARTS), mask=MASKS, start=("first", "second", "last"),
+    shape=tuple(SHAPES), dtypes=DTYPES, parts=tuple(PARTS), mask=MASKS, start=("first", "second", "last", "by row"),
     activation=ACTIVATIONS, switch=tuple(SWITCHES), inputs=(False, True), e=(1.0, 0.055),
 )  # fmt: skip
 

@@ -85,7 +85,7 @@ def backward(
 ) -> Gradients:
     """The gradients in two launches, for the arguments of `forward` and what it kept.
 
-    The mask itself is not asked for: `kept.lengths` has it. Without `input_grad` the text's embeddings get none.
+    Mask and starts themselves are not asked for: `kept` has them. Without `input_grad` the text's embeddings get none.
     """
     grads = empty_grads(text, weights, input_grad)
     if grad_out.numel() == 0:
@@ -111,7 +111,7 @@ def backward(
     position_items = divided_up(n, POSITION_TILE) if b_rank else 0
     common = dict(
         D=d, R=r, K=k, H=h, Q=q, **tiles, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE, POSITIONS=POSITION_TILE,
-        BATCH=TOKEN_BATCH, MASK=kept.lengths.numel() > 0, UPDATE=update, FUSION=fusion,
+        BATCH=TOKEN_BATCH, MASK=kept.lengths.numel() > 0, STARTS=kept.starts.numel() > 0, UPDATE=update, FUSION=fusion,
         ACTIVATION=settings.activation, COMPUTE=triton_dtype(dtype),
     )  # fmt: skip
 

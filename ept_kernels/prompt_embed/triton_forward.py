@@ -69,15 +69,16 @@ PROJECT_PART = 128  # columns of d per project program
     ]
 )  # fmt: skip
 def forward_kernel(
-    ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
-    out, slots, lengths, inner, down, mix, softmax, gate, partial, counter,
+    ids, source, mask, starts, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
+    out, slots, lengths, kept_starts, inner, down, mix, softmax, gate, partial, counter,
     batch, length, num_rows, num_positions, prompt_start, source_stride, scale: tl.float64, embed_scale: tl.float64,
     text_tiles, order_items, project_items, text_items, prompt_items,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Q: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr, Q_TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     PART: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, POSITIONS: tl.constexpr,
     CHUNK: tl.constexpr, BATCH: tl.constexpr, SPAN: tl.constexpr, PROMPT_SPAN: tl.constexpr,
-    GATHER: tl.constexpr, MASK: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr, SAVE: tl.constexpr,
+    GATHER: tl.constexpr, MASK: tl.constexpr, STARTS: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr,
+    SAVE: tl.constexpr,
     ROLE: tl.constexpr, ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     SLICES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -120,9 +121,9 @@ def forward_kernel(
                 first_row = rest // SLICES * SPAN
             write_text(
                 tile, first_column, last_column, first_row, tl.minimum(first_row + SPAN, batch),
-                ids, source, slots, lengths, lowrank_a, lowrank_b, token_down, token_up, inner, out,
+                ids, source, starts, slots, lengths, lowrank_a, lowrank_b, token_down, token_up, inner, out,
                 length, num_rows, num_positions, prompt_start, source_stride, scale, unit,
-                D, R, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, GATHER, MASK, UPDATE, SAVE,
+                D, R, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, GATHER, MASK, STARTS, UPDATE, SAVE,
                 ACTIVATION, COMPUTE, PRECISION,
             )  # fmt: skip
         item -= text_items
@@ -135,8 +136,8 @@ def forward_kernel(
                 wait(flags + block, 1)
             write_prompt(
                 block, rest % SLICES * BLOCK_D, first_row, tl.minimum(first_row + PROMPT_SPAN, batch),
-                prompt, lowrank_b, space_up, mix, out, length, num_rows, prompt_start, scale, unit,
-                D, FUSION_R, K, H, R_TILE, KH_TILE, ROWS, BLOCK_D, COMPUTE, PRECISION,
+                prompt, lowrank_b, space_up, starts, kept_starts, mix, out, length, num_rows, prompt_start, scale, unit,
+                D, FUSION_R, K, H, R_TILE, KH_TILE, ROWS, BLOCK_D, STARTS, COMPUTE, PRECISION,
             )  # fmt: skip
 
     if ROLE == "all":
@@ -151,14 +152,15 @@ def forward_kernel(
 
 
 class Kept(NamedTuple):
-    """What the forward leaves for the backward, in the compute type but for the first two; empty where not used.
+    """What the forward leaves for the backward, in the compute type but for the first three; empty where not used.
 
-    slots [batch, L] and lengths [batch] (int32, with a mask), inner = x/e·Dᵀ by slot [batch, L, q] (if it was to be
-    saved), down [s, r + K·h + K], mix [s, r + K·h] and softmax [s, 2].
+    slots [batch, L] and lengths [batch] (int32, with a mask), starts [batch] (int32, where rows differ in them), inner =
+    x/e·Dᵀ by slot [batch, L, q] (if it was to be saved), down [s, r + K·h + K], mix [s, r + K·h] and softmax [s, 2].
     """
 
     slots: Tensor
     lengths: Tensor
+    starts: Tensor
     inner: Tensor
     down: Tensor
     mix: Tensor
@@ -203,13 +205,13 @@ def forward(text: Text, weights: Weights, settings: Settings, save: bool) -> Res
 
         def launch(role: str, programs: int) -> None:
             forward_kernel[(programs,)](
-                text.ids, text.source, mask, *weights, out, *kept, gate, partial, counter,
+                text.ids, text.source, mask, text.starts, *weights, out, *kept, gate, partial, counter,
                 batch, length, s, weights.positions, settings.prompt_start,
                 text.source.stride(-2), settings.scale, settings.embed_scale, text_tiles, *items.values(),
                 D=d, R=r, K=k, H=h, Q=q, **tiles, PART=part, STEP=step, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE,
                 POSITIONS=SCORE_TILE, CHUNK=ORDER_CHUNK, BATCH=BATCH_TILE, SPAN=span, PROMPT_SPAN=BATCH_SPAN,
-                GATHER=text.ids is not None, MASK=mask is not None, UPDATE=settings.lowrank_update and r > 0,
-                FUSION=settings.fusion and r > 0, SAVE=save, ROLE=role, ACTIVATION=settings.activation,
+                GATHER=text.ids is not None, MASK=mask is not None, STARTS=text.starts is not None,
+                UPDATE=settings.lowrank_update and r > 0, FUSION=settings.fusion and r > 0, SAVE=save, ROLE=role, ACTIVATION=settings.activation,
                 COMPUTE=triton_dtype(dtype), **backend_flags(dtype), num_warps=NUM_WARPS,
                 num_stages=STAGES,
             )  # fmt: skip
@@ -233,6 +235,7 @@ def empty_results(text: Text, weights: Weights, settings: Settings, save: bool) 
     kept = Kept(
         slots=prompt.new_empty((batch, length) if masked else (0, 0), dtype=torch.int32),
         lengths=prompt.new_empty(batch if masked else 0, dtype=torch.int32),
+        starts=prompt.new_empty(0 if text.starts is None else batch, dtype=torch.int32),
         inner=torch.empty((batch, length, q) if q else (0, 0, 0), **floats),
         down=torch.empty(s, r + k * h + k, **floats),
         mix=torch.empty(s, r + k * h, **floats),

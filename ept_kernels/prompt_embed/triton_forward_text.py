@@ -30,11 +30,11 @@ def order_row(row, mask, slots, lengths, counter, length, CHUNK: tl.constexpr, S
 @triton.jit
 def write_text(
     tile, first_column, last_column, first_row, last_row,
-    ids, source, slots, lengths, lowrank_a, lowrank_b, token_down, token_up, inner, out,
+    ids, source, starts, slots, lengths, lowrank_a, lowrank_b, token_down, token_up, inner, out,
     length, num_rows, num_positions, prompt_start, source_stride, scale, unit,
     D: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, R_TILE: tl.constexpr, Q_TILE: tl.constexpr,
     SLOTS: tl.constexpr, BATCH: tl.constexpr, BLOCK_D: tl.constexpr,
-    GATHER: tl.constexpr, MASK: tl.constexpr, UPDATE: tl.constexpr, SAVE: tl.constexpr,
+    GATHER: tl.constexpr, MASK: tl.constexpr, STARTS: tl.constexpr, UPDATE: tl.constexpr, SAVE: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X for SLOTS slots of the batch rows first_row … last_row; with the token-conditioned update all of d at once."""
@@ -81,9 +81,18 @@ def write_text(
                 x += tl.where(text[:, :, None], update[None, :, :], 0.0)
             if Q > 0:
                 x += tl.where(text[:, :, None], token_update, 0.0)
-            column = token + tl.where(token >= prompt_start, num_rows, 0)
+            column = token + tl.where(token >= load_starts(starts, row, last_row, prompt_start, STARTS), num_rows, 0)
             out_row = (row.to(tl.int64)[:, None] * (num_rows + length) + column) * D
             tl.store(out + out_row[:, :, None] + columns[None, None, :], x, inside)
+
+
+@triton.jit
+def load_starts(starts, row, last_row, prompt_start, STARTS: tl.constexpr):
+    """[rows, 1]: the text column of each row's prompt."""
+    if STARTS:
+        return tl.load(starts + row, row < last_row, other=0).to(tl.int32)[:, None]
+    else:
+        return tl.zeros_like(row)[:, None] + prompt_start
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_gate: Tensor | None, *_: A
     text, settings = Text(ids, source, None), ctx.settings
     grad_out = source.new_zeros(ctx.out_shape) if grad_out is None else grad_out.contiguous()
     grad_gate = None if grad_gate is None else grad_gate.contiguous()
-    _, input_grad, _, *needed = ctx.needs_input_grad
+    _, input_grad, _, _, *needed = ctx.needs_input_grad
     # Where somebody means to go backward through this, the operator is what refuses it.
     if not torch.is_grad_enabled() and is_eager(grad_out, grad_gate):
         flat = triton_backward.backward(grad_out, grad_gate, text, weights, kept, settings, input_grad).flat
@@ -85,7 +85,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_gate: Tensor | None, *_: A
         flat = prompt_embed_backward_op(*text, *weights, *kept, *settings, input_grad, grad_out, grad_gate)
     *weight_grads, source_grad = flat
     of_weights = [grad if need else None for grad, need in zip(weight_grads, needed, strict=False)]
-    return None, source_grad if input_grad else None, None, *of_weights, *[None] * len(settings), None
+    return None, source_grad if input_grad else None, None, None, *of_weights, *[None] * len(settings), None
 
 
 def _refuse_double_backward(ctx: Any, *grads: Any) -> NoReturn:
@@ -110,10 +110,10 @@ class PromptEmbed(torch.autograd.Function):
 
 def prompt_embed(text: Text, weights: Weights, settings: Settings) -> tuple[Tensor, Tensor]:
     """X [batch, s + L, d] and the gate [s, K]."""
-    ids, source, mask = text
+    ids, source, mask, starts = text
     if ids is None or source.stride(-1) != 1:
         source = source.contiguous()
-    text = Text(None if ids is None else ids.contiguous(), source, None if mask is None else mask.contiguous())
+    text = Text(*(None if t is None else t.contiguous() for t in (ids, None, mask, starts)))._replace(source=source)
     weights = weights.contiguous()
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, *weights))
     if not is_eager(*text, *weights):
