@@ -162,7 +162,10 @@ def fenced_buffers():
     kept = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def fence(wanted: torch.Tensor) -> torch.Tensor:
-        poison = float("nan") if wanted.is_floating_point() else torch.iinfo(wanted.dtype).max
+        if wanted.is_floating_point() or wanted.dtype == torch.bool:
+            poison = float("nan")
+        else:
+            poison = torch.iinfo(wanted.dtype).max
         whole = torch.full((wanted.numel() + 2 * FENCE,), poison, dtype=wanted.dtype)
         buffers.append((whole, whole.clone()))
         return whole[FENCE : FENCE + wanted.numel()].view(wanted.shape)

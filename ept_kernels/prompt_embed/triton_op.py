@@ -2,6 +2,7 @@
 
     ept_kernels::prompt_embed             triton_forward.forward
     ept_kernels::prompt_embed_backward    triton_backward.backward
+    ept_kernels::prompt_embed_by_row      triton_by_row.forward, which has no backward
 
 torch.library wants flat arguments, which only this file packs and unpacks. An ordinary eager call goes past the
 operators, to the same functions and the same formula of autograd: the dispatcher would take longer than the kernels.
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..common.operators import is_eager, schema_of, unflatten
-from . import triton_backward, triton_forward
-from .arguments import Settings, Text, Weights
+from . import triton_backward, triton_by_row, triton_forward
+from .arguments import Settings, Stack, Text, Weights
 from .triton_forward import Kept
 
 FORWARD = (Text, Weights, Settings)
@@ -123,3 +124,32 @@ def prompt_embed(text: Text, weights: Weights, settings: Settings) -> tuple[Tens
     else:
         out, gate, _ = triton_forward.forward(text, weights, settings, save)
     return out, gate
+
+
+@torch.library.custom_op(
+    "ept_kernels::prompt_embed_by_row", mutates_args=(), schema=schema_of(Text, Stack, Settings, returns=1)
+)  # fmt: skip
+def prompt_embed_by_row_op(*flat: Any) -> Tensor:
+    """X for the fields of Text, Stack and Settings."""
+    return triton_by_row.forward(*unflatten(flat, Text, Stack, Settings))
+
+
+@prompt_embed_by_row_op.register_fake
+def _(*flat: Any) -> Tensor:
+    text, stack, _ = unflatten(flat, Text, Stack, Settings)
+    return triton_by_row.empty_result(text, stack)
+
+
+def prompt_embed_by_row(text: Text, stack: Stack, settings: Settings) -> Tensor:
+    """X [batch, S + L, d] of rows of several adapters; without gradients."""
+    ids, source, mask, starts = text
+    if ids is None or source.stride(-1) != 1:
+        source = source.contiguous()
+    text = Text(*(None if t is None else t.contiguous() for t in (ids, None, mask, starts)))._replace(source=source)
+    prompt, *others = stack
+    if prompt.stride()[1:] != (prompt.shape[2], 1):  # the first or the last rows of a longer stack are taken as they are
+        prompt = prompt.contiguous()
+    stack = Stack(prompt, *(None if t is None else t.contiguous() for t in others))
+    if is_eager(*text, *stack):
+        return triton_by_row.forward(text, stack, settings)
+    return prompt_embed_by_row_op(*text, *stack, *settings)
