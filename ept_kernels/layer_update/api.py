@@ -30,7 +30,8 @@ def layer_update(
 
     Args:
         hidden: H [batch, columns, d], of any strides. It is never changed; the result is a new tensor.
-        down, up: D and W, [q, d] each; with `adapter_index` [adapters, q, d] each.
+        down, up: D and W, [q, d] each; with `adapter_index` [adapters, q, d] each; [batch, q, d] without one are a pair for
+            each row.
         hidden_scale: h, the size of the hidden states, a constant: a number, or a 0-d tensor; with `adapter_index`
             also a tensor [adapters].
         activation: σ, one of "silu", "relu", "gelu", "identity".
@@ -49,6 +50,8 @@ def layer_update(
     """
     impl = resolve(impl, hidden.device)
     check_update(hidden, down, up, hidden_scale, activation, adapter_index)
+    if adapter_index is None and down.dim() == 3 and impl != "torch":
+        adapter_index = torch.arange(len(hidden), device=hidden.device)
     if impl == "triton":
         return _launch(hidden, down, up, hidden_scale, activation, adapter_index)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -63,7 +63,7 @@ def prompt_embed(
 
     A prompt of three dimensions is a stack of several adapters' constants, for inference: P* as it goes into X
     [adapters, S, d], A [adapters, N, r] and B [adapters, r, d], D and W [adapters, q, d]. `lowrank_a` without `lowrank_b` is
-    A·B itself [adapters, N, d]. Each row has its own adapter, whatever their number. U, V and G are in P* already.
+    the update e·c·A·B itself [adapters, N, d]. Each row has its own adapter, whatever their number. U, V and G are in P* already.
 
     Args:
         input_ids: [batch, L] int64 or int32. L may be 0.

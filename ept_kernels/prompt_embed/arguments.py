@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -79,7 +78,7 @@ class Stack(NamedTuple):
     """The constants of several adapters for inference: P* [adapters, S, d], A [adapters, N, r] with B [adapters, r, d],
     D and W [adapters, q, d]; None for a part that is off.
 
-    A without B is A·B itself, [adapters, N, d]. `index` [batch] names each row's adapter; None: all rows have the only
+    A without B is the update e·c·A·B itself, [adapters, N, d]. `index` [batch] names each row's adapter; None: all rows have the only
     one. `lengths` [adapters] says how many rows of P* an adapter has; None: S. `positions` [batch, L] is p of each token,
     in the mask's place.
     """
@@ -95,7 +94,7 @@ class Stack(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What the low-rank update is made of: "none", "factors" A and B, or a "table" A·B."""
+        """What the low-rank update is made of: "none", "factors" A and B, or a "table" e·c·A·B."""
         if self.lowrank_a is None:
             return "none"
         return "table" if self.lowrank_b is None else "factors"
@@ -106,11 +105,9 @@ class Stack(NamedTuple):
         return 0 if self.token_down is None else self.token_down.shape[1]
 
     def of(self, adapter: int) -> TextWeights:
-        """What the text of one adapter's rows meets; a table as the product of itself with a unit matrix."""
+        """What the text of one adapter's rows meets, but for a table."""
         a, b, down, up = (None if t is None else t[adapter] for t in self[1:5])
-        if a is not None and b is None:
-            b = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
-        return TextWeights(a, b, down, up)
+        return TextWeights(None if b is None else a, b, down, up)
 
 
 class Settings(NamedTuple):

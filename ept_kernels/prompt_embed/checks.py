@@ -137,7 +137,7 @@ def check_stack(text: Text, stack: Stack, weights: Weights) -> None:
         )
     check_all_or_none(token_down=stack.token_down, token_up=stack.token_up)
     if stack.lowrank_a is None and stack.lowrank_b is not None:
-        raise ValueError("lowrank_b given without lowrank_a: pass both, or A·B alone as lowrank_a")
+        raise ValueError("lowrank_b given without lowrank_a: pass both, or the update itself, [adapters, N, d], as lowrank_a")
     if stack.lowrank_a is not None:
         check_shape("lowrank_a", stack.lowrank_a, (adapters, "N", d if stack.lowrank_b is None else "r"))
         if stack.lowrank_b is not None:

@@ -144,6 +144,6 @@ def _add_lowrank(total: Tensor, text_positions: Tensor | None, stack: Stack, sca
         place = (text_positions + first).where(there, adapters * covered)
         own = F.embedding(place, F.pad(rows.flatten(0, 1), (0, 0, 0, 1))).to(dtype)
     if b is None:
-        return torch.add(total, own, alpha=scale)
+        return total + own
     b = b.expand(len(total), -1, -1) if stack.index is None else b.index_select(0, stack.index)
     return torch.baddbmm(total, own, b.to(dtype), alpha=scale)

@@ -109,5 +109,9 @@ def prompt_embed_by_row(
             prompt = prompt[: int(stack.lengths[adapter])]
         one = slice(row, row + 1)
         text = text_update(inputs_embeds[one], text_positions[one], stack.of(adapter), settings)
+        if stack.kind == "table" and stack.lowrank_a is not None:
+            table, position = stack.lowrank_a[adapter], text_positions[row]
+            covered = (position >= 0) & (position < len(table))
+            text = text + table[position.where(covered, 0)] * covered.unsqueeze(-1).to(table.dtype)
         out[row, : len(prompt) + length] = insert_prompt(prompt, text, start)[0]
     return out

@@ -1,6 +1,6 @@
 """Inference with the constants of several adapters: the backbone's input in one launch, whatever their number.
 
-    X[b, j] = x + e·c·A[p]·B + e·σ(x/e·Dᵀ)·W      A, B, D, W and P* of the adapter of row b; A·B may stand in a table
+    X[b, j] = x + e·c·A[p]·B + e·σ(x/e·Dᵀ)·W      A, B, D, W and P* of the adapter of row b; e·c·A·B may stand in a table
 
 A program takes ROWS columns of one batch row with all of d, so that it reads one adapter's tensors: text, whose rows it
 holds in registers as layer_update does, or rows of P*. Programs share nothing and wait for nobody: with a mask each counts
@@ -82,7 +82,7 @@ def by_row_kernel(
             update = tl.load(
                 lowrank_a + covered_row[:, None] + places[None, :], there[:, None] & (places < D)[None, :], other=0.0
             ).to(COMPUTE)  # fmt: skip
-            total += update * (scale * unit)
+            total += update
         if INDEXED:  # an index that names no adapter cannot raise here, so it is not taken for another one
             total = tl.where((adapter >= 0) & (adapter < adapters), total, float("nan"))
         column += tl.where(column >= start, own, 0)
