@@ -62,7 +62,8 @@ class FoldedLayer(AdapterLayer):
 
     def constants(self, *, prompt: bool = True) -> Constants:
         rows = self.prompt if prompt else self.prompt[:0]
-        text = (self.text_update, None, self.token_down, self.token_up)
+        token = (None, None) if self.token_down is None else (self.token_down, self.token_up)
+        text = (self.text_update, None, *token)
         stack = (None if t is None else t.unsqueeze(0) for t in text)
         deep = (None if t is None else t.unsqueeze(1) for t in (self.deep_down, self.deep_up))
         return Constants(

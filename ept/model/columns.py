@@ -46,6 +46,8 @@ class Places:
 
         `filling` is the value of what is neither text nor prompt.
         """
+        if self.lengths is not None and not self.prompt_last and not isinstance(value, Tensor):
+            return self._insert_number(columns, value, filling, self.lengths)
         if not isinstance(value, Tensor):
             value = columns.new_full((len(columns), self.width, *columns.shape[2:]), value)
         if self.lengths is None and not isinstance(self.start, Tensor):
@@ -55,19 +57,28 @@ class Places:
             parts.append(columns.new_full((len(columns), 1, *columns.shape[2:]), filling))
         return taken(torch.cat(parts, dim=1), self._sources(*columns.shape[:2], columns.device))
 
+    def _insert_number(self, columns: Tensor, value: int, filling: int, lengths: Tensor) -> Tensor:
+        """`insert` of one value where the filling stands at the end of a row, in ten operations."""
+        length, deeper = columns.shape[1], (0, 0) * (columns.dim() - 2)
+        start = self.start.unsqueeze(1) if isinstance(self.start, Tensor) else self.start
+        column = torch.arange(self.width + length, device=columns.device)
+        moved = column - lengths.unsqueeze(1)
+        before = column.masked_fill(column >= start, length + 1)
+        source = torch.where(moved >= start, moved.clamp(max=length), before)
+        columns = F.pad(F.pad(columns, (*deeper, 0, 1), value=filling), (*deeper, 0, 1), value=value)
+        return taken(columns, source.expand(len(columns), -1))
+
     def _sources(self, batch: int, length: int, device: torch.device) -> Tensor:
         """[batch, S + L]: the column of [text, prompt, filling] that each column has."""
         start = self.start.unsqueeze(1) if isinstance(self.start, Tensor) else self.start
         column = torch.arange(self.width + length, device=device)
         behind_start, own = column - start, self.width
-        if self.lengths is None:
-            prompt = behind_start + length
-        elif self.prompt_last:
+        prompt = behind_start + length
+        if self.lengths is not None and self.prompt_last:
             filling = self.width - self.lengths.unsqueeze(1)
-            prompt = (behind_start + length).where(behind_start >= filling, length + self.width)
-        else:
+            prompt = prompt.where(behind_start >= filling, length + self.width)
+        elif self.lengths is not None:
             own = self.lengths.unsqueeze(1)  # type: ignore[assignment]
-            prompt = behind_start + length
         source = torch.where(behind_start < 0, column, torch.where(behind_start < own, prompt, column - own))
         if self.lengths is not None and not self.prompt_last:
             source = source.where(column < length + own, length + self.width)

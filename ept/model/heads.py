@@ -34,13 +34,16 @@ def heads_by_row(
         if not all(any(each is other for other in alike) for each in used):
             results[head] = _apart(used, routing)
             continue
+        # A compiled graph has the heads in use alone; otherwise all share a stack, so that another batch needs no other.
+        of_batch = torch.compiler.is_compiling()
+        heads = used if of_batch else [member.heads[number] for member in members]
         for name in names:
             linears = [_linear(each, name) for each in used]
-            stack = stacks.of_linears(f"{number}.{name}", [_linear(each, name) for each in alike], linears)
-            of_member = [stack.numbers[linear] for linear in linears]
-            results[head.get_submodule(name)] = _together(
-                stack.apply, routing.numbered(of_member), max(linear.out_features for linear in linears)
-            )
+            stacked = [_linear(each, name) if any(each is other for other in alike) else None for each in heads]
+            stack = stacks.of_linears(f"{number}.{name}", stacked, linears)
+            index = routing.owners if of_batch else routing.numbers
+            width = max(linear.out_features for linear in linears)
+            results[head.get_submodule(name)] = _together(stack.apply, index, width)
     return results
 
 

@@ -179,10 +179,7 @@ class EPTModel(nn.Module):
         def stacks_of(layers: list[AdapterLayer]) -> list[Stack]:
             return self._stacks.of_layers([member.layer for member in members.values()], layers)
 
-        def member(name: str) -> Member:
-            return members[name] if name in members else self._member(name)
-
-        routing = route(adapter_ids, len(text), member, stacks_of, text.device)
+        routing = route(adapter_ids, len(text), members, stacks_of, text.device)
         if inputs.labels is not None and self.head_names and any(layer is not self.ept for layer in routing.layers):
             raise ValueError("labels need the active adapter's head: set_adapter first, and leave adapter_ids out")
         return routing

@@ -5,7 +5,7 @@ stack of constants: the rows stay where they are, and every step is one for all 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -189,8 +189,8 @@ class SeveralAdapters(Routing):
     Args:
         members: the adapters.
         stacks: constants that hold them: one stack, or one for each σ and implementation.
-        rows: [3 + stacks, batch] for each row: the number of its adapter among the members, the length and the start of its
-            prompt, and its number in each stack, -1 where it is in another.
+        rows: [4 + stacks, batch] for each row: the number of its adapter among the members, the length and the start of its
+            prompt, its number among all of the model's adapters, and in each stack, -1 where it is in another.
         starts: the column of all prompts where it is one, else None.
         is_even: whether all prompts are as long as the widest.
     """
@@ -205,13 +205,14 @@ class SeveralAdapters(Routing):
         """[batch] the number of each row's adapter among the members."""
         return self.rows[0]
 
-    def numbered(self, of_member: Sequence[int]) -> Tensor:
-        """[batch] each row's number, for one number a member."""
-        return torch.tensor(of_member, device=self.owners.device)[self.owners]
+    @property
+    def numbers(self) -> Tensor:
+        """[batch] the number of each row's adapter among all of the model's."""
+        return self.rows[3]
 
     @property
     def _groups(self) -> tuple[tuple[Constants, Tensor], ...]:
-        return tuple((stack.constants, index) for stack, index in zip(self.stacks, self.rows[3:], strict=True))
+        return tuple((stack.constants, index) for stack, index in zip(self.stacks, self.rows[4:], strict=True))
 
     def _with_rows(self, rows: Tensor) -> "SeveralAdapters":
         return SeveralAdapters(self.members, self.stacks, rows, self._starts, self._is_even)
@@ -240,7 +241,7 @@ class SeveralAdapters(Routing):
                 prompt = constants.prompt[:, missing:] if places.prompt_last else constants.prompt[:, : places.width]
             lengths = None
             if places.lengths is not None and not places.prompt_last and constants.prompt_lengths is not None:
-                lengths = constants.prompt_lengths.clamp(max=places.width)  # longer ones are not in this batch
+                lengths = constants.prompt_lengths
             return constants._replace(prompt=prompt).embed(
                 input_ids, attention_mask, embedding_weight, inputs_embeds, places.start, index, lengths
             )
@@ -262,7 +263,7 @@ class SeveralAdapters(Routing):
 def route(
     adapter_ids: Sequence[str],
     batch: int,
-    member: Callable[[str], Member],
+    members_by_name: Mapping[str, Member],
     stacks_of: Callable[[list[AdapterLayer]], list[Stack]],
     device: torch.device,
 ) -> Routing:
@@ -271,26 +272,31 @@ def route(
     Args:
         adapter_ids: a name a row.
         batch: rows of the batch.
-        member: gives an adapter by its name; ValueError where there is none.
+        members_by_name: all of the model's adapters.
         stacks_of: gives the stacks that hold layers.
         device: of the batch's tensors.
 
     Raises:
-        ValueError: not one name a row, or no such adapter.
+        ValueError: not one name a row, or an adapter that there is not.
     """
     if isinstance(adapter_ids, str) or len(adapter_ids) != batch:
         raise ValueError(f"adapter_ids must name one adapter per row, {batch} in all, not {adapter_ids!r}")
     numbers = {name: number for number, name in enumerate(dict.fromkeys(adapter_ids))}
-    members = [member(name) for name in numbers]
+    for name in numbers:
+        if name not in members_by_name:
+            names = ", ".join(map(repr, members_by_name))
+            raise ValueError(f"there is no adapter {name!r}: there are {names}")
+    members = [members_by_name[name] for name in numbers]
     if not members:
         raise ValueError("adapter_ids is empty: a batch needs at least one row")
     if len(members) == 1:
         return OneAdapter(members[0])
     stacks = stacks_of([each.layer for each in members])
     shapes = [each.layer.prompt_shape for each in members]
+    all_numbers = {name: number for number, name in enumerate(members_by_name)}
     of_member = [
-        (number, *shape, *(stack.numbers.get(each.layer, -1) for stack in stacks))
-        for number, (each, shape) in enumerate(zip(members, shapes, strict=True))
+        (number, *shape, all_numbers[name], *(stack.numbers.get(each.layer, -1) for stack in stacks))
+        for number, (name, each, shape) in enumerate(zip(numbers, members, shapes, strict=True))
     ]
     of_row = [of_member[numbers[name]] for name in adapter_ids]
     rows = torch.tensor([list(each) for each in zip(*of_row, strict=True)], device=device)  # one transfer for all

@@ -29,26 +29,25 @@ class Stack(NamedTuple):
 
 
 class LinearStack(NamedTuple):
-    """The weights [heads, out, in] and biases [heads, out] of linear heads, for the widest of them.
+    """The weights and biases of linear heads, [heads, out, in + 1], for the widest of them; without a bias [heads, out, in].
 
     A head with fewer outputs has a bias of -inf for those that it lacks.
     """
 
     weight: Tensor
-    bias: Tensor | None
-    numbers: dict[nn.Module, int]
+    features: int
 
     def apply(self, features: Tensor, index: Tensor, width: int) -> Tensor:
         """The first `width` outputs [rows, …, width] of each row's head for features [rows, …, in].
 
         `index` [batch] is the number of each row's head. Rows may come several times in a row.
         """
-        weight = self.weight[:, :width].index_select(0, index)
-        rows = features.reshape(len(index), -1, features.shape[-1])
-        if self.bias is None:
-            out = torch.bmm(rows, weight.mT)
+        own = self.weight[:, :width].index_select(0, index)
+        rows, weight = features.reshape(len(index), -1, self.features), own[..., : self.features].mT
+        if own.shape[2] == self.features:
+            out = torch.bmm(rows, weight)
         else:
-            out = torch.baddbmm(self.bias[:, :width].index_select(0, index).unsqueeze(1), rows, weight.mT)
+            out = torch.baddbmm(own[:, None, :, self.features], rows, weight)
         return out.view(*features.shape[:-1], width)
 
 
@@ -113,17 +112,14 @@ class Stacks:
                 stacks.append(self._kept(key, group, tensors, make, lambda g=group: [t for x in g for t in _tensors(x)]))
         return stacks
 
-    def of_linears(self, place: str, heads: Sequence[nn.Linear], used: Sequence[nn.Linear]) -> LinearStack:
-        """The stack of linear heads at one place of a model; `heads` and `used` as in `of_layers`."""
-        if torch.compiler.is_compiling():
-            heads = used
-        unique = tuple(dict.fromkeys(heads))
+    def of_linears(self, place: str, heads: Sequence[nn.Linear | None], used: Sequence[nn.Linear]) -> LinearStack:
+        """The stack of linear heads at one place of a model, zeros for None; `heads` and `used` as in `of_layers`."""
         trained = torch.is_grad_enabled() and any(t.requires_grad for head in used for t in _linear_tensors(head))
         if trained or torch.compiler.is_compiling():
-            return _stack_linears(unique)
+            return _stack_linears(heads)
         tensors = [t for head in used for t in _linear_tensors(head)]
-        everything = [t for head in unique for t in _linear_tensors(head)]
-        return self._kept(place, unique, tensors, lambda: _stack_linears(unique), lambda: everything)
+        everything = [t for head in heads for t in _linear_tensors(head)]
+        return self._kept(place, tuple(heads), tensors, lambda: _stack_linears(heads), lambda: everything)
 
     def remembered(self, place: str, heads: Sequence[nn.Module], make: Callable[[Sequence[nn.Module]], Made]) -> Made:
         """`make` of the heads at one place of a model, as long as they are the same modules."""
@@ -185,7 +181,9 @@ def _tensors(layer: AdapterLayer) -> list[Tensor]:
     return [t for t in held if t is not None]
 
 
-def _linear_tensors(head: nn.Linear) -> list[Tensor]:
+def _linear_tensors(head: nn.Linear | None) -> list[Tensor]:
+    if head is None:
+        return []
     return [head.weight] if head.bias is None else [head.weight, head.bias]
 
 
@@ -208,14 +206,23 @@ def _capturing(tensors: Sequence[Tensor]) -> bool:
     return any(t.is_cuda for t in tensors[:1]) and torch.cuda.is_current_stream_capturing()
 
 
-def _stack_linears(heads: Sequence[nn.Linear]) -> LinearStack:
-    widest = max(head.out_features for head in heads)
-    weights, biases = [], []
-    needs_bias = any(head.bias is not None or head.out_features < widest for head in heads)
+def _stack_linears(heads: Sequence[nn.Linear | None]) -> LinearStack:
+    present = [head for head in heads if head is not None]
+    widest, like = max(head.out_features for head in present), present[0].weight
+    has_bias = any(head.bias is not None or head.out_features < widest for head in present)
+    stacked = []
     for head in heads:
-        missing = widest - head.out_features
-        bias = head.weight.new_zeros(head.out_features) if head.bias is None else head.bias
-        weights.append(nn.functional.pad(head.weight, (0, 0, 0, missing)) if missing else head.weight)
-        biases.append(nn.functional.pad(bias, (0, missing), value=-torch.inf) if missing else bias)
-    numbers: dict[nn.Module, int] = {head: number for number, head in enumerate(heads)}
-    return LinearStack(torch.stack(weights), torch.stack(biases) if needs_bias else None, numbers)
+        if head is None:
+            stacked.append(like.new_zeros(widest, like.shape[1] + has_bias))
+            continue
+        weight = head.weight
+        if has_bias:
+            bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias
+            weight = torch.cat([weight, bias.unsqueeze(1)], dim=1)
+        missing = widest - len(weight)
+        if missing:
+            none = weight.new_zeros(missing, weight.shape[1])
+            none[:, -1] = -torch.inf
+            weight = torch.cat([weight, none])
+        stacked.append(weight)
+    return LinearStack(torch.stack(stacked), like.shape[1])

@@ -79,8 +79,8 @@ def prompt_embed(
         prompt_start: the text column, 0 … L, at which P* stands: a number, or [batch] integers.
         lowrank_update, fusion: False leaves the text update or the fusion out while A and B serve the other.
         adapter_index: [batch] integers, the adapter of each row in a stack; None: its only one.
-        prompt_lengths: [adapters] integers, how many of the S rows are an adapter's prompt; None: all. Shorter rows of X
-            end with zeros.
+        prompt_lengths: [adapters] integers, how many of the S rows are an adapter's prompt, all of them from S on; None: all.
+            Shorter rows of X end with zeros.
         text_positions: [batch, L] integers in the mask's place, beside a stack: p of each token, -1 on padding. A text that
             goes on after a cached one has them; its stack may have no prompt, S = 0.
         impl: "reference" (the specification), "torch", "triton", or "auto" (Triton where it can run, else torch).

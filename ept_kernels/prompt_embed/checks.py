@@ -102,7 +102,7 @@ def check_start(prompt_start: int, text: Text) -> None:
         check_integers("prompt_start", starts, (text.shape[0],))
         check_same_device("prompt_start", starts, inputs_embeds=text.source)
         if starts.numel() and has_readable_values(starts):
-            low, high = starts.min().item(), starts.max().item()
+            low, high = (value.item() for value in starts.aminmax())
             prompt_start = int(low if low < 0 else high)
     if not 0 <= prompt_start <= length:
         raise ValueError(f"prompt_start={prompt_start} is not a column of the text: it must be in 0 … {length}")
@@ -155,7 +155,7 @@ def check_stack(text: Text, stack: Stack, weights: Weights) -> None:
         raise ValueError("text_positions and attention_mask both say where the text stands: give one of them")
     wanted = (
         ("adapter_index", stack.index, (batch,), 0, adapters - 1),
-        ("prompt_lengths", stack.lengths, (adapters,), 0, stack.prompt.shape[1]),
+        ("prompt_lengths", stack.lengths, (adapters,), 0, None),
         ("text_positions", stack.positions, text.shape[:2], -1, None),
     )
     for name, tensor, shape, lowest, highest in wanted:
@@ -169,7 +169,7 @@ def check_stack(text: Text, stack: Stack, weights: Weights) -> None:
                 raise IndexError(
                     f"{name} holds {low if low < lowest else high}, but must be in {lowest} … {highest}"
                     if highest is not None
-                    else f"{name} holds {low}: -1 is padding, the rest counts from 0"
+                    else f"{name} holds {low}, but must be {lowest} or more"
                 )
 
 

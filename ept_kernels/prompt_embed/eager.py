@@ -80,14 +80,17 @@ def insert_prompts(prompts: Tensor, text: Tensor, prompt_start: int | Tensor, le
     if not isinstance(prompt_start, Tensor) and lengths is None:
         return torch.cat([text[:, :prompt_start], prompts, text[:, prompt_start:]], dim=1)
     start = prompt_start.unsqueeze(1) if isinstance(prompt_start, Tensor) else prompt_start
-    own = size if lengths is None else lengths.unsqueeze(1)
     column = torch.arange(size + length, device=text.device)
-    # Where each column comes from in [prompts, text], and behind them a column of zeros.
-    source = torch.where(column < start, column + size, torch.where(column < start + own, column - start, column + (size - own)))
-    if lengths is not None:
-        source, text = source.clamp(max=size + length), F.pad(text, (0, 0, 0, 1))
-    source = source.expand(batch, -1)
-    return torch.cat([prompts, text], dim=1).gather(1, source.unsqueeze(2).expand(-1, -1, d))
+    behind_start = column - start
+    columns = torch.cat([prompts, text], dim=1)
+    if lengths is None:  # the prompt and the text before it change places, the rest stays
+        source = torch.where(behind_start < size, behind_start % (start + size), column)
+    else:
+        own = lengths.unsqueeze(1)
+        source = torch.where(behind_start < own, behind_start % (start + size), column + (size - own))
+        source = source.clamp(max=size + length)
+        columns = F.pad(columns, (0, 0, 0, 1))  # zeros
+    return columns.gather(1, source.expand(batch, -1).unsqueeze(2).expand(-1, -1, d))
 
 
 def prompt_embed_by_row(
@@ -123,7 +126,7 @@ def prompt_embed_by_row(
     prompts = own(stack.prompt).to(text.dtype)
     lengths = stack.lengths
     if lengths is not None:
-        lengths = lengths.expand(len(text)) if index is None else lengths.index_select(0, index)
+        lengths = (lengths.expand(len(text)) if index is None else lengths.index_select(0, index)).clamp(max=prompts.shape[1])
     return insert_prompts(prompts, text, prompt_start, lengths)
 
 

@@ -48,7 +48,7 @@ def by_row_kernel(
         start = tl.load(starts + row).to(tl.int32)
     own = num_rows
     if LENGTHS:
-        own = tl.load(lengths + safe).to(tl.int32)
+        own = tl.minimum(tl.load(lengths + safe).to(tl.int32), num_rows)
     first_row = row * (num_rows + length)
     if tile < text_tiles:
         column = tile * ROWS + tl.arange(0, ROWS)
