@@ -43,7 +43,7 @@ BR, BW = (f"prompt_embed/triton_backward_{launch}.py" for launch in ("reduce", "
 BARRIER = "        )\n    tl.debug_barrier()"
 WAIT = "    if AMD:\n        lanes"
 RESET = "    if last:\n        tl.store(counter, 0)"
-TICKET = 'tl.atomic_add(counter + TICKET, 1, sem="relaxed") if ROLE == "all" else'
+TICKET = 'tl.atomic_add(counter + TICKET, 1, sem="relaxed") if WAITS else'
 FINISH = "    if arrive(arrived, parts, AMD):\n        finish"
 PARTIAL = "partial + (block * parts + part) * ROWS * PARTIAL"
 STRIDE = "* (num_rows + length) + prompt_start + rows"
@@ -69,7 +69,7 @@ MISTAKES = [
     Mistake("counters set back one program early", F, DONE, DONE.replace("total - 1", "total - 2")),
     Mistake("flag before its data", FP, FINISH, FINISH.replace("finish", "release(flag, AMD)\n        finish")),
     Mistake("prompt does not wait", F, 'if MIXES and ROLE == "all":', "if False:"),
-    Mistake("text does not wait for its slots", F, 'if MASK and ROLE == "all":', "if False:"),
+    Mistake("text does not wait for its slots", F, 'if MASK == "slots" and ROLE == "all":', "if False:"),
     Mistake("text waits for one row too few", F, "wait(counter + ORDERED, batch)", "wait(counter + ORDERED, batch - 1)"),
     Mistake("stride of X without the prompt", FP, STRIDE, STRIDE.replace("(num_rows + length)", "length")),
     Mistake("stride of the partial sums", FP, PARTIAL, PARTIAL.replace("* PARTIAL", "* (PARTIAL - 1)")),

@@ -45,8 +45,8 @@ class Shapes:
 
     @property
     def slots(self) -> int:
-        """Bytes of the slots and the lengths."""
-        return 4 * (self.batch * self.length + self.batch) if self.masked else 0
+        """Bytes of the slots and the lengths; without A·B flags alone."""
+        return 4 * (self.batch * self.length + (self.batch if self.r else 0)) if self.masked else 0
 
 
 def forward(x: Shapes, id_bytes: int = 8, mask_bytes: int = 8) -> Traffic:
@@ -57,7 +57,7 @@ def forward(x: Shapes, id_bytes: int = 8, mask_bytes: int = 8) -> Traffic:
         "X": tokens * x.d * x.source_bytes,
         "P* in every row": x.batch * x.s * x.d * x.source_bytes,
         "ids and mask": tokens * (id_bytes + (mask_bytes if x.masked else 0)),
-        "slots": 2 * x.slots,  # written, and read by the text
+        "slots": x.slots * (2 if x.r else 1),  # written, and read by the text where they order it
         "weights": x.weights * x.weight_bytes,
         "kept": x.kept * x.compute_bytes,
     }
