@@ -19,7 +19,7 @@ SHORT, FULL = 20, 200
 CASES = covering_cases(0, FULL, AXES)
 SHARD, SHARDS = map(int, os.environ.get("EPT_SHARD", "0/1").split("/"))  # the part of the long form that runs here
 PLAIN = dict(
-    shape="odd", dtype=torch.float32, source_dtype=torch.float32, lowrank="factors", token=True, text="holes",
+    shape="plain", dtype=torch.float32, source_dtype=torch.float32, lowrank="factors", token=True, text="holes",
     start="by row", lengths=True, index=torch.int64, inputs=False, activation="silu", e=0.5,
 )  # fmt: skip
 
@@ -107,8 +107,8 @@ def test_opcheck():
 
     torch.library.opcheck(prompt_embed_by_row_op, operator_arguments(stack_case(4, **PLAIN)))
     mask = torch.rand(3, 9) > 0.4
-    for rows in (Rows(mask), Rows(mask.long(), torch.tensor([1, 3, 0]), torch.randint(9, (3, 9)))):
-        torch.library.opcheck(prompt_columns_op, (*rows, *Settings(4, 2)))
+    rows = Rows(mask.long(), torch.tensor([1, 3, 0]), torch.randint(9, (3, 9)))
+    torch.library.opcheck(prompt_columns_op, (*rows, *Settings(4, 2)))
 
 
 def test_compile_traces_one_graph_for_all_lengths():
@@ -123,7 +123,7 @@ def test_compile_traces_one_graph_for_all_lengths():
 
     compiled = torch.compile(run_once, fullgraph=True, dynamic=True, backend=graphs)
     frames = None
-    for batch, length in ((8, 19), (11, 13), (9, 23)):  # no size twice: torch takes equal sizes for the same one
+    for batch, length in ((8, 6), (11, 9)):  # no size twice: torch takes equal sizes for the same one
         ids, mask = torch.randint(9, (batch, length)), torch.rand(batch, length) > 0.3
         index = torch.randint(3, (batch,))
         rows = dict(zip(of_text, (ids, mask, torch.zeros(batch, dtype=torch.int64), index), strict=True))
@@ -155,14 +155,14 @@ def test_traffic_is_what_the_model_says():
     case["input_ids"] = torch.arange(batch * length).view(batch, length)
     case["prompt"] = case["prompt"].contiguous()
     x = traffic.Shapes(
-        batch=batch, length=length, d=d, s=5, n=21, r=3, q=5, masked=False, source_bytes=4
+        batch=batch, length=length, d=d, s=3, n=7, r=3, q=2, masked=False, source_bytes=4
     )  # fmt: skip
     predicted = traffic.by_row(x, adapters=3).memory
     with counted_accesses() as (loads, stores):
         out = run(case, "triton")
     assert bytes_of(loads, case["embedding_weight"]) == predicted["rows of E"]
     assert bytes_of(stores, out) == predicted["X"] + predicted["P* in every row"]
-    assert bytes_of(loads, case["prompt"]) == batch * 5 * d * 4
+    assert bytes_of(loads, case["prompt"]) == batch * 3 * d * 4
     assert bytes_of(stores) == bytes_of(stores, out)
 
 

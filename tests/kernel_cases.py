@@ -14,8 +14,8 @@ SHAPES = {
     "one": dict(s=1, n=1, r=1, k=1, h=1, q=1, d=8, length=1, batch=1),
     "odd": dict(s=5, n=21, r=3, k=3, h=2, q=5, d=33, length=37, batch=3),
     "no text": dict(s=17, n=20, r=6, k=2, h=3, q=2, d=40, length=0, batch=2),
-    "tiles": dict(s=33, n=40, r=17, k=5, h=7, q=18, d=100, length=35, batch=3),
-    "long": dict(s=16, n=32, r=16, k=4, h=4, q=16, d=64, length=80, batch=11),
+    "tiles": dict(s=17, n=34, r=17, k=5, h=7, q=18, d=68, length=18, batch=3),
+    "long": dict(s=16, n=16, r=16, k=4, h=4, q=16, d=32, length=34, batch=9),
 }
 SWITCHES = {"on": {}, "no update": dict(lowrank_update=False), "no fusion": dict(fusion=False)}
 

@@ -7,7 +7,8 @@ from ept_kernels import ACTIVATIONS, prompt_embed, prompt_embed_inputs
 
 SHAPES = {
     "one": dict(adapters=1, s=1, n=1, r=1, q=1, d=8, length=1, batch=1),
-    "odd": dict(adapters=3, s=5, n=21, r=3, q=5, d=33, length=37, batch=4),
+    "plain": dict(adapters=3, s=3, n=7, r=3, q=2, d=20, length=18, batch=4),
+    "odd": dict(adapters=3, s=5, n=21, r=3, q=5, d=33, length=23, batch=3),
     "no text": dict(adapters=2, s=4, n=3, r=2, q=2, d=20, length=0, batch=2),
     "no prompt": dict(adapters=4, s=0, n=6, r=2, q=4, d=40, length=2, batch=5),
     "many ranks": dict(adapters=2, s=3, n=9, r=11, q=12, d=70, length=6, batch=3),

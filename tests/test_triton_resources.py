@@ -16,7 +16,8 @@ if triton.__version__ != TRITON:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
-SHORT = {"sm_90 d=4096 bf16+fp32 q=0", "gfx942 d=768 bf16+fp32 q=24", "layer sm_90 d=768 bf16+fp32 q=4"}
+SHORT = {"sm_90 d=4096 bf16+fp32 q=0", "gfx942 d=768 bf16+fp32 q=24", "layer sm_90 d=768 bf16+fp32 q=4", "factors sm_90 d=768 bf16+fp32 q=4"}
+OTHERS = ("layer", "factors", "table", "columns")  # the keys that are not the input stage's
 BEFORE = json.loads(TABLE.read_text(encoding="utf-8"))
 
 
@@ -30,7 +31,7 @@ def test_nothing_got_worse(key):
 def test_the_input_stage_has_no_spills_wide_accesses_and_tensor_cores():
     for key, kernels in BEFORE.items():
         for name, row in kernels.items():
-            if not key.startswith("layer"):
+            if not key.startswith(OTHERS):
                 assert row["spilled"] == 0, (key, name)
                 assert row["tensor_core"] > 0, (key, name)
                 assert row["loads"].get("128", 0) > 0 and row["stores"].get("128", 0) > 0, (key, name)
@@ -43,3 +44,11 @@ def test_the_layers_update_has_no_spills_and_wide_accesses():
                 assert row["spilled"] == 0, (key, name)
                 if name != "weights_kernel":  # it reads narrow tiles on gfx942
                     assert row["loads"].get("128", 0) > 0 and row["stores"].get("128", 0) > 0, (key, name)
+
+
+def test_stacks_have_no_spills_and_wide_accesses():
+    for key, kernels in BEFORE.items():
+        for name, row in kernels.items():
+            if key.startswith(("factors", "table")):
+                assert row["spilled"] == 0, (key, name)
+                assert row["loads"].get("128", 0) > 0 and row["stores"].get("128", 0) > 0, (key, name)

@@ -50,6 +50,8 @@ def by_row_kernel(
     if LENGTHS:
         own = tl.minimum(tl.load(lengths + safe).to(tl.int32), num_rows)
     first_row = row * (num_rows + length)
+    scale = tl.full((), scale, COMPUTE)
+    unit = tl.full((), embed_scale, COMPUTE)
     if tile < text_tiles:
         column = tile * ROWS + tl.arange(0, ROWS)
         exists = column < length
@@ -62,8 +64,6 @@ def by_row_kernel(
             source + token[:, None] * source_stride + places[None, :], inside, other=0.0, eviction_policy="evict_first"
         ).to(COMPUTE)  # fmt: skip
         total = x
-        scale = tl.full((), scale, COMPUTE)
-        unit = tl.full((), embed_scale, COMPUTE)
         if Q > 0:
             own_down, own_up = token_down + safe * Q * D, token_up + safe * Q * D
             for first in range(0, Q, GROUP):
