@@ -12,7 +12,7 @@ SHAPES = {
     "no columns": dict(batch=2, columns=0, d=16, q=4),
     "wide": dict(batch=2, columns=3, d=1030, q=4),
     "tiles": dict(batch=3, columns=6, d=68, q=9),
-    "many units": dict(batch=2, columns=5, d=20, q=64),
+    "many units": dict(batch=2, columns=3, d=20, q=64),
     "long": dict(batch=3, columns=35, d=36, q=3),
 }
 # dtype of the trained tensors, dtype of the hidden states
