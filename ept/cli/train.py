@@ -52,7 +52,7 @@ def run(argv: list[str]) -> None:
             say(f"stopped by SIGTERM after step {trainer.state.global_step}: go on with --resume_from_checkpoint true")
             raise SystemExit(128 + signal.SIGTERM)
         # Before the last evaluation, so that nothing that is trained is lost if that fails.
-        trainer.save_model(trainer.args.output_dir)
+        trainer.save_model(trainer.args.output_dir, _internal_call=True)
         _write_record(training, {})
         metrics = _evaluate(training)
         trainer.save_state()
@@ -64,6 +64,11 @@ def run(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         say(f"saved the adapter in {trainer.args.output_dir}")
         print(json.dumps(metrics))
+    if trainer.args.push_to_hub:
+        try:
+            trainer.push_to_hub()
+        except OSError as error:
+            fail("train", f"{error}; the adapter is saved in {trainer.args.output_dir}")
 
 
 @dataclass(frozen=True)
@@ -237,8 +242,10 @@ def _trainer(
 
 def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int | None) -> dict[str, Any]:
     """Returns what run.json says of a run, but for what only its end shows."""
+    command = shlex.join(["ept", "train", *options.argv])
+    token = options.training.hub_token
     return {
-        "command": shlex.join(["ept", "train", *options.argv]),
+        "command": command.replace(token, "<HUB_TOKEN>") if token else command,
         "task": task.kind.asked_as,
         "task_name": None if task.benchmark is None else task.benchmark.name,
         "label_words": task.kind.recorded_words,
