@@ -128,7 +128,10 @@ def test_every_axis_of_the_matrix_is_in_its_short_form():
     [
         (True, True, False),
         (False, False, True),
-        *(pytest.param(m, t, e, marks=pytest.mark.full) for m, t, e in ((True, False, False), (False, True, False), (True, True, True))),
+        *(
+            pytest.param(m, t, e, marks=pytest.mark.full)
+            for m, t, e in ((True, False, False), (False, True, False), (True, True, True))
+        ),
     ],
 )
 def test_opcheck(mask, token, embeds):
@@ -142,7 +145,9 @@ def test_opcheck(mask, token, embeds):
     starts = torch.tensor([3, 1]) if token else None
     args = (mask, starts, *weights, 1.0, 0.5, "silu", 1, True, True, True)
     text = (None, case["embedding_weight"][case["input_ids"]].requires_grad_())
-    torch.library.opcheck(prompt_embed_op, (*(text if embeds else (case["input_ids"], case["embedding_weight"])), *args))
+    torch.library.opcheck(
+        prompt_embed_op, (*(text if embeds else (case["input_ids"], case["embedding_weight"])), *args)
+    )
 
 
 def test_compile_traces_one_graph_for_all_lengths():

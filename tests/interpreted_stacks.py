@@ -138,7 +138,10 @@ def test_a_gradient_is_refused_and_auto_takes_torch_for_it():
     prompt = case["prompt"].clone().requires_grad_()
     with pytest.raises(RuntimeError, match='use impl="torch"'):
         run(case | dict(prompt=prompt), "triton")
-    grads = [torch.autograd.grad(run(case | dict(prompt=prompt), impl).sin().sum(), prompt)[0] for impl in ("auto", "reference")]
+    grads = [
+        torch.autograd.grad(run(case | dict(prompt=prompt), impl).sin().sum(), prompt)[0]
+        for impl in ("auto", "reference")
+    ]
     torch.testing.assert_close(*grads)
     with torch.no_grad():
         assert not run(case | dict(prompt=prompt), "triton").requires_grad
@@ -151,7 +154,9 @@ def test_traffic_is_what_the_model_says():
     case = stack_case(7, **PLAIN | dict(lengths=False, text="all"))
     batch, length = case["input_ids"].shape
     d = case["embedding_weight"].shape[1]
-    case["embedding_weight"] = torch.randn(batch * length, d)  # every token has its own row, so that they can be told apart
+    case["embedding_weight"] = torch.randn(
+        batch * length, d
+    )  # every token has its own row, so that they can be told apart
     case["input_ids"] = torch.arange(batch * length).view(batch, length)
     case["prompt"] = case["prompt"].contiguous()
     x = traffic.Shapes(

@@ -47,7 +47,9 @@ def kernel_case(seed, *, shape, dtype, source_dtype, parts, mask, start, activat
         del case["embedding_weight"]
     else:
         case["input_ids"] = case["input_ids"].to([torch.int64, torch.int32][seed % 2])
-    by_row = torch.randint(sizes["length"] + 1, (sizes["batch"],), generator=g, dtype=[torch.int64, torch.int32][seed % 2])
+    by_row = torch.randint(
+        sizes["length"] + 1, (sizes["batch"],), generator=g, dtype=[torch.int64, torch.int32][seed % 2]
+    )
     where = {"first": 0, "second": min(1, sizes["length"]), "last": sizes["length"], "by row": by_row}[start]
     return case | SWITCHES[switch] | dict(activation=activation, prompt_start=where)
 
@@ -162,10 +164,8 @@ def fenced_buffers():
     kept = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def fence(wanted: torch.Tensor) -> torch.Tensor:
-        if wanted.is_floating_point() or wanted.dtype == torch.bool:
-            poison = float("nan")
-        else:
-            poison = torch.iinfo(wanted.dtype).max
+        has_nan = wanted.is_floating_point() or wanted.dtype == torch.bool  # which is true then
+        poison = float("nan") if has_nan else torch.iinfo(wanted.dtype).max
         whole = torch.full((wanted.numel() + 2 * FENCE,), poison, dtype=wanted.dtype)
         buffers.append((whole, whole.clone()))
         return whole[FENCE : FENCE + wanted.numel()].view(wanted.shape)

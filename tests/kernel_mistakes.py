@@ -83,7 +83,7 @@ MISTAKES = [
     Mistake("layer: arrivals of adapters in one counter", L, "counter + wanted * SLICES + part", "counter + part"),
     Mistake("stack: the first adapter's low-rank pair for all rows", S, "own_b = lowrank_b + safe * R * D", "own_b = lowrank_b"),
     Mistake("stack: text before a program's columns not counted", S, "position = before + tl.cumsum", "position = tl.cumsum"),
-    Mistake("stack: text behind the prompt as if that had all rows", S, "column >= start, own, 0", "column >= start, num_rows, 0"),
+    Mistake("stack: text behind a prompt as if it had all rows", S, "column >= start, own, 0", "column >= start, num_rows, 0"),
     Mistake("stack: stride of X without the prompt", S, "first_row = row * (num_rows + length)", "first_row = row * length"),
     Mistake("columns: positions not counted on", P, "        before += tl.sum", "        before += 0 * tl.sum"),
     Mistake("columns: first text token of the last chunk alone", P, "tl.minimum(start, tl.min(", "tl.minimum(length, tl.min("),
@@ -105,7 +105,9 @@ def load(mistake: Mistake, folder: str):
     stem = f"{package.name}.{'prompt_embed' if folder_of_stem == 'common' else folder_of_stem}"
     sys.path.insert(0, folder)
     try:
-        forward = importlib.import_module(f"{stem}.{'triton_by_row' if mistake.file == S else 'triton_forward'}").forward
+        forward = importlib.import_module(
+            f"{stem}.{'triton_by_row' if mistake.file == S else 'triton_forward'}"
+        ).forward
         alone = mistake.file in (S, P)
         backward = None if alone else importlib.import_module(f"{stem}.triton_backward").backward
     finally:

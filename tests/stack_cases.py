@@ -41,14 +41,18 @@ def stack_case(seed, *, shape, dtype, source_dtype, lowrank, token, text, start,
     def whole(high, *size):
         return torch.randint(high, size, generator=g, dtype=index)
 
-    case = dict(prompt=draw(adapters, s + 2, d, std=e)[:, 2:], lowrank_a=None, lowrank_b=None)  # the last rows of longer ones
+    case = dict(
+        prompt=draw(adapters, s + 2, d, std=e)[:, 2:], lowrank_a=None, lowrank_b=None
+    )  # the last rows of longer ones
     if lowrank == "factors":
         case |= dict(lowrank_a=draw(adapters, n, r, std=r**-0.5), lowrank_b=draw(adapters, r, d, std=0.3))
     elif lowrank == "table":
         case["lowrank_a"] = draw(adapters, n, d, std=e)
     if token:
         case |= dict(token_down=draw(adapters, q, d, std=d**-0.5), token_up=draw(adapters, q, d, std=0.3))
-    case |= dict(space_down=None, space_up=None, gate_weight=None, scale=8 / r**0.5, embed_scale=e, activation=activation)
+    case |= dict(
+        space_down=None, space_up=None, gate_weight=None, scale=8 / r**0.5, embed_scale=e, activation=activation
+    )
     starts = dict(first=0, last=length) | {"by row": whole(length + 1, batch)}
     case |= dict(prompt_start=starts[start], adapter_index=whole(adapters, batch) if adapters > 1 else None)
     if lengths:
@@ -57,7 +61,9 @@ def stack_case(seed, *, shape, dtype, source_dtype, lowrank, token, text, start,
         case |= dict(attention_mask=None, text_positions=whole(n + 4, batch, length) - 1)
     else:
         case["attention_mask"] = mask_of("none" if text == "all" or not batch else text, batch, length, g)
-    table = (torch.randn(VOCAB, d + 3, generator=g, dtype=torch.float64) * e).to(source_dtype)[:, :d]  # of other strides
+    table = (torch.randn(VOCAB, d + 3, generator=g, dtype=torch.float64) * e).to(source_dtype)[
+        :, :d
+    ]  # of other strides
     ids = whole(VOCAB, batch, length)
     return case | (dict(inputs_embeds=table[ids.long()]) if inputs else dict(input_ids=ids, embedding_weight=table))
 

@@ -24,7 +24,9 @@ def columns_case(batch, length, width, dtype, lengths, labels, drops):
     mask[1:2, : length // 2] = False
     mask[2:3] = True
     return dict(
-        attention_mask=mask.to(dtype) if dtype == torch.bool else mask * torch.tensor(3).to(dtype),  # any number is text
+        attention_mask=mask.to(dtype)
+        if dtype == torch.bool
+        else mask * torch.tensor(3).to(dtype),  # any number is text
         prompt_length=width,
         prompt_lengths=torch.randint(width + 1, (batch,), generator=g) if lengths else None,
         labels=torch.randint(90, (batch, length), generator=g) if labels else None,

@@ -1,4 +1,4 @@
-"""prompt_embed with the constants of several adapters, and with a column of the prompt for each row: torch, and what is refused."""
+"""prompt_embed with the constants of several adapters, and with each row's own column for the prompt, in torch."""
 
 import pytest
 import torch
@@ -24,7 +24,9 @@ def test_torch_error_is_at_most_twice_that_of_the_plain_formula():
 
 @pytest.mark.parametrize("lowrank", ["factors", "table"])
 def test_a_row_is_that_row_with_its_adapter_alone(lowrank):
-    case = stack_case(1, **PLAIN | dict(lowrank=lowrank, dtype=torch.float32, source_dtype=torch.float32, lengths=False))
+    case = stack_case(
+        1, **PLAIN | dict(lowrank=lowrank, dtype=torch.float32, source_dtype=torch.float32, lengths=False)
+    )
     out = run(double(case), "torch")
     for row, adapter in enumerate(case["adapter_index"].tolist()):
         own = {name: case[name][adapter] for name in ("prompt", "token_down", "token_up")}
@@ -70,7 +72,9 @@ def test_gradients_pass_gradcheck():
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_layer_update_takes_a_pair_for_each_row(impl):
     g = torch.Generator().manual_seed(0)
-    hidden, down, up = (torch.randn(size, generator=g, dtype=torch.float64) for size in ((3, 5, 8), (3, 2, 8), (3, 2, 8)))
+    hidden, down, up = (
+        torch.randn(size, generator=g, dtype=torch.float64) for size in ((3, 5, 8), (3, 2, 8), (3, 2, 8))
+    )
     got = layer_update(hidden, down, up, hidden_scale=2.0, impl=impl)
     for row in range(3):
         want = layer_update(hidden[row : row + 1], down[row], up[row], hidden_scale=2.0, impl=impl)

@@ -10,7 +10,10 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 SHARDS = 2  # processes of the long form, one for each core
-FILES = {"input": ["interpreted_kernels.py"], "layers and stacks": ["interpreted_layer_update.py", "interpreted_stacks.py"]}
+FILES = {
+    "input": ["interpreted_kernels.py"],
+    "layers and stacks": ["interpreted_layer_update.py", "interpreted_stacks.py"],
+}
 
 
 def run_interpreted(files, *arguments):

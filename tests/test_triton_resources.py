@@ -16,7 +16,12 @@ if triton.__version__ != TRITON:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
-SHORT = {"sm_90 d=4096 bf16+fp32 q=0", "gfx942 d=768 bf16+fp32 q=24", "layer sm_90 d=768 bf16+fp32 q=4", "factors sm_90 d=768 bf16+fp32 q=4"}
+SHORT = {
+    "sm_90 d=4096 bf16+fp32 q=0",
+    "gfx942 d=768 bf16+fp32 q=24",
+    "layer sm_90 d=768 bf16+fp32 q=4",
+    "factors sm_90 d=768 bf16+fp32 q=4",
+}
 OTHERS = ("layer", "factors", "table", "columns")  # the keys that are not the input stage's
 BEFORE = json.loads(TABLE.read_text(encoding="utf-8"))
 

@@ -1,4 +1,4 @@
-"""What inference needs of adapters: constants of one, or of several in one stack, so that a batch of any of them is one launch."""
+"""What inference needs of adapters: constants of one, or of several in one stack. A batch of any of them is one launch."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,14 +17,15 @@ class LayerUpdates(NamedTuple):
     """The updates in the layers after the first: one entry a layer, in order (step 8 of docs/method.md).
 
     down, up: D_l/h_l and W_l·h_l, in the hidden states' own size, so that the kernel need not know h_l: [q, d_layer] each;
-    with `index` [batch], the number of each row's adapter, [adapters, q, d_layer]; or a pair for each row [batch, q, d_layer].
+    with `adapter_index` [batch], the number of each row's adapter, [adapters, q, d_layer]; or a pair for each row
+    [batch, q, d_layer].
     """
 
     down: tuple[Tensor, ...]
     up: tuple[Tensor, ...]
     activation: str
     impl: str
-    index: Tensor | None = None
+    adapter_index: Tensor | None = None
 
     def apply(self, number: int, hidden: Tensor) -> Tensor:
         """Hidden states [batch, columns, d_layer] at the input of the layer `number` after the first, updated.
@@ -37,7 +38,7 @@ class LayerUpdates(NamedTuple):
         settings: dict[str, Any] = dict(activation=self.activation, impl=self.impl)
         if down.dim() == 2:
             return ept_kernels.layer_update(hidden, down, up, **settings)
-        index = None if self.index is None else self.index.to(hidden.device)
+        index = None if self.adapter_index is None else self.adapter_index.to(hidden.device)
         rows = hidden.reshape(len(down if index is None else index), -1, hidden.shape[2])
         return ept_kernels.layer_update(rows, down, up, adapter_index=index, **settings).view(hidden.shape)
 
@@ -65,6 +66,22 @@ class Constants(NamedTuple):
     embed_scale: float
     activation: str
     impl: str
+
+    @classmethod
+    def of_one(
+        cls, prompt: Tensor, lowrank_a: Tensor | None, lowrank_b: Tensor | None, token_down: Tensor | None,
+        token_up: Tensor | None, deep_down: Tensor | None, deep_up: Tensor | None, scale: float, embed_scale: float,
+        activation: str, impl: str,
+    ) -> "Constants":  # fmt: skip
+        """The constants of one adapter, from tensors without the dimension of the adapters."""
+
+        def of(tensor: Tensor | None, dim: int = 0) -> Tensor | None:
+            return None if tensor is None else tensor.unsqueeze(dim)
+
+        return cls(
+            prompt.unsqueeze(0), None, of(lowrank_a), of(lowrank_b), of(token_down), of(token_up),
+            of(deep_down, 1), of(deep_up, 1), scale, embed_scale, activation, impl,
+        )  # fmt: skip
 
     def embed(
         self,
@@ -127,7 +144,9 @@ class Constants(NamedTuple):
 
     def _impl(self, source: Tensor | None, is_table: bool) -> str:
         """The implementation: the kernel for stacks has no gradient."""
-        trained = [t for t in (self.prompt, self.lowrank_a, self.lowrank_b, self.token_down, self.token_up) if t is not None]
+        trained = [
+            t for t in (self.prompt, self.lowrank_a, self.lowrank_b, self.token_down, self.token_up) if t is not None
+        ]
         if source is not None and not is_table:
             trained.append(source)
         if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
@@ -160,8 +179,10 @@ class Constants(NamedTuple):
         parts = [part._in_own_size() for part in parts]
         side = "end" if prompt_last else "start"
         zeros = [part._replace(deep_down=_zeros(part.deep_down), deep_up=_zeros(part.deep_up)) for part in parts[:1]]
+        prompt = _stack([part.prompt for part in parts], 0, side)
+        assert prompt is not None
         return first._replace(
-            prompt=_stack([part.prompt for part in parts], 0, side),
+            prompt=prompt,
             prompt_lengths=torch.tensor([part.prompt.shape[1] for part in parts], device=first.prompt.device),
             lowrank_a=_stack([part.lowrank_a for part in parts], 0),
             lowrank_b=_stack([part.lowrank_b for part in parts], 0),
@@ -177,7 +198,9 @@ class Constants(NamedTuple):
         """The low-rank update as a table in the backbone's own size."""
         if self.lowrank_a is None or self.lowrank_b is None:
             return self
-        return self._replace(lowrank_a=(self.lowrank_a * (self.scale * self.embed_scale)) @ self.lowrank_b, lowrank_b=None)
+        return self._replace(
+            lowrank_a=(self.lowrank_a * (self.scale * self.embed_scale)) @ self.lowrank_b, lowrank_b=None
+        )
 
     def _in_own_size(self) -> "Constants":
         """The same with `scale` and `embed_scale` in the tensors."""
@@ -198,15 +221,15 @@ def _stack(tensors: Sequence[Tensor | None], dim: int, side: str = "start") -> T
 
     `side`: where the rows of a smaller one stand. None where there is none at all.
     """
-    present = [t for t in tensors if t is not None]
+    present: list[Tensor] = [t for t in tensors if t is not None]
     if not present:
         return None
-    sizes = [max(each) for each in zip(*(t.shape for t in present), strict=True)]
+    sizes = [max(size) for size in zip(*(t.shape for t in present), strict=True)]
     sizes[dim] = 1
     dtype = present[0].dtype
-    for t in present:
-        dtype = torch.promote_types(dtype, t.dtype)
-    filled = []
+    for each in present:
+        dtype = torch.promote_types(dtype, each.dtype)
+    filled: list[Tensor] = []
     for t in tensors:
         if t is None:
             filled.append(present[0].new_zeros(sizes, dtype=dtype))

@@ -62,13 +62,11 @@ class FoldedLayer(AdapterLayer):
 
     def constants(self, *, prompt: bool = True) -> Constants:
         rows = self.prompt if prompt else self.prompt[:0]
-        token = (None, None) if self.token_down is None else (self.token_down, self.token_up)
-        text = (self.text_update, None, *token)
-        stack = (None if t is None else t.unsqueeze(0) for t in text)
-        deep = (None if t is None else t.unsqueeze(1) for t in (self.deep_down, self.deep_up))
-        return Constants(
-            rows.unsqueeze(0), None, *stack, *deep, 1.0, self.embed_scale, self.config.activation, self.config.impl
-        )
+        token_up = None if self.token_down is None else self.token_up
+        return Constants.of_one(
+            rows, self.text_update, None, self.token_down, token_up, self.deep_down, self.deep_up,
+            1.0, self.embed_scale, self.config.activation, self.config.impl,
+        )  # fmt: skip
 
     def layer_updates(self) -> LayerUpdates | None:
         return self.constants(prompt=False).layer_updates()

@@ -128,10 +128,8 @@ class EPTLayer(AdapterLayer):
         a, b = (self.lowrank_a, self.lowrank_b) if self.config.lowrank_update else (None, None)
         token = self._token_settings()
         down, up = self._deep()
-        stack = (None if t is None else t.unsqueeze(0) for t in (a, b, token["token_down"], token["token_up"]))
-        return Constants(
-            rows.unsqueeze(0), None, *stack, None if down is None else down.unsqueeze(1),
-            None if up is None else up.unsqueeze(1),
+        return Constants.of_one(
+            rows, a, b, token["token_down"], token["token_up"], down, up,
             self.config.scale, self.embed_scale, self.config.activation, self.config.impl,
         )  # fmt: skip
 

@@ -55,7 +55,7 @@ class Places:
         parts = [columns, value]
         if self.lengths is not None:
             parts.append(columns.new_full((len(columns), 1, *columns.shape[2:]), filling))
-        return taken(torch.cat(parts, dim=1), self._sources(*columns.shape[:2], columns.device))
+        return taken(torch.cat(parts, dim=1), self._sources(len(columns), columns.shape[1], columns.device))
 
     def _insert_number(self, columns: Tensor, value: int, filling: int, lengths: Tensor) -> Tensor:
         """`insert` of one value where the filling stands at the end of a row, in ten operations."""
@@ -72,13 +72,14 @@ class Places:
         """[batch, S + L]: the column of [text, prompt, filling] that each column has."""
         start = self.start.unsqueeze(1) if isinstance(self.start, Tensor) else self.start
         column = torch.arange(self.width + length, device=device)
-        behind_start, own = column - start, self.width
+        behind_start = column - start
+        own: int | Tensor = self.width
         prompt = behind_start + length
         if self.lengths is not None and self.prompt_last:
             filling = self.width - self.lengths.unsqueeze(1)
             prompt = prompt.where(behind_start >= filling, length + self.width)
         elif self.lengths is not None:
-            own = self.lengths.unsqueeze(1)  # type: ignore[assignment]
+            own = self.lengths.unsqueeze(1)
         source = torch.where(behind_start < 0, column, torch.where(behind_start < own, prompt, column - own))
         if self.lengths is not None and not self.prompt_last:
             source = source.where(column < length + own, length + self.width)
@@ -99,7 +100,7 @@ class Places:
 
     def insert_positions(self, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Explicit positions [batch, L] with the prompt's put in: it takes the positions where the text after it began."""
-        unset, like = torch.iinfo(position_ids.dtype).max, dict(device=position_ids.device, dtype=position_ids.dtype)
+        unset = torch.iinfo(position_ids.dtype).max
         start = self.start.unsqueeze(1) if isinstance(self.start, Tensor) else self.start
         own: int | Tensor = self.width if self.lengths is None else self.lengths.unsqueeze(1).to(position_ids.dtype)
         is_after = torch.arange(position_ids.shape[1], device=position_ids.device) >= start
@@ -112,7 +113,7 @@ class Places:
         elif isinstance(self.start, Tensor):
             before = F.pad(position_ids, (1, 0)).gather(1, self.start.unsqueeze(1).long()) + 1
             first = first.where((first != unset) | (start == 0), before)
-        number = torch.arange(self.width, **like)
+        number = torch.arange(self.width, device=position_ids.device, dtype=position_ids.dtype)
         prompt = first + (number - (self.width - own) if self.prompt_last else number)
         moved = torch.where(is_after, position_ids + own, position_ids)
         if attention_mask is not None:

@@ -24,7 +24,8 @@ def heads_by_row(
     active: Member, routing: Routing, members: Sequence[Member], stacks: Stacks
 ) -> dict[nn.Module, OwnResult]:
     """For each module in the active adapter's heads that takes part, what gives each row its own adapter's result."""
-    if not isinstance(routing, SeveralAdapters):
+    several = routing if isinstance(routing, SeveralAdapters) else None
+    if several is None:
         (member,) = routing.members
         return {head: _alone(own) for head, own in zip(active.heads, member.heads, strict=True)}
     results: dict[nn.Module, OwnResult] = {}
@@ -32,7 +33,7 @@ def heads_by_row(
         used = [member.heads[number] for member in routing.members]
         names, alike = stacks.remembered(f"{number}", [head, *(member.heads[number] for member in members)], _alike)
         if not all(any(each is other for other in alike) for each in used):
-            results[head] = _apart(used, routing)
+            results[head] = _apart(used, several)
             continue
         # A compiled graph has the heads in use alone; otherwise all share a stack, so that another batch needs no other.
         of_batch = torch.compiler.is_compiling()
@@ -41,7 +42,7 @@ def heads_by_row(
             linears = [_linear(each, name) for each in used]
             stacked = [_linear(each, name) if any(each is other for other in alike) else None for each in heads]
             stack = stacks.of_linears(f"{number}.{name}", stacked, linears)
-            index = routing.owners if of_batch else routing.numbers
+            index = several.owners if of_batch else several.numbers
             width = max(linear.out_features for linear in linears)
             results[head.get_submodule(name)] = _together(stack.apply, index, width)
     return results
@@ -65,7 +66,7 @@ def _apart(heads: list[nn.Module], routing: SeveralAdapters) -> OwnResult:
     """The results of heads that run one after the other."""
 
     def result(features: Tensor, others: tuple, kwargs: dict) -> Tensor:
-        owners = routing.for_rows(len(features)).owners
+        owners = routing.owners.repeat_interleave(len(features) // len(routing.owners))
         order = owners.argsort(stable=True)
         sizes = owners.bincount(minlength=len(heads)).tolist()
         rows = features.index_select(0, order).split(sizes)

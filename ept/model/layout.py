@@ -280,7 +280,9 @@ def continued(
         arguments["token_type_ids"] = inputs.token_type_ids
     if "position_ids" in traits.accepts:
         text = positions + traits.first_position if inputs.position_ids is None else inputs.position_ids
-        arguments["position_ids"] = text.clamp(min=0) + (width if places.lengths is None else places.lengths.unsqueeze(1))
+        arguments["position_ids"] = text.clamp(min=0) + (
+            width if places.lengths is None else places.lengths.unsqueeze(1)
+        )
     return InputPlan(arguments)
 
 

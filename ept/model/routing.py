@@ -113,19 +113,28 @@ class TextSteps(NamedTuple):
         """
         return _of_groups(
             self.groups,
-            lambda constants, index: _continued(constants, index, input_ids, embedding_weight, inputs_embeds, text_positions),
+            lambda constants, index: _continued(
+                constants, index, input_ids, embedding_weight, inputs_embeds, text_positions
+            ),
         )
 
 
 def _continued(
-    constants: Constants, index: Tensor | None, ids: Tensor | None, table: Tensor | None, embeds: Tensor | None, positions: Tensor | None
+    constants: Constants,
+    index: Tensor | None,
+    ids: Tensor | None,
+    table: Tensor | None,
+    embeds: Tensor | None,
+    positions: Tensor | None,
 ) -> Tensor:
     text = ids if embeds is None else embeds
     assert text is not None
     if index is None or len(index) == len(text):
         return constants.continue_text(ids, table, embeds, positions, index)
     # A row's copies follow each other: they are more tokens of one row.
-    ids, embeds, positions = (None if t is None else t.reshape(len(index), -1, *t.shape[2:]) for t in (ids, embeds, positions))
+    ids, embeds, positions = (
+        None if t is None else t.reshape(len(index), -1, *t.shape[2:]) for t in (ids, embeds, positions)
+    )
     out = constants.continue_text(ids, table, embeds, positions, index)
     return out.view(*text.shape[:2], out.shape[-1])
 
@@ -166,7 +175,11 @@ class OneAdapter(Routing):
     ) -> Tensor:
         (layer,) = self.layers
         return layer(
-            input_ids, attention_mask, embedding_weight=embedding_weight, inputs_embeds=inputs_embeds, prompt_start=places.start
+            input_ids,
+            attention_mask,
+            embedding_weight=embedding_weight,
+            inputs_embeds=inputs_embeds,
+            prompt_start=places.start,
         )
 
     def steps(self) -> TextSteps:
@@ -198,7 +211,13 @@ class SeveralAdapters(Routing):
     def __init__(
         self, members: Sequence[Member], stacks: Sequence[Stack], rows: Tensor, starts: int | None, is_even: bool
     ):
-        self.members, self.stacks, self.rows, self._starts, self._is_even = tuple(members), tuple(stacks), rows, starts, is_even
+        self.members, self.stacks, self.rows, self._starts, self._is_even = (
+            tuple(members),
+            tuple(stacks),
+            rows,
+            starts,
+            is_even,
+        )
 
     @property
     def owners(self) -> Tensor:

@@ -4,6 +4,8 @@ What is kept is made anew when a tensor that it was made of has changed. Torch c
 another object. A change through `.data` is not counted: `EPTModel.train()`, which any training calls, drops everything.
 """
 
+import functools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from ept.layer.constants import Constants
 __all__ = ["LinearStack", "Stack", "Stacks"]
 
 Made = TypeVar("Made")
-Stamp = tuple[tuple[Tensor, int, int], ...]
+Stamp = tuple[tuple[Tensor, float, int], ...]
 
 
 class Stack(NamedTuple):
@@ -108,8 +110,9 @@ class Stacks:
             if any(map(_trains, asked)) or torch.compiler.is_compiling():
                 stacks.append(make())
             else:
-                tensors = [t for layer in asked for t in _tensors(layer)]
-                stacks.append(self._kept(key, group, tensors, make, lambda g=group: [t for x in g for t in _tensors(x)]))
+                tensors = _all_tensors(asked)
+                everything = functools.partial(_all_tensors, group)
+                stacks.append(self._kept(key, group, tensors, make, everything))
         return stacks
 
     def of_linears(self, place: str, heads: Sequence[nn.Linear | None], used: Sequence[nn.Linear]) -> LinearStack:
@@ -148,10 +151,9 @@ class Stacks:
     ) -> Made:
         """What is kept under a key, or made anew where its owners are others or one of the tensors asked for has changed."""
         entry = self._of_all.get(key)
-        if entry is None or len(entry.owners) != len(owners) or any(a is not b for a, b in zip(entry.owners, owners, strict=True)):
-            entry = None
-        elif not _is_current(entry.stamp, asked):
-            entry = None
+        if entry is not None:
+            same = len(entry.owners) == len(owners) and all(map(operator.is_, entry.owners, owners))
+            entry = entry if same and _is_current(entry.stamp, asked) else None
         if entry is None:
             with self._lock:
                 tensors = everything()
@@ -174,6 +176,10 @@ def _trains(layer: AdapterLayer) -> bool:
     if layer.training and layer.trainable and layer.config.token_dropout:
         return True
     return torch.is_grad_enabled() and any(p.requires_grad for p in layer._parameters.values() if p is not None)
+
+
+def _all_tensors(layers: Sequence[AdapterLayer]) -> list[Tensor]:
+    return [t for layer in layers for t in _tensors(layer)]
 
 
 def _tensors(layer: AdapterLayer) -> list[Tensor]:

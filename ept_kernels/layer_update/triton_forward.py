@@ -19,7 +19,6 @@ from ..common.triton_device import activate
 from ..common.triton_launch import compute_dtype, divided_up, launching_on, power_of_two, triton_dtype
 from ..common.triton_rows import add_outer, group_of, project, rows_of, warps_of
 from .arguments import Settings, Update
-
 from .triton_rows import locate
 
 

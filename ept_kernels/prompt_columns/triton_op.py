@@ -1,6 +1,6 @@
 """The kernel as an operator that torch.compile and opcheck know; an ordinary eager call goes past it.
 
-    ept_kernels::prompt_columns    triton_forward.forward; integers have no gradient
+ept_kernels::prompt_columns    triton_forward.forward; integers have no gradient
 """
 
 from typing import Any

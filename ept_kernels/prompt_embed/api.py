@@ -204,7 +204,7 @@ def text_update(
 class Rows(NamedTuple):
     """What a stack has for each row, or for each adapter: see Stack."""
 
-    index: Tensor | None
+    adapter_index: Tensor | None
     lengths: Tensor | None
     positions: Tensor | None
 
@@ -276,7 +276,7 @@ def _input_of_stack(text: Text, weights: Weights, settings: Settings, rows: Rows
             return eager.prompt_embed_by_row(embeds, positions, stack, start, settings, dtype)
         if positions is None:
             positions = torch.arange(text.shape[1], device=embeds.device).expand(text.shape[:2])
-        wide = cast(stack, dtype)._replace(index=stack.index, lengths=stack.lengths)
+        wide = cast(stack, dtype)._replace(adapter_index=stack.adapter_index, lengths=stack.lengths)
         return reference.prompt_embed_by_row(embeds.to(dtype), positions, wide, start, settings).to(source_dtype)
 
 

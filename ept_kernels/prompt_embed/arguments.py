@@ -78,9 +78,9 @@ class Stack(NamedTuple):
     """The constants of several adapters for inference: P* [adapters, S, d], A [adapters, N, r] with B [adapters, r, d],
     D and W [adapters, q, d]; None for a part that is off.
 
-    A without B is the update e·c·A·B itself, [adapters, N, d]. `index` [batch] names each row's adapter; None: all rows have the only
-    one. `lengths` [adapters] says how many rows of P* an adapter has; None: S. `positions` [batch, L] is p of each token,
-    in the mask's place.
+    A without B is the update e·c·A·B itself, [adapters, N, d]. `adapter_index` [batch] names each row's adapter; None: all
+    rows have the only one. `lengths` [adapters] says how many rows of P* an adapter has; None: S. `positions` [batch, L] is p
+    of each token, in the mask's place.
     """
 
     prompt: Tensor
@@ -88,7 +88,7 @@ class Stack(NamedTuple):
     lowrank_b: Tensor | None = None
     token_down: Tensor | None = None
     token_up: Tensor | None = None
-    index: Tensor | None = None
+    adapter_index: Tensor | None = None
     lengths: Tensor | None = None
     positions: Tensor | None = None
 

@@ -137,7 +137,9 @@ def check_stack(text: Text, stack: Stack, weights: Weights) -> None:
         )
     check_all_or_none(token_down=stack.token_down, token_up=stack.token_up)
     if stack.lowrank_a is None and stack.lowrank_b is not None:
-        raise ValueError("lowrank_b given without lowrank_a: pass both, or the update itself, [adapters, N, d], as lowrank_a")
+        raise ValueError(
+            "lowrank_b given without lowrank_a: pass both, or the update itself, [adapters, N, d], as lowrank_a"
+        )
     if stack.lowrank_a is not None:
         check_shape("lowrank_a", stack.lowrank_a, (adapters, "N", d if stack.lowrank_b is None else "r"))
         if stack.lowrank_b is not None:
@@ -149,12 +151,12 @@ def check_stack(text: Text, stack: Stack, weights: Weights) -> None:
         text.source.device, inputs_embeds=text.source, prompt=stack.prompt, lowrank_a=stack.lowrank_a,
         lowrank_b=stack.lowrank_b, token_down=stack.token_down, token_up=stack.token_up,
     )  # fmt: skip
-    if stack.index is None and adapters > 1:
+    if stack.adapter_index is None and adapters > 1:
         raise ValueError(f"a stack of {adapters} adapters needs adapter_index: the number of each row's adapter")
     if stack.positions is not None and text.mask is not None:
         raise ValueError("text_positions and attention_mask both say where the text stands: give one of them")
     wanted = (
-        ("adapter_index", stack.index, (batch,), 0, adapters - 1),
+        ("adapter_index", stack.adapter_index, (batch,), 0, adapters - 1),
         ("prompt_lengths", stack.lengths, (adapters,), 0, None),
         ("text_positions", stack.positions, text.shape[:2], -1, None),
     )

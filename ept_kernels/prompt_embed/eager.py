@@ -105,8 +105,8 @@ def prompt_embed_by_row(
 
     Returns [batch, S + L, d] in the dtype of `inputs_embeds`.
     """
-    total, length = inputs_embeds.to(dtype), inputs_embeds.shape[1]
-    index, unit = stack.index, settings.embed_scale
+    total = inputs_embeds.to(dtype)
+    index, unit = stack.adapter_index, settings.embed_scale
 
     def own(tensor: Tensor) -> Tensor:
         rows = tensor.expand(len(total), *tensor.shape[1:]) if index is None else tensor.index_select(0, index)
@@ -126,11 +126,15 @@ def prompt_embed_by_row(
     prompts = own(stack.prompt).to(text.dtype)
     lengths = stack.lengths
     if lengths is not None:
-        lengths = (lengths.expand(len(text)) if index is None else lengths.index_select(0, index)).clamp(max=prompts.shape[1])
+        lengths = (lengths.expand(len(text)) if index is None else lengths.index_select(0, index)).clamp(
+            max=prompts.shape[1]
+        )
     return insert_prompts(prompts, text, prompt_start, lengths)
 
 
-def _add_lowrank(total: Tensor, text_positions: Tensor | None, stack: Stack, scale: float, dtype: torch.dtype) -> Tensor:
+def _add_lowrank(
+    total: Tensor, text_positions: Tensor | None, stack: Stack, scale: float, dtype: torch.dtype
+) -> Tensor:
     """total [batch, L, d] + scale·A[p]·B of each row's adapter, nothing on padding and for p >= N."""
     rows, b = stack.lowrank_a, stack.lowrank_b
     assert rows is not None
@@ -138,15 +142,19 @@ def _add_lowrank(total: Tensor, text_positions: Tensor | None, stack: Stack, sca
     length = total.shape[1]
     if text_positions is None:
         count = min(length, covered)
-        own = rows[:, :count].expand(len(total), -1, -1) if stack.index is None else rows[:, :count].index_select(0, stack.index)
+        own = (
+            rows[:, :count].expand(len(total), -1, -1)
+            if stack.adapter_index is None
+            else rows[:, :count].index_select(0, stack.adapter_index)
+        )
         own = F.pad(own.to(dtype), (0, 0, 0, length - count))
     else:
         # One more row, of zeros, stands behind all of them for padding and for positions that the update does not cover.
         there = (text_positions >= 0) & (text_positions < covered)
-        first = 0 if stack.index is None else (stack.index * covered).unsqueeze(1)
+        first = 0 if stack.adapter_index is None else (stack.adapter_index * covered).unsqueeze(1)
         place = (text_positions + first).where(there, adapters * covered)
         own = F.embedding(place, F.pad(rows.flatten(0, 1), (0, 0, 0, 1))).to(dtype)
     if b is None:
         return total + own
-    b = b.expand(len(total), -1, -1) if stack.index is None else b.index_select(0, stack.index)
+    b = b.expand(len(total), -1, -1) if stack.adapter_index is None else b.index_select(0, stack.adapter_index)
     return torch.baddbmm(total, own, b.to(dtype), alpha=scale)

@@ -102,7 +102,7 @@ def prompt_embed_by_row(
     batch, length, d = inputs_embeds.shape
     out = inputs_embeds.new_zeros(batch, stack.prompt.shape[1] + length, d)
     for row in range(batch):
-        adapter = 0 if stack.index is None else int(stack.index[row])
+        adapter = 0 if stack.adapter_index is None else int(stack.adapter_index[row])
         start = int(prompt_start[row]) if isinstance(prompt_start, Tensor) else prompt_start
         prompt = stack.prompt[adapter]
         if stack.lengths is not None:

@@ -250,7 +250,8 @@ def load_grad(
 )  # fmt: skip
 def reduce_kernel(
     grad_out, grad_gate, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
-    slots, lengths, starts, inner, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, inner_grad, partial, dx, counter,
+    slots, lengths, starts, inner, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, inner_grad, partial, dx,
+    counter,
     batch, length, num_rows, num_positions, covered_slots, prompt_start, scale: tl.float64, embed_scale: tl.float64,
     prompt_items, text_tiles,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Q: tl.constexpr,

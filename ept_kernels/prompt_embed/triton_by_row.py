@@ -146,7 +146,7 @@ def forward(text: Text, stack: Stack, settings: Settings) -> Tensor:
             D=d, R=r, Q=q, TILE_D=tile_d, ROWS=rows, GROUP=group_of(q), CHUNK=MASK_CHUNK,
             GATHER=text.ids is not None,
             TEXT="mask" if mask is not None else "positions" if stack.positions is not None else "all",
-            STARTS=text.starts is not None, INDEXED=stack.index is not None, LENGTHS=stack.lengths is not None,
+            STARTS=text.starts is not None, INDEXED=stack.adapter_index is not None, LENGTHS=stack.lengths is not None,
             KIND=kind, ACTIVATION=settings.activation, COMPUTE=triton_dtype(dtype), num_warps=warps_of(tile_d),
         )  # fmt: skip
     return out

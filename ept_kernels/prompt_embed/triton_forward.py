@@ -157,8 +157,9 @@ def forward_kernel(
 class Kept(NamedTuple):
     """What the forward leaves for the backward, in the compute type but for the first three; empty where not used.
 
-    slots [batch, L] and lengths [batch] (int32, with a mask; without A·B the slots say 1 on text, and there are no lengths), starts [batch] (int32, where rows differ in them), inner =
-    x/e·Dᵀ by slot [batch, L, q] (if it was to be saved), down [s, r + K·h + K], mix [s, r + K·h] and softmax [s, 2].
+    slots [batch, L] and lengths [batch] (int32, with a mask; without A·B the slots are 1 on text, and there are no lengths),
+    starts [batch] (int32, where rows differ in them), inner = x/e·Dᵀ by slot [batch, L, q] (if it was to be saved),
+    down [s, r + K·h + K], mix [s, r + K·h] and softmax [s, 2].
     """
 
     slots: Tensor

@@ -114,7 +114,8 @@ def prompt_embed(text: Text, weights: Weights, settings: Settings) -> tuple[Tens
     ids, source, mask, starts = text
     if ids is None or source.stride(-1) != 1:
         source = source.contiguous()
-    text = Text(*(None if t is None else t.contiguous() for t in (ids, None, mask, starts)))._replace(source=source)
+    ids, mask, starts = (None if t is None else t.contiguous() for t in (ids, mask, starts))
+    text = Text(ids, source, mask, starts)
     weights = weights.contiguous()
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, *weights))
     if not is_eager(*text, *weights):
@@ -145,9 +146,13 @@ def prompt_embed_by_row(text: Text, stack: Stack, settings: Settings) -> Tensor:
     ids, source, mask, starts = text
     if ids is None or source.stride(-1) != 1:
         source = source.contiguous()
-    text = Text(*(None if t is None else t.contiguous() for t in (ids, None, mask, starts)))._replace(source=source)
+    ids, mask, starts = (None if t is None else t.contiguous() for t in (ids, mask, starts))
+    text = Text(ids, source, mask, starts)
     prompt, *others = stack
-    if prompt.stride()[1:] != (prompt.shape[2], 1):  # the first or the last rows of a longer stack are taken as they are
+    if prompt.stride()[1:] != (
+        prompt.shape[2],
+        1,
+    ):  # the first or the last rows of a longer stack are taken as they are
         prompt = prompt.contiguous()
     stack = Stack(prompt, *(None if t is None else t.contiguous() for t in others))
     if is_eager(*text, *stack):
