@@ -64,6 +64,13 @@ def by_row_kernel(
             source + token[:, None] * source_stride + places[None, :], inside, other=0.0, eviction_policy="evict_first"
         ).to(COMPUTE)  # fmt: skip
         total = x
+        there = text & (position < covered)
+        covered_row = (safe * covered + position) * R
+        if KIND == "table":
+            update = tl.load(
+                lowrank_a + covered_row[:, None] + places[None, :], there[:, None] & (places < D)[None, :], other=0.0
+            ).to(COMPUTE)  # fmt: skip
+            total += update
         if Q > 0:
             own_down, own_up = token_down + safe * Q * D, token_up + safe * Q * D
             for first in range(0, Q, GROUP):
@@ -71,18 +78,11 @@ def by_row_kernel(
                 for k in tl.static_range(GROUP):
                     inner = tl.where(text, activate(products[k] / unit, ACTIVATION) * unit, 0.0)
                     total = add_outer(total, inner, own_up, first + k, places, D, Q, COMPUTE)
-        there = text & (position < covered)
-        covered_row = (safe * covered + position) * R
         if KIND == "factors":
             own_b = lowrank_b + safe * R * D
             for k in range(R):
                 factor = tl.load(lowrank_a + covered_row + k, there, other=0.0).to(COMPUTE) * (scale * unit)
                 total = add_outer(total, factor, own_b, k, places, D, R, COMPUTE)
-        if KIND == "table":
-            update = tl.load(
-                lowrank_a + covered_row[:, None] + places[None, :], there[:, None] & (places < D)[None, :], other=0.0
-            ).to(COMPUTE)  # fmt: skip
-            total += update
         if INDEXED:  # an index that names no adapter cannot raise here, so it is not taken for another one
             total = tl.where((adapter >= 0) & (adapter < adapters), total, float("nan"))
         column += tl.where(column >= start, own, 0)
@@ -132,7 +132,10 @@ def forward(text: Text, stack: Stack, settings: Settings) -> Tensor:
     kind, q = stack.kind, stack.token_rank
     r = 0 if stack.lowrank_a is None else stack.lowrank_a.shape[2]
     tile_d = power_of_two(d)
-    rows = min(rows_of(tile_d, max(q, r if kind == "factors" else 0)), power_of_two(max(length, num_rows)))
+    most = rows_of(tile_d, max(q, r if kind == "factors" else 0))
+    if kind == "table" and q:
+        most = max(1, most // 2)  # a third tile stands in registers
+    rows = min(most, power_of_two(max(length, num_rows)))
     text_tiles = divided_up(length, rows)
     tiles = text_tiles + divided_up(num_rows, rows)
     mask = text.mask if text.mask is None or text.mask.dtype != torch.bool else text.mask.view(torch.uint8)
