@@ -103,7 +103,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
     stack, index = [weight(ADAPTERS, Q, D), weight(ADAPTERS, Q, D)], torch.zeros(BATCH, dtype=torch.int64)
 
     def embed(weights: list[Tensor], named: list[Tensor]) -> Callable[[], Tensor]:
-        arguments = [*weights, *[None] * (6 - len(weights))]
+        arguments: list[Any] = [*weights, *[None] * (6 - len(weights))]
         others: dict[str, Any] = dict(zip(("token_down", "token_up"), named, strict=False))
         return lambda: prompt_embed(ids, mask, table, *arguments, scale=1.0, impl="triton", **others)
 
