@@ -72,6 +72,9 @@ class _EPTTrainerMixin(Trainer):
                 check_tokenised(part, name, self.data_collator)
         if self.args.label_smoothing_factor:
             _check_label_smoothing(self.model)
+        if self.args.torch_compile:
+            # One compilation for all batches and lengths; by itself torch compiles the first of them alone.
+            self.accelerator.state.dynamo_plugin.dynamic = True
         self._stop = StopOnSignal()
         self.add_callback(self._stop)
 
