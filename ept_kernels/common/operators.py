@@ -66,17 +66,17 @@ class Calls:
 
 def is_eager(*tensors: Tensor | None) -> bool:
     """Whether these are plain tensors, and nothing traces, transforms or intercepts what is done to them."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if is_traced() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     for t in tensors:  # noqa: SIM110  all(…) takes twice the time
         if t is not None and type(t) is not Tensor and type(t) is not Parameter:
             return False
     return True
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.jit or a transform of functorch follows what is done."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
