@@ -120,7 +120,7 @@ def test_the_command_line_trains_a_compiled_model_to_eager_modes_losses(words, t
         train.run([str(word) for word in (
             "--model_name_or_path", tmp_path / "bert", "--train_file", tmp_path / "train.csv", "--output_dir", tmp_path / name,
             "--num_train_epochs", 1, "--per_device_train_batch_size", 4, "--logging_steps", 1, "--use_cpu", "--disable_tqdm",
-            "true", "--save_strategy", "no", *more,
+            "true", "--save_strategy", "no", "--token_dropout", 0, *more,  # compiled code draws other random numbers
         )])  # fmt: skip
         history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
         losses.append([entry["loss"] for entry in history if "loss" in entry])
