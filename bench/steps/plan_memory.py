@@ -153,7 +153,13 @@ def main() -> int:
                 off = planned["peak"] / measured["peak"] - 1
                 worst = max(worst, abs(off))
                 row = {"model": name, "dtype": dtype, "checkpointing": checkpointing, "batch": args.batch}
-                row |= {"length": args.length, "predicted": planned, "measured": measured, "off": off} | machine
+                row |= {
+                    "length": args.length,
+                    "preset": "default",
+                    "predicted": planned,
+                    "measured": measured,
+                    "off": off,
+                } | machine
                 with open(RESULTS, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(
