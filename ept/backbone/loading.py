@@ -11,20 +11,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file, is_bitsandbytes_available
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
-from ept.backbone.traits import head_names, max_text_tokens
+from ept.backbone.traits import head_names, is_causal, max_text_tokens
 from ept.console import without_load_reports
 
 __all__ = [
@@ -37,8 +35,10 @@ __all__ = [
     "load_causal",
     "load_classifier",
     "load_seq2seq",
+    "load_token_classifier",
     "load_tokenizer",
     "pad_like_tokenizer",
+    "precision",
     "read_config",
 ]
 
@@ -49,8 +49,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "8bit", "4bit")
 # ---------------------------------------------------------------------- configs
 
 
-def read_config(name_or_path: str, *, may_be_file: bool = False) -> PreTrainedConfig:
+def read_config(name_or_path: str, *, may_be_file: bool = False, **settings: Any) -> PreTrainedConfig:
     """Reads the config of a hub name or of a model's directory; with `may_be_file`, also of a config.json by itself.
+
+    Args:
+        settings: what `AutoConfig.from_pretrained` takes.
 
     Raises:
         ValueError: a path that is not there; it must not be looked up as a hub name.
@@ -63,15 +66,14 @@ def read_config(name_or_path: str, *, may_be_file: bool = False) -> PreTrainedCo
             if may_be_file
             else f"{name_or_path}: no such directory; give a hub name or the directory of a saved model"
         )
-    return AutoConfig.from_pretrained(name_or_path)
+    return AutoConfig.from_pretrained(name_or_path, **settings)
 
 
 def architecture_of(config: PreTrainedConfig) -> str:
     """Returns "seq2seq" (an encoder-decoder), "causal" or "encoder", by a model's config."""
     if config.is_encoder_decoder:
         return "seq2seq"
-    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return "causal" if has_causal_form(config) and not is_encoder else "encoder"
+    return "causal" if is_causal(config) else "encoder"
 
 
 def has_causal_form(config: PreTrainedConfig) -> bool:
@@ -85,13 +87,13 @@ def has_causal_form(config: PreTrainedConfig) -> bool:
 def load_seq2seq(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained encoder-decoder; `dtype` as in `load_classifier`."""
     with without_load_reports():
-        return AutoModelForSeq2SeqLM.from_pretrained(absolute_path(name_or_path), **_precision(dtype))
+        return AutoModelForSeq2SeqLM.from_pretrained(absolute_path(name_or_path), **precision(dtype))
 
 
 def load_causal(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained causal language model; `dtype` as in `load_classifier`."""
     with without_load_reports():
-        return AutoModelForCausalLM.from_pretrained(absolute_path(name_or_path), **_precision(dtype))
+        return AutoModelForCausalLM.from_pretrained(absolute_path(name_or_path), **precision(dtype))
 
 
 def load_classifier(
@@ -111,13 +113,22 @@ def load_classifier(
     with without_load_reports():
         if head == "mean" or (head == "auto" and _pools_the_mean(name_or_path)):
             return MeanPoolingForSequenceClassification.from_encoder(
-                name_or_path, num_labels, problem_type, **_precision(dtype)
+                name_or_path, num_labels, problem_type, **precision(dtype)
             )
         return AutoModelForSequenceClassification.from_pretrained(
             name_or_path,
             num_labels=num_labels,
             problem_type=problem_type,
-            **_precision(dtype, not_quantised=_heads_of_a_classifier(name_or_path)),
+            **precision(dtype, not_quantised=_heads_of(AutoModelForSequenceClassification, name_or_path)),
+        )
+
+
+def load_token_classifier(name_or_path: str, num_labels: int, dtype: str = "auto") -> PreTrainedModel:
+    """Loads the pretrained model with a head on every token; `dtype` as in `load_classifier`."""
+    name_or_path, auto_class = absolute_path(name_or_path), AutoModelForTokenClassification
+    with without_load_reports():
+        return auto_class.from_pretrained(
+            name_or_path, num_labels=num_labels, **precision(dtype, not_quantised=_heads_of(auto_class, name_or_path))
         )
 
 
@@ -126,14 +137,19 @@ def absolute_path(name_or_path: str) -> str:
     return str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path
 
 
-def _heads_of_a_classifier(name_or_path: str) -> list[str]:
-    """Returns the modules that a classification model of this kind trains, from its config alone."""
+def _heads_of(auto_class: Any, name_or_path: str) -> list[str]:
+    """Returns the modules that a model with a head of this kind trains, from its config alone."""
     with torch.device("meta"):
-        return head_names(AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name_or_path)))
+        return head_names(auto_class.from_config(AutoConfig.from_pretrained(name_or_path)))
 
 
-def _precision(dtype: str, not_quantised: list[str] | None = None) -> dict[str, Any]:
-    """from_pretrained's arguments for a type of the frozen weights."""
+def precision(dtype: str, not_quantised: list[str] | None = None) -> dict[str, Any]:
+    """Returns from_pretrained's arguments for a type of the frozen weights.
+
+    Args:
+        dtype: one of `DTYPES`.
+        not_quantised: modules that keep their precision, such as a head that trains.
+    """
     if dtype == "bfloat16" and not torch.accelerator.is_available():
         # On a CPU torch's fused attention spends half of a bf16 training step in its backward (bench/NOTES.md).
         return {"dtype": dtype, "attn_implementation": "eager"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -16,11 +16,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
-from ept.backbone.probes import shifts_labels_of
+from ept.backbone.probes import id_for_shape, sets_global_attention, shifts_labels_of
 
 __all__ = [
-    "IGNORE_INDEX", "KINDS", "PER_TOKEN", "Kind", "Traits", "head_names", "is_encoder_decoder", "kind_of", "max_text_tokens",
-    "positions_of", "reads_first_token", "text_part", "traits_of",
+    "IGNORE_INDEX", "KINDS", "PER_TOKEN", "Kind", "Traits", "head_names", "is_causal", "is_encoder_decoder", "kind_of",
+    "max_text_tokens", "positions_of", "reads_first_token", "text_part", "traits_of",
 ]  # fmt: skip
 
 IGNORE_INDEX = -100  # what transformers' losses skip
@@ -101,6 +101,8 @@ class Traits:
         moved_text_is_same: text that starts later gives the same results although no positions are given.
         prompt_values: `PER_TOKEN` with the config's numbers.
         placeholders: ids of the tokens in whose place it puts images, videos and sounds; it finds them by their embeddings.
+        sets_global_attention: it gives the first token global attention where no mask says otherwise (Longformer).
+        id_for_shape: the token by which it is told the shape of a text beside its embeddings; None: they suffice.
         rope_owner: where the module stands that counts positions in images (Qwen-VL and its kin).
     """
 
@@ -119,6 +121,8 @@ class Traits:
     moved_text_is_same: bool
     prompt_values: dict[str, int | None]
     placeholders: tuple[int, ...]
+    sets_global_attention: bool
+    id_for_shape: int | None
     rope_owner: str | None
 
     def prompt_value(self, name: str) -> int | None:
@@ -165,6 +169,8 @@ def traits_of(model: PreTrainedModel) -> Traits:
             for name, value in PER_TOKEN.items()
         },
         placeholders=tuple(placeholders_of(model)),
+        sets_global_attention=sets_global_attention(model),
+        id_for_shape=id_for_shape(model),
         rope_owner=next((name for name, module in model.named_modules() if hasattr(module, "get_rope_index")), None),
     )
 
@@ -174,9 +180,7 @@ def kind_of(model: PreTrainedModel) -> str:
     if is_encoder_decoder(model):
         return "seq2seq"
     config, text = model.config, model.config.get_text_config()
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
-        config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
-    )
+    causal = is_causal(config)
     if not causal and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         # Beside images or sounds: the language model's kind.
         causal = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or (
@@ -186,6 +190,12 @@ def kind_of(model: PreTrainedModel) -> str:
     if not causal:
         return "encoder"
     return "causal-pooled" if "ForSequenceClassification" in type(model).__name__ else "causal"
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether a config is a causal language model's; an encoder's counts where it says that it is a decoder."""
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder
 
 
 def placeholders_of(model: PreTrainedModel) -> list[int]:

@@ -20,11 +20,13 @@ OPTIONS = {
     "data_dir": "--data_dir",
     "dtype": "--dtype",
     "gpu": "--gpu",
+    "head": "--head",
     "kind": "--task",
     "max_length": "--max_seq_length",
     "metric_for_best_model": "--metric_for_best_model",
     "name_or_path": "--model_name_or_path",
     "prompt_start": "--prompt_start",
+    "revision": "--revision",
     "threshold": "--threshold",
 }
 SWITCHES = {"header=False": "--no_header"}

@@ -50,7 +50,7 @@ def run(argv: list[str]) -> None:
             ColumnArguments,
         )
         place, data, columns = parser.parse(argv)
-        saved_adapter = SavedAdapter.open(place.adapter)
+        saved_adapter = SavedAdapter.open(place.adapter, revision=place.revision)
         tables, chosen = _read_tables(data, columns, saved_adapter.record, type(saved_adapter.kind()))
         model, tokenizer, kind = saved_adapter.load(place.model_name_or_path, dtype=place.dtype)
         if data.threshold is not None:
@@ -72,7 +72,8 @@ def run(argv: list[str]) -> None:
         predictions = predict(predictor, split.data, data.per_device_eval_batch_size, "Evaluating")
         suffix = "_mismatched" if metrics else ""  # MNLI's second part, after the one that the paper reports
         metrics |= {metric + suffix: value for metric, value in task.metrics(predictions, split).items()}
-        loss = kind.loss(model, tokenizer, split.data, data.per_device_eval_batch_size)
+        own = task.benchmark is None  # a benchmark's task has its published metrics alone
+        loss = kind.loss(model, tokenizer, split.data, data.per_device_eval_batch_size) if own else None
         if loss is not None:
             metrics["loss" + suffix] = loss
     print(json.dumps(metrics | {"rows": sum(len(split.data) for split in splits.values())}))

@@ -14,8 +14,10 @@ from ept.tasks.glue import BENCHMARK_TASKS
 from ept.training.checkpoints import adapter_settings
 
 __all__ = [
+    "ADAPTER_DIR_HELP",
     "ADAPTER_HELP",
     "DATA_DIR_HELP",
+    "REVISION_HELP",
     "TASK_HELP",
     "THRESHOLD_HELP",
     "AdapterArguments",
@@ -27,6 +29,8 @@ __all__ = [
 TASK_HELP = f"A task of GLUE or SuperGLUE in place of the files: {', '.join(BENCHMARK_TASKS)}."
 DATA_DIR_HELP = "Where the task's published files are (tsv, jsonl or parquet); without it they come from the hub."
 
+ADAPTER_DIR_HELP = "Directory that ept train (or save_pretrained) wrote, or a hub id (user/name)"
+REVISION_HELP = "Branch, tag or commit of an adapter on the hub; by default its main branch."
 THRESHOLD_HELP = "Probability above which a row has a label, where it may have several (multi_label); by default 0.5."
 
 
@@ -51,7 +55,8 @@ class ColumnArguments:
 class AdapterDirArguments:
     _argument_group_name = "adapter"
 
-    adapter: str = field(metadata={"help": "Directory that ept train (or save_pretrained) wrote."})
+    adapter: str = field(metadata={"help": f"{ADAPTER_DIR_HELP}."})
+    revision: str | None = option(REVISION_HELP)
     model_name_or_path: str | None = option("The model it was trained on, where it is not in its old place.")
     dtype: str = option("Type of the frozen weights; auto: as saved.", "auto", choices=DTYPES)
 
@@ -106,7 +111,8 @@ AdapterArguments = make_dataclass(
         ),
         ("budget", int | None, option("Choose the sizes that fill this many trained parameters (without a head).")),
         ("soft_prompt", str | None, option(
-            "Trained prompt for --init decompose: a PEFT prompt-tuning adapter, or a safetensors file with one matrix."
+            "Trained prompt for --init decompose: a PEFT prompt-tuning adapter (directory or hub id), or a safetensors file "
+            "with one matrix."
         )),
         *(
             (name, setting_type | None, option(_adapter_help(name)))

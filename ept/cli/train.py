@@ -52,7 +52,7 @@ def run(argv: list[str]) -> None:
             say(f"stopped by SIGTERM after step {trainer.state.global_step}: go on with --resume_from_checkpoint true")
             raise SystemExit(128 + signal.SIGTERM)
         # Before the last evaluation, so that nothing that is trained is lost if that fails.
-        trainer.save_model(trainer.args.output_dir)
+        trainer.save_model(trainer.args.output_dir, _internal_call=True)
         _write_record(training, {})
         metrics = _evaluate(training)
         trainer.save_state()
@@ -64,6 +64,11 @@ def run(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         say(f"saved the adapter in {trainer.args.output_dir}")
         print(json.dumps(metrics))
+    if trainer.args.push_to_hub:
+        try:
+            trainer.push_to_hub()
+        except OSError as error:
+            fail("train", f"{error}; the adapter is saved in {trainer.args.output_dir}")
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,6 @@ def _complete_arguments(options: TrainOptions, task: Task, max_length: int | Non
         if "greater_is_better" not in options.explicit:
             args.greater_is_better = more_is_better
     args.restore_callback_states_from_checkpoint = resumes  # early stopping counts on
-    args.dataloader_pin_memory &= torch.cuda.is_available()
     if "predict_with_generate" not in options.explicit:
         args.predict_with_generate = task.kind.writes_text
     if args.generation_max_length is None:
@@ -262,8 +266,10 @@ def _trainer(
 
 def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int | None) -> dict[str, Any]:
     """Returns what run.json says of a run, but for what only its end shows."""
+    command = shlex.join(["ept", "train", *options.argv])
+    token = options.training.hub_token
     return {
-        "command": shlex.join(["ept", "train", *options.argv]),
+        "command": command.replace(token, "<HUB_TOKEN>") if token else command,
         "task": task.kind.asked_as,
         "task_name": None if task.benchmark is None else task.benchmark.name,
         "label_words": task.kind.recorded_words,
@@ -283,11 +289,11 @@ def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int 
 
 
 def _evaluate(training: _Training) -> dict[str, float]:
-    """Evaluates on the validation rows and the test rows, of those that there are; returns the metrics."""
+    """Returns the metrics on the validation rows and the test rows, of those that there are."""
     trainer = training.trainer
     metrics: dict[str, float] = {}
     if trainer.eval_dataset is not None:
-        metrics |= _loss_last(trainer.evaluate(), "eval_loss")
+        metrics |= _loss_last(trainer.final_metrics(), "eval_loss")
     if training.test is not None:
         trainer.compute_metrics = training.task.compute_metrics(training.test, trainer.processing_class)
         metrics |= _loss_last(trainer.evaluate(training.test.data, metric_key_prefix="test"), "test_loss")
