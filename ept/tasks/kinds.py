@@ -286,8 +286,8 @@ class TokenClassification(_Headed):
             say(f"{cut} texts were cut to {limit} tokens: the words after them get no label")
         return encoded
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
-        return DataCollatorForTokenClassification(tokenizer)
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, multiple: int | None = None) -> Any:
+        return DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple)
 
     def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
         return word_predictor(model, tokenizer)
