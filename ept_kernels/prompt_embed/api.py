@@ -13,9 +13,11 @@ from torch import Tensor
 from ..availability import resolve
 from ..common.checks import check_activation, check_scale
 from ..common.dtypes import at_least_fp32, cast, widest
+from ..common.operators import Calls
 from . import eager, reference
 from .arguments import Settings, Stack, Text, TextWeights, Weights
 from .checks import (
+    check_id_values,
     check_ids,
     check_mask,
     check_no_stack,
@@ -23,6 +25,7 @@ from .checks import (
     check_prompt,
     check_stack,
     check_start,
+    check_start_values,
     check_text,
 )
 
@@ -95,7 +98,6 @@ def prompt_embed(
             on a GPU such a row is NaN with "triton").
         RuntimeError: a stack's gradient was asked of "triton"; "auto" takes "torch" for that.
     """
-    check_ids(input_ids, embedding_weight)
     table = embedding_weight.detach() if embedding_weight.requires_grad else embedding_weight
     return _input_of_backbone(
         Text(input_ids, table, attention_mask, _starts(prompt_start)),
@@ -223,18 +225,19 @@ def _input_of_backbone(text: Text, weights: Weights, settings: Settings, rows: R
         return _input_of_stack(text, weights, settings, rows, impl)
     check_no_stack(*rows)
     impl = resolve(impl, weights.prompt.device)
-    check_prompt(weights, settings)
-    of_text = weights.of_text(settings.lowrank_update)
-    check_text(text, weights.prompt.shape[1], weights.of_text(lowrank_update=True), settings.activation)
-    check_mask(text)
-    check_start(settings.prompt_start, text)
-    if of_text.lowrank_a is None and of_text.token_down is None:
+    call = _calls.checked((*text, *weights), settings, text, weights, settings)
+    if text.ids is not None:
+        check_id_values(text.ids, len(text.source))
+    check_start_values(text)
+    updates_by_position = settings.lowrank_update and weights.lowrank_a is not None
+    if not updates_by_position and weights.token_down is None:
         text = text._replace(mask=None)  # nothing asks where the text stands
     if impl == "triton":
         from . import triton_op
 
-        out, _ = triton_op.prompt_embed(text, weights, settings)
+        out, _ = triton_op.prompt_embed(text, weights, settings, call)
         return out
+    of_text = weights.of_text(settings.lowrank_update)
     functions, source_dtype = _functions(impl), text.source.dtype
     with torch.autocast(text.source.device.type, enabled=False):
         if impl == "torch" and of_text.lowrank_a is not None:
@@ -251,11 +254,15 @@ def _input_of_stack(text: Text, weights: Weights, settings: Settings, rows: Rows
     """The same where `weights` are constants of several adapters, [adapters, …] each."""
     lowrank_a, lowrank_b = (weights.lowrank_a, weights.lowrank_b) if settings.lowrank_update else (None, None)
     stack = Stack(weights.prompt, lowrank_a, lowrank_b, weights.token_down, weights.token_up, *rows)
+    if text.ids is not None:
+        check_ids(text.ids, text.source)
+        check_id_values(text.ids, len(text.source))
     check_stack(text, stack, weights)
     check_scale("embed_scale", settings.embed_scale, "the RMS of the embeddings' entries")
     check_activation(settings.activation)
     check_mask(text)
     check_start(settings.prompt_start, text)
+    check_start_values(text)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (text.source, *stack))
     if impl == "triton" and trained:
         raise RuntimeError('a stack has no gradient with impl="triton": use impl="torch", or torch.no_grad()')
@@ -278,6 +285,19 @@ def _input_of_stack(text: Text, weights: Weights, settings: Settings, rows: Rows
             positions = torch.arange(text.shape[1], device=embeds.device).expand(text.shape[:2])
         wide = cast(stack, dtype)._replace(adapter_index=stack.adapter_index, lengths=stack.lengths)
         return reference.prompt_embed_by_row(embeds.to(dtype), positions, wide, start, settings).to(source_dtype)
+
+
+def _check(text: Text, weights: Weights, settings: Settings) -> None:
+    """All arguments, but for the ids' values."""
+    if text.ids is not None:
+        check_ids(text.ids, text.source)
+    check_prompt(weights, settings)
+    check_text(text, weights.prompt.shape[1], weights.of_text(lowrank_update=True), settings.activation)
+    check_mask(text)
+    check_start(settings.prompt_start, text)
+
+
+_calls = Calls(_check)
 
 
 def _positions(text: Text, impl: str) -> Tensor | None:

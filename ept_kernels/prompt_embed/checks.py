@@ -17,7 +17,7 @@ from .arguments import Settings, Stack, Text, TextWeights, Weights
 
 
 def check_ids(input_ids: Tensor, embedding_weight: Tensor) -> None:
-    """Ids [batch, L] and E [vocab, d]; the ids' values where reading them costs nothing."""
+    """Ids [batch, L] and E [vocab, d], but for the ids' values."""
     if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.dim() != 2:
         raise TypeError(f"input_ids must be a 2-d int64 or int32 tensor [batch, length], not {describe(input_ids)}")
     if embedding_weight.dim() != 2 or not embedding_weight.is_floating_point():
@@ -26,8 +26,12 @@ def check_ids(input_ids: Tensor, embedding_weight: Tensor) -> None:
             "pass quantised or computed embeddings to prompt_embed_inputs"
         )
     check_same_device("embedding_weight", embedding_weight, input_ids=input_ids)
+
+
+def check_id_values(input_ids: Tensor, vocab: int) -> None:
+    """The ids' values where reading them costs nothing."""
     if input_ids.numel() and has_readable_values(input_ids):
-        low, high, vocab = input_ids.min().item(), input_ids.max().item(), len(embedding_weight)
+        low, high = (value.item() for value in input_ids.aminmax())
         if low < 0 or high >= vocab:
             raise IndexError(
                 f"input_ids holds {low if low < 0 else high}, but the vocabulary has ids 0 … {vocab - 1}: "
@@ -96,14 +100,22 @@ def check_mask(text: Text) -> None:
 
 
 def check_start(prompt_start: int, text: Text) -> None:
-    """The column at which the prompt stands, or each row's; the values of those where reading them costs nothing."""
-    starts, length = text.starts, text.shape[1]
-    if starts is not None:
-        check_integers("prompt_start", starts, (text.shape[0],))
-        check_same_device("prompt_start", starts, inputs_embeds=text.source)
-        if starts.numel() and has_readable_values(starts):
-            low, high = (value.item() for value in starts.aminmax())
-            prompt_start = int(low if low < 0 else high)
+    """The column at which the prompt stands, or each row's, but for their values."""
+    if text.starts is not None:
+        check_integers("prompt_start", text.starts, (text.shape[0],))
+        check_same_device("prompt_start", text.starts, inputs_embeds=text.source)
+    _check_column(prompt_start, text.shape[1])
+
+
+def check_start_values(text: Text) -> None:
+    """The values of the rows' columns where reading them costs nothing."""
+    starts = text.starts
+    if starts is not None and starts.numel() and has_readable_values(starts):
+        for value in starts.aminmax():
+            _check_column(int(value), text.shape[1])
+
+
+def _check_column(prompt_start: int, length: int) -> None:
     if not 0 <= prompt_start <= length:
         raise ValueError(f"prompt_start={prompt_start} is not a column of the text: it must be in 0 … {length}")
 
