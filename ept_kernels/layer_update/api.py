@@ -5,9 +5,10 @@ from torch import Tensor
 
 from ..availability import resolve
 from ..common.dtypes import widest
+from ..common.operators import Call, Calls
 from . import eager, reference
 from .arguments import Settings, Update
-from .checks import check_update
+from .checks import check_update, check_values
 
 __all__ = ["layer_update"]
 
@@ -30,7 +31,8 @@ def layer_update(
 
     Args:
         hidden: H [batch, columns, d], of any strides. It is never changed; the result is a new tensor.
-        down, up: D and W, [q, d] each; with `adapter_index` [adapters, q, d] each.
+        down, up: D and W, [q, d] each; with `adapter_index` [adapters, q, d] each; [batch, q, d] without one are a pair for
+            each row.
         hidden_scale: h, the size of the hidden states, a constant: a number, or a 0-d tensor; with `adapter_index`
             also a tensor [adapters].
         activation: σ, one of "silu", "relu", "gelu", "identity".
@@ -48,9 +50,15 @@ def layer_update(
         IndexError: an index names no adapter (checked on CPU, where it costs nothing; on a GPU "triton" gives NaN there).
     """
     impl = resolve(impl, hidden.device)
-    check_update(hidden, down, up, hidden_scale, activation, adapter_index)
+    scales = hidden_scale if isinstance(hidden_scale, Tensor) else None
+    settings = (activation, None if scales is not None else hidden_scale)
+    arguments = (hidden, down, up, hidden_scale, activation, adapter_index)
+    call = _calls.checked((hidden, down, up, adapter_index, scales), settings, *arguments)
+    check_values(hidden_scale, adapter_index, len(down))
+    if adapter_index is None and down.dim() == 3 and impl != "torch":
+        adapter_index, call = torch.arange(len(hidden), device=hidden.device), None  # which the checks have not seen
     if impl == "triton":
-        return _launch(hidden, down, up, hidden_scale, activation, adapter_index)
+        return _launch(Update(hidden, down, up, adapter_index), hidden_scale, activation, call)
     with torch.autocast(hidden.device.type, enabled=False):
         if impl == "torch":
             return eager.layer_update(hidden, down, up, hidden_scale, activation, adapter_index)
@@ -63,19 +71,14 @@ def layer_update(
         return reference.layer_update_by_row(*wide, adapter_index).to(hidden.dtype)
 
 
-def _launch(
-    hidden: Tensor,
-    down: Tensor,
-    up: Tensor,
-    hidden_scale: float | Tensor,
-    activation: str,
-    adapter_index: Tensor | None,
-) -> Tensor:
+_calls = Calls(check_update)
+
+
+def _launch(update: Update, hidden_scale: float | Tensor, activation: str, call: Call | None) -> Tensor:
     """layer_update by the kernels."""
     from . import triton_op
 
     if not isinstance(hidden_scale, Tensor):
-        update = Update(hidden, down, up, adapter_index)
-        return triton_op.layer_update(update, Settings(float(hidden_scale), activation))
-    scales = hidden_scale.detach().to(hidden.device)
-    return triton_op.layer_update(Update(hidden, down, up, adapter_index, scales), Settings(activation=activation))
+        return triton_op.layer_update(update, Settings(float(hidden_scale), activation), call)
+    scales = hidden_scale.detach().to(update.hidden.device)
+    return triton_op.layer_update(update._replace(scales=scales), Settings(activation=activation), call)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.dtypes import at_least_fp32, widest
 from ..common.eager import add_bottleneck, multiply_onto
-from ..common.operators import is_eager
+from ..common.operators import is_traced
 from ..common.reference import ACTIVATIONS
 
 
@@ -32,6 +32,8 @@ def layer_update(
         hidden_scale = hidden_scale.detach().to(dtype)
     if adapter_index is None:
         down, up = _scaled(down, up, hidden_scale)
+        if down.dim() == 3:
+            return _rounded_update(hidden, down, up, activation, None, dtype)
         return _rounded_update(hidden.flatten(0, 1), down, up, activation, None, dtype).view(hidden.shape)
     skipped = (adapter_index < 0).view(-1, 1, 1)
     rows = adapter_index.clamp(min=0).long()
@@ -55,7 +57,7 @@ def _rounded_update(
     """`add_bottleneck` in `dtype`, rounded once to the dtype of x."""
     if x.dtype == dtype:
         return add_bottleneck(x, down, up, activation, skipped)
-    if torch.is_grad_enabled() and is_eager(x, down, up):
+    if torch.is_grad_enabled() and not is_traced():
         return _RoundedUpdate.apply(x, down, up, activation, skipped)
     return add_bottleneck(x.to(dtype), down, up, activation, skipped).to(x.dtype)
 

@@ -35,14 +35,16 @@ from ..common.triton_launch import (
     compute_dtype,
     counters,
     divided_up,
+    launch,
     launching_on,
     power_of_two,
     tile_of,
     triton_dtype,
 )
+from ..common.triton_rows import add_outer, project
 from .arguments import Settings, Update
 from .triton_forward import Tiling, kind_of_scale, load_unit
-from .triton_rows import add_outer, locate, project
+from .triton_rows import locate
 
 TOKEN_TILE = 16  # tokens per step of the second launch: of 32 the operands would spill on sm_100
 COLUMN_TILE = 64  # columns per program of the second launch: a whole memory line of 128 bytes in bf16
@@ -154,7 +156,8 @@ def backward(
     tiling = Tiling.of(update)
     u = torch.empty_like(z) if weight_grad else z.new_empty(0)
     with launching_on(grad_out):
-        hidden_kernel[(tiling.items,)](
+        launch(
+            hidden_kernel, tiling.items,
             grad_out, update.down, update.up, update.adapter_index, z, u, grads.hidden,
             batch, columns, tiling.tiles, update.adapters, INPUT_GRAD=input_grad, WEIGHT_GRAD=weight_grad,
             ACTIVATION=settings.activation, **tiling.flags(update),
@@ -178,7 +181,8 @@ def _launch_weights(
     shares = max(1, min(PROGRAMS // (slices * adapters), MOST_SHARES, groups * tiles // STEPS, tiles))
     partial = z.new_empty(adapters * shares, 2 * q, d)
     with counters.take(adapters * slices, grad_out.device) as counter:
-        weights_kernel[(slices * shares * adapters,)](
+        launch(
+            weights_kernel, slices * shares * adapters,
             update.hidden, grad_out, update.adapter_index, update.scales, z, u, partial, grads.down, grads.up, counter,
             batch, columns, groups, tiles, adapters, shares, *update.hidden.stride()[:2], settings.hidden_scale,
             D=d, Q=q, Q_TILE=q_tile, BOTH_TILE=both_tile, BLOCK_D=block_d, TOKENS=TOKEN_TILE,

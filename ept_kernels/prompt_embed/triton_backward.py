@@ -42,6 +42,7 @@ from ..common.triton_launch import (
     column_tile,
     counters,
     divided_up,
+    launch,
     launching_on,
     power_of_two,
     tile_of,
@@ -85,7 +86,7 @@ def backward(
 ) -> Gradients:
     """The gradients in two launches, for the arguments of `forward` and what it kept.
 
-    The mask itself is not asked for: `kept.lengths` has it. Without `input_grad` the text's embeddings get none.
+    Mask and starts themselves are not asked for: `kept` has them. Without `input_grad` the text's embeddings get none.
     """
     grads = empty_grads(text, weights, input_grad)
     if grad_out.numel() == 0:
@@ -111,7 +112,7 @@ def backward(
     position_items = divided_up(n, POSITION_TILE) if b_rank else 0
     common = dict(
         D=d, R=r, K=k, H=h, Q=q, **tiles, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE, POSITIONS=POSITION_TILE,
-        BATCH=TOKEN_BATCH, MASK=kept.lengths.numel() > 0, UPDATE=update, FUSION=fusion,
+        BATCH=TOKEN_BATCH, MASK=kind_of_mask(kept), STARTS=kept.starts.numel() > 0, UPDATE=update, FUSION=fusion,
         ACTIVATION=settings.activation, COMPUTE=triton_dtype(dtype),
     )  # fmt: skip
 
@@ -127,20 +128,29 @@ def backward(
     sizes = (batch, length, s, n, covered)
     with launching_on(grad_out), counters.take(max(blocks, weights_slices), grad_out.device) as counter:
         flags = backend_flags(dtype)
-        reduce_kernel[(blocks * slices + text_tiles * da_parts,)](
+        launch(
+            reduce_kernel, blocks * slices + text_tiles * da_parts,
             grad_out, grad_gate, *weights, *kept, *between, partial, grads.source, counter,
             *sizes, settings.prompt_start, settings.scale, settings.embed_scale, blocks * slices, text_tiles,
             BLOCK_D=block_d, UNROLL_BY=UNROLL, GATE_GRAD=grad_gate is not None and k > 0, INPUT_GRAD=input_grad,
             num_warps=NUM_WARPS, **common, **flags,
         )  # fmt: skip
         partial = new_empty(shares + fusion, b_rank + 2 * q, d)
-        weights_kernel[(weights_slices * (1 + shares) + position_items,)](
+        launch(
+            weights_kernel, weights_slices * (1 + shares) + position_items,
             text.ids, text.source, grad_out, *weights, *kept, *between, partial, counter, *grads.weights,
             *sizes, text_slots, settings.prompt_start, text.source.stride(-2), settings.scale, settings.embed_scale,
             shares, da_parts, weights_slices, weights_slices * shares, GATHER=text.ids is not None, BLOCK_D=weights_d,
             num_warps=NUM_WARPS if flags["AMD"] else WEIGHTS_WARPS, num_stages=WEIGHTS_STAGES, **common, **flags,
         )  # fmt: skip
     return grads
+
+
+def kind_of_mask(kept: Kept) -> str:
+    """ "none", "slots" or "flags": what the forward kept."""
+    if kept.slots.numel() == 0:
+        return "none"
+    return "slots" if kept.lengths.numel() else "flags"
 
 
 def empty_grads(text: Text, weights: Weights, input_grad: bool) -> Gradients:
