@@ -94,3 +94,16 @@ def test_one_graph_serves_all_lengths_and_slots(rows, update):
     update.reset_lora(0)
     torch.testing.assert_close(compiled(hidden, positions), step(hidden, positions))
     assert counter.frame_count == 1
+
+
+def test_one_adapter_for_all_tokens_needs_no_index():
+    update, rows = Update(1, RANK, WIDTH, "silu", by_token=False), Rows(1, 3, WIDTH, by_token=False)
+    torch.manual_seed(2)
+    update.set_lora(0, torch.randn(RANK, WIDTH), torch.randn(WIDTH, RANK))
+    rows.set_lora(0, torch.randn(3, WIDTH), torch.zeros(1, 2))
+    hidden = torch.randn(4, WIDTH)
+    updated = reference.layer_update(hidden, update.down[0], update.up[0], 1.0, "silu")
+    torch.testing.assert_close(hidden + update(hidden, update.slots(4)), updated)
+    out = rows(hidden, torch.arange(4), rows.slots(4), update)
+    want = torch.cat([rows.rows[0, :2], updated[2:3] + rows.rows[0, 2:], updated[3:]])
+    torch.testing.assert_close(out, want)
