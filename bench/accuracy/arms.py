@@ -1,5 +1,6 @@
 """The arms of the accuracy study and the jobs of its stages: what is run, at which budget, rate, size and seed."""
 
+from itertools import zip_longest
 from typing import Any
 
 __all__ = ["ARMS", "BUDGET", "COMPARISONS", "SMOLLM2_ARMS", "STAGES", "STEPS", "TASKS", "job"]
@@ -237,8 +238,39 @@ def smollm2_final() -> list[Job]:
     ]
 
 
+# The paper's parts beside prompt tuning at equal parameters: budget 20 rows, 1,000 steps of 8 rows of at most 32 tokens.
+# The low-rank pair covers 32 positions; the spaces are two of width 1.
+LONG = {"steps": 1000, "batch_size": 8, "max_length": 32, "budget": 7_680, "rows": ALL_ROWS}
+PAPER = {"max_text_length": 32, "num_spaces": 2, "space_dim": 1}
+
+
+def _paper(prompt: float, others: float) -> Job:
+    """The paper's form with its prompt's rate and those of all other parts as multiples of their defaults."""
+    rates = {
+        "prompt_learning_rate": 0.09 * prompt,
+        "up_learning_rate": 0.018 * others,
+        "down_learning_rate": 0.001 * others,
+    }
+    return {"method": "EPT paper", "rate": 1.0, "settings": PAPER, "rates": rates}
+
+
+def paper_search() -> list[Job]:
+    """Rates on SST-2's dev part: the prompt's and the other parts' apart, and five of prompt tuning."""
+    tried = ((4, 0.4), (1, 0.4), (4, 0.1), (4, 0.02), (1, 0.1), (1, 1))
+    common = dict[str, Any](task="sst2", seed=9) | LONG
+    jobs = [
+        job(f"EPT paper, prompt {prompt:g}, others {others:g}", **common | _paper(prompt, others))
+        for prompt, others in tried
+    ]
+    rates = (0.005, 0.01, 0.02, 0.0025, 0.04)
+    peers = [
+        job(f"prompt tuning 20 {rate:g}", **common | {"method": "prompt tuning 20", "rate": rate}) for rate in rates
+    ]
+    return [one for pair in zip_longest(jobs, peers) for one in pair if one is not None]
+
+
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
-    "smollm2_final": smollm2_final,
+    "smollm2_final": smollm2_final, "paper_search": paper_search,
 }  # fmt: skip

