@@ -108,6 +108,10 @@ AdapterArguments = make_dataclass(
         ("soft_prompt", str | None, option(
             "Trained prompt for --init decompose: a PEFT prompt-tuning adapter, or a safetensors file with one matrix."
         )),
+        ("init_adapters", list[str] | None, option(
+            "Directories of trained adapters of the same model to start from; their sizes are taken. Up to 200 training rows "
+            "say how much each weighs; with several of different starts the best is taken. A task without a head takes one."
+        )),
         *(
             (name, setting_type | None, option(_adapter_help(name)))
             for name, setting_type in get_type_hints(EPTConfig).items()
@@ -122,8 +126,12 @@ def ept_config(adapter: Any, backbone: PreTrainedModel, checkpoint: str | None =
 
     Without a preset or a budget, what is not given is as it was in the adapter of a checkpoint to go on from.
     """
-    not_settings = ("preset", "budget", "soft_prompt")
+    not_settings = ("preset", "budget", "soft_prompt", "init_adapters")
     settings = {k: v for k, v in vars(adapter).items() if v is not None and k not in not_settings}
+    if adapter.init_adapters is not None:
+        return _config_of_sources(adapter, settings, checkpoint)
+    if settings.get("init") == "adapters":
+        raise ValueError("--init adapters needs trained adapters: give --init_adapters DIR …")
     if (settings.get("init") == "decompose") != (adapter.soft_prompt is not None):
         raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
     preset = adapter.preset or "default"
@@ -132,3 +140,15 @@ def ept_config(adapter: Any, backbone: PreTrainedModel, checkpoint: str | None =
     if checkpoint is not None and adapter.preset is None:
         return EPTConfig(**adapter_settings(checkpoint) | settings)
     return config_for(backbone, PRESETS[preset](**settings))
+
+
+def _config_of_sources(adapter: Any, settings: dict[str, Any], checkpoint: str | None) -> EPTConfig:
+    """Makes the config of an adapter that starts from trained ones: the first one's, or a checkpoint's, with `settings` over
+    it."""
+    for name in ("preset", "budget", "soft_prompt"):
+        if getattr(adapter, name) is not None:
+            raise ValueError(f"--{name} and --init_adapters: the sizes and the start are the adapters': leave one out")
+    if settings.get("init", "adapters") != "adapters":
+        raise ValueError(f"--init {settings['init']} and --init_adapters: an adapter has one start: leave one out")
+    source = adapter_settings(adapter.init_adapters[0] if checkpoint is None else checkpoint)
+    return EPTConfig(**source | settings | {"init": "adapters", "init_text": None})
