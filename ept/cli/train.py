@@ -17,6 +17,7 @@ from transformers.utils import is_liger_kernel_available
 
 from ept.backbone.embeddings import weight_of
 from ept.backbone.loading import input_limit, load_tokenizer, pad_like_tokenizer
+from ept.backbone.precision import precision_for
 from ept.cli.errors import bad_input_is_one_line, fail
 from ept.cli.init_adapters import check_same_backbone, check_sources, init_rows, start_in_words
 from ept.cli.optimizer_check import check_optimizer
@@ -91,6 +92,8 @@ def _prepare(options: TrainOptions) -> _Training:
     backbone = data.task.kind.load_backbone(
         options.model.model_name_or_path, head=options.model.head, dtype=options.model.dtype
     )
+    if args.bf16 and (attention := precision_for("bfloat16", None).attention) is not None:
+        backbone.set_attn_implementation(attention)
     pad_like_tokenizer(backbone, tokenizer)
     check_same_backbone(sources or (), backbone)
     config = ept_config(options.adapter, backbone, checkpoint)
