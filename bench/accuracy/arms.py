@@ -269,8 +269,67 @@ def paper_search() -> list[Job]:
     return [one for pair in zip_longest(jobs, peers) for one in pair if one is not None]
 
 
+# LoRA on all linear layers: r = 1 is 41,472 parameters.
+LORA_ALL = {"method": "LoRA all", "budget": 41_472}
+
+
+def lora_all() -> list[Job]:
+    """Three rates of LoRA on all linear layers, as `search` has them: ten times full fine-tuning's among them."""
+    return [
+        job(f"LoRA, all linear {rate:g}", task=task, rows=2000, seed=0, rate=rate, **LORA_ALL)
+        for rate in (0.005, 0.0025, 0.001)
+        for task in ("tweets", "movies")
+    ]
+
+
+# Gemma 3 270M, as SmolLM2: with q = 2 EPT has 47,360 parameters, LoRA r = 1 on query and value 46,080.
+GEMMA3 = SMOLLM2 | {"backbone": "gemma3", "budget": 47_360}
+GEMMA3_ARMS: dict[str, dict[str, Any]] = {
+    "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": DEEP | {"token_rank": 2, "deep_layers": 17}},
+    "LoRA": {"method": "LoRA", "rate": 0.008},
+    "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.024},
+}
+LANGUAGE_MODELS = {"smollm2": (SMOLLM2, SMOLLM2_ARMS), "gemma3": (GEMMA3, GEMMA3_ARMS)}
+
+
+def gemma3() -> list[Job]:
+    """Learning rates for each method on the dev part of tweets."""
+    rates = {"EPT, deep": (1.0, 0.5, 2.0), "LoRA": (0.008, 0.004, 0.016), "prompt tuning 20": (0.024, 0.012, 0.048)}
+    common = dict[str, Any](task="tweets", seed=0) | GEMMA3
+    return [
+        job(f"{arm} {rate:g}", **common | GEMMA3_ARMS[arm] | {"rate": rate})
+        for arm, tried in rates.items()
+        for rate in tried
+    ]
+
+
+def gemma3_final() -> list[Job]:
+    """Five seeds, the test parts of two tasks."""
+    common = dict[str, Any](reads_test=True) | GEMMA3
+    return [
+        job(arm, **common | told | {"task": task, "seed": seed})
+        for seed in range(5)
+        for task in ("tweets", "movies")
+        for arm, told in GEMMA3_ARMS.items()
+    ]
+
+
+def written() -> list[Job]:
+    """GLUE's tasks as text to write, at the rates of the classifiers: three seeds, the test parts, rows of 64 tokens."""
+    return [
+        job(f"{backbone}, {arm}", **common | told | {"task": task, "seed": seed})
+        for seed in range(3)
+        for backbone, (shape, arms) in LANGUAGE_MODELS.items()
+        for common in (dict[str, Any](form="written", reads_test=True) | shape | {"max_length": 64},)
+        for task in ("sst2", "cola", "mrpc")
+        for arm, told in arms.items()
+        if arm != "EPT, half"
+    ]
+
+
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
     "smollm2_final": smollm2_final, "paper_search": paper_search,
+    "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final, "written": written,
 }  # fmt: skip

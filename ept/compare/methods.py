@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification, in_float32
 from ept.backbone.traits import head_names
@@ -198,7 +199,6 @@ def _prompt_tuning(rows: int) -> Method:
 def _lora(order: _Order) -> nn.Module:
     """Puts LoRA on what PEFT names for the model's kind: on all of them where the budget holds a rank of them, else at rank
     1 on the first kind of them (the query) in as many last layers as fit."""
-    from peft import LoraConfig
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
     base, budget = order.base, order.budget
@@ -219,6 +219,35 @@ def _lora(order: _Order) -> nn.Module:
                 room -= sizes[name]
     if not targets:
         raise ValueError(f"a budget of {budget} parameters holds no LoRA of rank 1: raise it")
+    return _with_lora(order, rank, targets)
+
+
+def _lora_everywhere(order: _Order) -> nn.Module:
+    """Puts LoRA on every linear layer of the backbone's layers, at the rank that fills the budget."""
+    sizes = {
+        name: sum(module.weight.shape)
+        for name, module in order.base.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and _is_in_a_layer(name) and not _is_in(order.heads, f"{name}.")
+    }
+    if not sizes:
+        raise ValueError(f"LoRA finds no linear layers in {type(order.base).__name__}: leave the method out")
+    rank = order.budget // sum(sizes.values())
+    if rank == 0:
+        raise ValueError(
+            f"a budget of {order.budget} parameters holds no LoRA of rank 1 on all linear layers, which takes "
+            f"{sum(sizes.values())}: raise it"
+        )
+    return _with_lora(order, rank, list(sizes))
+
+
+def _is_in_a_layer(name: str) -> bool:
+    """Tells whether a module is part of one of several layers, which are numbered."""
+    return any(part.isdecimal() for part in name.split("."))
+
+
+def _with_lora(order: _Order, rank: int, targets: list[str]) -> nn.Module:
+    from peft import LoraConfig
+
     return _with_peft(order, LoraConfig(
         task_type=_task_type(order), r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets,
     ))  # fmt: skip
@@ -272,6 +301,7 @@ METHODS: dict[str, Method] = {
     "prompt tuning 20": _prompt_tuning(20),
     "prompt tuning 100": _prompt_tuning(100),
     "LoRA": _peer("PEFT LoRA on query and value, of the rank that the budget holds", (0.002, 0.005, 0.01), _lora),
+    "LoRA all": _peer("PEFT LoRA on all linear layers of the layers", (0.002, 0.005, 0.01), _lora_everywhere),
     "BitFit": _peer("all biases of the backbone", (0.002, 0.005, 0.01), _biases, trains_backbone=True),
     "full": _peer("all weights of the backbone", (0.00005, 0.0001, 0.0002), _all_weights, trains_backbone=True),
 }
