@@ -270,7 +270,7 @@ def paper_search() -> list[Job]:
 
 
 # LoRA on all linear layers: r = 1 is 41,472 parameters.
-LORA_ALL = {"method": "LoRA all", "budget": 41_472}
+LORA_ALL: Job = {"method": "LoRA all", "budget": 41_472}
 
 
 def lora_all() -> list[Job]:

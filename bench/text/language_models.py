@@ -62,12 +62,11 @@ def language_model(name: str) -> Path:
     print(f"unpacking {name}, once", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
         packed, whole = LANGUAGE_MODELS[name](Path(folder)), Path(folder) / "whole"
-        file = {"pretrained_model_name_or_path": packed.parent, "gguf_file": packed.name}
         model = AutoModelForCausalLM.from_pretrained(
-            **file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            packed.parent, gguf_file=packed.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(whole)
-        AutoTokenizer.from_pretrained(**file).save_pretrained(whole)
+        AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(whole)
         os.replace(whole, directory)
     return directory
 
