@@ -1,6 +1,5 @@
 """The arms of the accuracy study and the jobs of its stages: what is run, at which budget, rate, size and seed."""
 
-from itertools import zip_longest
 from typing import Any
 
 __all__ = ["ARMS", "BUDGET", "COMPARISONS", "SMOLLM2_ARMS", "STAGES", "STEPS", "TASKS", "job"]
@@ -255,18 +254,38 @@ def _paper(prompt: float, others: float) -> Job:
 
 
 def paper_search() -> list[Job]:
-    """Rates on SST-2's dev part: the prompt's and the other parts' apart, and five of prompt tuning."""
-    tried = ((4, 0.4), (1, 0.4), (4, 0.1), (4, 0.02), (1, 0.1), (1, 1))
+    """Rates on SST-2's dev part: the prompt's and the other parts' apart, and those of prompt tuning."""
+    tried = ((4, 0.4), (1, 0.4), (4, 0.1), (4, 0.02), (4, 0.004))
     common = dict[str, Any](task="sst2", seed=9) | LONG
     jobs = [
         job(f"EPT paper, prompt {prompt:g}, others {others:g}", **common | _paper(prompt, others))
         for prompt, others in tried
     ]
-    rates = (0.005, 0.01, 0.02, 0.0025, 0.04)
+    rates = (0.005, 0.01, 0.02, 0.04)
     peers = [
         job(f"prompt tuning 20 {rate:g}", **common | {"method": "prompt tuning 20", "rate": rate}) for rate in rates
     ]
-    return [one for pair in zip_longest(jobs, peers) for one in pair if one is not None]
+    return jobs + peers
+
+
+PAPER_ARMS: dict[str, dict[str, Any]] = {  # at the rates that `paper_search` chose
+    "EPT paper": _paper(4, 0.02),
+    "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.02},
+    "prompt tuning 8": {"method": "prompt tuning 8", "rate": 0.02},  # the paper's form's own prompt alone
+}
+
+
+def paper_final() -> list[Job]:
+    """Five seeds, SST-2's test part, then CoLA's."""
+    common = dict[str, Any](reads_test=True) | LONG
+    return [
+        job(arm, **common | told | {"task": task, "seed": seed})
+        for task in ("sst2", "cola")
+        for arms in (("EPT paper", "prompt tuning 20"), ("prompt tuning 8",))
+        for seed in range(5)
+        for arm, told in PAPER_ARMS.items()
+        if arm in arms
+    ]
 
 
 # LoRA on all linear layers: r = 1 is 41,472 parameters.
@@ -279,6 +298,17 @@ def lora_all() -> list[Job]:
         job(f"LoRA, all linear {rate:g}", task=task, rows=2000, seed=0, rate=rate, **LORA_ALL)
         for rate in (0.005, 0.0025, 0.001)
         for task in ("tweets", "movies")
+    ]
+
+
+def lora_all_final() -> list[Job]:
+    """Five seeds, the test parts, beside the default preset with as many parameters of stage `final`."""
+    arms = {"LoRA, all linear": LORA_ALL | {"rate": 0.0025}}
+    return [
+        job(arm, **dict[str, Any](task=task, rows=2000, seed=seed, reads_test=True) | told)
+        for task in ("tweets", "movies", "rating", "authors", "news")
+        for seed in range(5)
+        for arm, told in arms.items()
     ]
 
 
@@ -330,6 +360,6 @@ def written() -> list[Job]:
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
-    "smollm2_final": smollm2_final, "paper_search": paper_search,
+    "smollm2_final": smollm2_final, "paper_search": paper_search, "paper_final": paper_final, "lora_all_final": lora_all_final,
     "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final, "written": written,
 }  # fmt: skip
