@@ -99,7 +99,9 @@ def test_a_written_task_is_judged_by_the_likeliest_label_the_whole_answer_and_it
     assert found.exact_match == np.mean(right) and found.answer_loss == pytest.approx(np.mean(losses), rel=1e-4)
     text = task.texts["test"][0]
     ids = made(text, return_tensors="pt").input_ids
-    assert text_loss(model, made, [text], 64) == pytest.approx(float(model(input_ids=ids, labels=ids).loss.detach()), rel=1e-4)
+    assert text_loss(model, made, [text], 64) == pytest.approx(
+        float(model(input_ids=ids, labels=ids).loss.detach()), rel=1e-4
+    )
 
 
 def test_a_stages_table_has_every_arm_and_the_differences_from_the_first(tmp_path, monkeypatch, capsys):

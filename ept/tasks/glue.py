@@ -95,7 +95,7 @@ class BenchmarkTask:
         return value if 0 <= value <= 5 else -1.0
 
     def judge(self, predicted: list[float], rows: Rows) -> dict[str, float]:
-        """Computes the task's metrics of predicted class numbers or scores, the paper's first."""
+        """Computes the task's metrics of predicted class numbers or scores, in the order of `metrics`."""
         number = len(self.labels)
         return metrics_of(self.metrics, Answers(list(rows.labels), list(predicted), number, range(number), rows.groups))
 
