@@ -125,3 +125,4 @@ def test_a_stages_table_has_every_arm_and_the_differences_from_the_first(tmp_pat
     table = (tmp_path / "paper_search.md").read_text()
     assert "| EPT | 1,200 | 0.9000 ± 0.0000 (3 seeds) |" in table and "| LoRA | 1,200 | 0.8000" in table
     assert "| EPT − LoRA | +10.00 | +" in table and "steps 9" in table and "device a CPU" in table
+    assert (tmp_path / "paper_search.png").stat().st_size

@@ -312,6 +312,21 @@ def lora_all_final() -> list[Job]:
     ]
 
 
+def glue() -> list[Job]:
+    """GLUE's three tasks on MiniLM, five seeds, the test parts; rates as in `final`."""
+    arms = {
+        arm: ARMS[arm]
+        for arm in ("EPT, deep", "EPT, deep q=8", "LoRA r=2", "LoRA r=4", "prompt tuning 20", "head only")
+    }
+    arms["LoRA, all linear"] = LORA_ALL | {"rate": 0.0025}
+    return [
+        job(arm, **dict[str, Any](task=task, rows=2000, seed=seed, reads_test=True) | told)
+        for seed in range(5)
+        for task in ("sst2", "cola", "mrpc")
+        for arm, told in arms.items()
+    ]
+
+
 # Gemma 3 270M, as SmolLM2: with q = 2 EPT has 47,360 parameters, LoRA r = 1 on query and value 46,080.
 GEMMA3 = SMOLLM2 | {"backbone": "gemma3", "budget": 47_360}
 GEMMA3_ARMS: dict[str, dict[str, Any]] = {
@@ -361,5 +376,5 @@ STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
     "smollm2_final": smollm2_final, "paper_search": paper_search, "paper_final": paper_final, "lora_all_final": lora_all_final,
-    "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final, "written": written,
+    "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final, "written": written, "glue": glue,
 }  # fmt: skip

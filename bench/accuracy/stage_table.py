@@ -1,7 +1,8 @@
 """A stage's table, from its lines alone: python -m bench.accuracy.stage_table STAGE [--glue DIRECTORY]
 
 Writes bench/results/accuracy/STAGE.md: each arm's scores by task and, where the stage read the test parts, the differences
-from the first arm with their 95 % intervals. A draw takes rows and seeds with replacement, the same for both arms.
+from the first arm with their 95 % intervals, and STAGE.png. A draw takes rows and seeds with replacement, the same for both
+arms.
 """
 
 import argparse
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..text.real_text import Task, load_task
-from .arms import STAGES
+from .arms import ALL_ROWS, STAGES
+from .picture import COLOURS, Point, draw_scores
 from .study import RESULTS, decode_predictions, read
 from .table import scores_of
 
@@ -73,6 +75,26 @@ def _scores(record: Record, rows: np.ndarray, labels: np.ndarray, task: Task) ->
     return scores_of(predictions, labels[rows], task.metric in ("pearson", "matthews"))
 
 
+def picture(runs: dict[str, Runs], stage: str, tasks: dict[str, Task], draws: int) -> None:
+    """Writes STAGE.png: a panel for each task, each arm with the interval of its difference from the first."""
+    first, panels = next(iter(runs)), {}
+    for name, task in tasks.items():
+        points = []
+        for arm, by_task in runs.items():
+            if name not in by_task or name not in runs[first]:
+                continue
+            own, interval = by_task[name].values(), None
+            score = statistics.mean(record["score"] for record in own)
+            if arm != first:
+                mean, low, high, _ = difference({name: by_task[name]}, {name: runs[first][name]}, tasks, draws)
+                interval = (score + low - mean, score + high - mean)
+            family = next((family for family in COLOURS if arm.startswith(family)), arm)
+            points.append(Point(arm, family, max(record["trained_parameters"] for record in own), score, interval))
+        if points:
+            panels[f"{name} ({task.metric})"] = points
+    draw_scores(panels, first, "score", RESULTS / f"{stage}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.stage_table", description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=list(STAGES))
@@ -95,6 +117,7 @@ def main() -> None:
             mean, low, high, pairs = difference(runs[first], runs[other], tasks, options.draws)
             lines.append(f"| {first} − {other} | {100 * mean:+.2f} | {100 * low:+.2f} … {100 * high:+.2f} | {pairs} |")
         lines.append("")
+        picture(runs, options.stage, tasks, options.draws)
     common = {"steps", "batch_size", "max_length", "rows", "budget", "backbone"}
     settings = {name: {record.get(name) for record in records} for name in sorted(common)}
     told = [
