@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..text.real_text import Task, load_task
-from .arms import ALL_ROWS, STAGES
+from .arms import STAGES
 from .picture import COLOURS, Point, draw_scores
 from .study import RESULTS, decode_predictions, read
 from .table import scores_of
