@@ -12,6 +12,7 @@ from ept.layer.layer import EPTLayer, decompose
 from ept.model.fresh import get_ept_model
 from ept.model.model import EPTModel
 from ept.peft_format import from_peft, read_soft_prompt, save_peft
+from ept.pretrained import AutoEPTModel
 from ept.version import __version__
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AutoEPTModel",
     "EPTConfig",
     "EPTContinuationTrainer",
     "EPTLayer",

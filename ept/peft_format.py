@@ -16,13 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
 from ept.config import EPTConfig
 from ept.files.adapter_dir import CONFIG_NAME, WEIGHTS_NAME
+from ept.files.hub import local_directory
 from ept.layer.folded import fold_layer
 from ept.model.model import EPTModel
 
@@ -42,7 +41,14 @@ TASK_TYPES = {
 # ---------------------------------------------------------------------- in
 
 
-def from_peft(model: PreTrainedModel, path: str | os.PathLike) -> EPTModel:
+def from_peft(
+    model: PreTrainedModel,
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> EPTModel:
     """A PEFT prompt-tuning adapter, or a DePT checkpoint, as an EPT adapter on `model`; it can be trained on.
 
     Prompt tuning becomes EPT with the prompt alone; DePT becomes EPT with the low-rank update alone. A head that the
@@ -51,11 +57,13 @@ def from_peft(model: PreTrainedModel, path: str | os.PathLike) -> EPTModel:
 
     Args:
         model: the backbone that the adapter was trained on, with the same head.
-        path: directory with adapter_config.json and adapter_model.safetensors (or adapter_model.bin).
+        path: directory with adapter_config.json and adapter_model.safetensors (or adapter_model.bin), or a hub id.
+        revision, token, cache_dir: of a hub id, as in `EPTModel.from_pretrained`.
 
     Raises:
-        ValueError, FileNotFoundError: the adapter is of another kind, partial, damaged, or does not fit the model.
+        ValueError, OSError: the adapter is not there, of another kind, partial, damaged, or does not fit the model.
     """
+    path = local_directory(path, revision=revision, token=token, cache_dir=cache_dir)
     settings, tensors = read_peft(path)
     prompt = _prompt_of(settings, tensors, path)
     sizes: dict[str, Any] = dict(prompt_length=len(prompt), rank=0)
@@ -85,14 +93,23 @@ def from_peft(model: PreTrainedModel, path: str | os.PathLike) -> EPTModel:
     return wrapped
 
 
-def read_soft_prompt(path: str | os.PathLike) -> Tensor:
-    """Q [m, d]: the trained prompt of a PEFT prompt-tuning or DePT directory, or the one matrix of a safetensors file."""
-    path = Path(path)
+def read_soft_prompt(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Tensor:
+    """Q [m, d]: the trained prompt of a PEFT prompt-tuning or DePT adapter, or the one matrix of a safetensors file.
+
+    Args:
+        path: a directory, a file, or a hub id.
+        revision, token, cache_dir: of a hub id, as in `EPTModel.from_pretrained`.
+    """
+    path = local_directory(path, revision=revision, token=token, cache_dir=cache_dir)
     if path.is_dir():
         settings, tensors = read_peft(path)
         return _prompt_of(settings, tensors, path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or directory")
     tensors = _load(path)
     found = [name for name, tensor in tensors.items() if tensor.dim() == 2]
     name = PROMPT if PROMPT in tensors else found[0] if len(found) == 1 else None

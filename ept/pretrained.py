@@ -1,10 +1,11 @@
-"""The one loader: a trained adapter's directory, and the adapter on its backbone.
+"""The one loader: a trained adapter's files, and the adapter on its backbone.
 
-`SavedAdapter.open` reads what the directory says, without a backbone. Its methods then load as much of the backbone as
-is needed: all of it, none of its weights (`ept fold`), or its embeddings alone (`ept inspect`).
+`SavedAdapter.open` reads what the files say, without a backbone. Its methods then load as much of the backbone as is
+needed: all of it, none of its weights (`ept fold`), or its embeddings alone (`ept inspect`).
 """
 
-import dataclasses
+import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,48 +16,77 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
-from ept.backbone.loading import absolute_path, load_tokenizer, pad_like_tokenizer, read_config
+from ept.backbone.loading import absolute_path, load_tokenizer, pad_like_tokenizer, precision, read_config
 from ept.backbone.traits import head_names
-from ept.config import EPTConfig
 from ept.console import without_load_reports
-from ept.files.adapter_dir import CONFIG_NAME, read_adapter
+from ept.files.adapter_dir import CONFIG_NAME
 from ept.files.run_record import read_record
+from ept.model.files import AdapterFiles
 from ept.model.model import EPTModel
 from ept.tasks.kind import TaskKind
 from ept.tasks.kinds import kind_of_adapter
 
-__all__ = ["SavedAdapter", "base_model_name", "load_peft_backbone"]
+__all__ = ["AutoEPTModel", "SavedAdapter", "base_model_name", "load_peft_backbone"]
 
 MEAN_POOLING = MeanPoolingForSequenceClassification.__name__
 
 
+class AutoEPTModel:
+    """Loads an adapter together with its backbone, whose class and name the adapter says."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        adapter_name: str = "default",
+        *,
+        name_or_path: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        ignore_backbone_mismatch: bool = False,
+        **backbone_settings: Any,
+    ) -> EPTModel:
+        """Loads a saved adapter and its backbone; returns the EPTModel in eval mode.
+
+        Args:
+            path: a directory that `save_pretrained` wrote, or a hub id ("user/name"). A directory wins.
+            adapter_name, ignore_backbone_mismatch: as in `EPTModel.from_pretrained`.
+            name_or_path: the backbone, where it is not where the adapter says.
+            revision: branch, tag or commit of the adapter's repository; None: its main branch.
+            token, cache_dir: of the hub client, for the adapter and the backbone.
+            backbone_settings: what `from_pretrained` of the backbone's class takes: `dtype`, `device_map`,
+                `attn_implementation`, `quantization_config`, …
+
+        Raises:
+            OSError: there is no such adapter or backbone, or the hub cannot be reached or refuses.
+            ValueError: the adapter is damaged, does not say its backbone, or belongs to another one.
+        """
+        saved_adapter = SavedAdapter.open(path, revision=revision, token=token, cache_dir=cache_dir)
+        hub_settings = {"token": token, "cache_dir": cache_dir}
+        backbone_settings |= {name: value for name, value in hub_settings.items() if value is not None}
+        backbone = saved_adapter.load_backbone(name_or_path, **backbone_settings)
+        model = EPTModel.from_files(
+            backbone, saved_adapter, adapter_name, ignore_backbone_mismatch=ignore_backbone_mismatch
+        )
+        return model.eval()
+
+
 @dataclass(frozen=True)
-class SavedAdapter:
-    """What the directory of an adapter says.
+class SavedAdapter(AdapterFiles):
+    """The files of an adapter with the record of its run.
 
     Attributes:
-        directory: where it is.
-        settings, tensors: of adapter_config.json and adapter_model.safetensors.
         record: of run.json; empty where there is none.
     """
 
-    directory: str
-    settings: dict[str, Any]
-    tensors: dict[str, Tensor]
     record: dict[str, Any]
 
     @classmethod
-    def open(cls, directory: str) -> "SavedAdapter":
-        """Reads the files of an adapter. ValueError or FileNotFoundError says what is wrong with them."""
-        record = read_record(directory)
-        settings, tensors = read_adapter(directory)
-        _check_settings(Path(directory) / CONFIG_NAME, settings)
-        return cls(directory, settings, tensors, record)
-
-    @property
-    def config(self) -> EPTConfig:
-        """The adapter's settings."""
-        return _config_in(self.settings)
+    def open(cls, path: str | os.PathLike, **of_hub: Any) -> "SavedAdapter":
+        """Reads the files of an adapter; arguments and errors as in `AdapterFiles.read`."""
+        files = AdapterFiles.read(path, **of_hub)
+        return cls(**vars(files), record=read_record(files.directory))
 
     @property
     def max_length(self) -> int | None:
@@ -79,46 +109,74 @@ class SavedAdapter:
         Raises:
             ValueError, OSError: the adapter is incomplete, or its backbone is not where it was.
         """
-        source = base_model_name(self.directory, self.settings, name_or_path)
         kind = self.kind()
-        head = "mean" if self.settings.get("base_model_class") == MEAN_POOLING else "first"
-        backbone = kind.load_backbone(source, head=head, dtype=dtype)
-        tokenizer = self.load_tokenizer(source)
+        backbone_name = self._backbone_name(name_or_path)
+        settings = precision(backbone_name, dtype, not_quantised=self.settings.get("head") or None)
+        backbone = self.load_backbone(name_or_path, **settings)
+        tokenizer = self.load_tokenizer(backbone_name)
         pad_like_tokenizer(backbone, tokenizer)
-        return EPTModel.from_pretrained(backbone, self.directory).eval(), tokenizer, kind
+        return EPTModel.from_files(backbone, self).eval(), tokenizer, kind
 
     def load_to_fold(self, name_or_path: str | None = None, *, with_weights: bool) -> EPTModel:
-        """Loads the adapter on its backbone in eval mode; without weights, all but its head is on the meta device.
+        """Loads the adapter on its backbone in eval mode; without weights, all but its head is on the meta device."""
+        backbone = self.load_backbone(name_or_path, with_weights=with_weights)
+        return EPTModel.from_files(backbone, self).eval()
 
-        Any class of transformers' is a backbone here, also one that learned no kind of task.
+    def load_backbone(
+        self, name_or_path: str | None = None, *, with_weights: bool = True, **settings: Any
+    ) -> PreTrainedModel:
+        """Loads the backbone as the class that the adapter says, with a head for its labels.
+
+        Args:
+            name_or_path: the backbone, where it is not where the adapter says.
+            with_weights: False leaves all but an empty head on the meta device.
+            settings: of the class's `from_pretrained`.
+
+        Raises:
+            ValueError, OSError: the adapter does not say its backbone, it is of another kind, or it is not there.
         """
-        source = base_model_name(self.directory, self.settings, name_or_path)
+        source = self._backbone_name(name_or_path)
+        hub_settings = {name: settings[name] for name in ("token", "cache_dir") if name in settings}
+        config = read_config(source, **hub_settings)
         model_class = self.settings.get("base_model_class") or ""
         pools_mean = model_class == MEAN_POOLING
-        cls = transformers.AutoModel if pools_mean else getattr(transformers, model_class, None)
-        if cls is None:
-            raise ValueError(
-                f"{self.directory} adapts a {model_class or 'model of no known kind'}, which transformers has not"
-            )
+        cls = transformers.AutoModel if pools_mean else self._class_of_transformers(config, source)
         num_labels: Any = self.settings.get("num_labels")
         labels = {} if num_labels is None or pools_mean else {"num_labels": num_labels}
         backbone: Any
         if with_weights:
             with without_load_reports():
-                backbone = cls.from_pretrained(source, **labels)
+                backbone = cls.from_pretrained(source, **labels, **settings)
         else:
-            config = transformers.AutoConfig.from_pretrained(source, **labels)
+            config = read_config(source, **labels)
             with torch.device("meta"):
                 backbone = transformers.AutoModel.from_config(config) if pools_mean else cls(config)
             for name in head_names(backbone):
                 backbone.get_submodule(name).to_empty(device="cpu")
         if pools_mean:
             backbone = MeanPoolingForSequenceClassification(backbone, num_labels, self.settings.get("problem_type"))
-        return EPTModel.from_pretrained(backbone, self.directory).eval()
+        return backbone
+
+    def _class_of_transformers(self, config: Any, source: str) -> Any:
+        """Returns transformers' class that the adapter names; ValueError if there is none, or `config` is of another."""
+        name = self.settings.get("base_model_class") or ""
+        cls: Any = getattr(transformers, name, None)
+        if not (inspect.isclass(cls) and issubclass(cls, PreTrainedModel)):
+            raise ValueError(
+                f"{self.directory} adapts a {name or 'model of no known kind'}, which transformers has not: load the "
+                "backbone yourself, and the adapter with EPTModel.from_pretrained"
+            )
+        config_class: Any = cls.config_class
+        if not any(isinstance(part, config_class) for part in (config, config.get_text_config())):
+            raise ValueError(
+                f"{self.directory} adapts a {name}, and {source} is a {config.model_type}: give the model that it was "
+                "trained on, `name_or_path`"
+            )
+        return cls
 
     def load_embeddings(self, name_or_path: str | None = None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """Loads the backbone's word embeddings and the tokenizer."""
-        source = base_model_name(self.directory, self.settings, name_or_path)
+        source = self._backbone_name(name_or_path)
         with without_load_reports():
             embeddings = transformers.AutoModel.from_pretrained(source).get_input_embeddings()
         return embeddings, self.load_tokenizer(source)
@@ -127,6 +185,9 @@ class SavedAdapter:
         """Loads the tokenizer that was saved with the adapter, or else the backbone's."""
         has_tokenizer = (Path(self.directory) / "tokenizer_config.json").is_file()
         return load_tokenizer(self.directory if has_tokenizer else name_or_path)
+
+    def _backbone_name(self, name_or_path: str | None) -> str:
+        return absolute_path(base_model_name(self.directory, self.settings, name_or_path))
 
 
 def base_model_name(directory: str, settings: dict[str, Any], name_or_path: str | None = None) -> str:
@@ -177,27 +238,3 @@ def _number_of_labels(auto_class: Any, name_or_path: str, head_tensors: dict[str
             if len(trained) != len(fresh) == empty.config.num_labels:
                 return {"num_labels": len(trained)}
     return {}
-
-
-def _check_settings(file: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError if what an adapter's config says is not of the type that is read."""
-    types = {"base_model_name_or_path": str, "base_model_class": str, "label_names": list, "backbone": dict}
-    for name, expected in types.items():
-        value = settings.get(name)
-        if value is not None and not isinstance(value, expected):
-            raise ValueError(f"{file}: {name} cannot be {value!r}: the file is damaged, copy it again")
-    if not all(isinstance(name, str) for name in settings.get("label_names") or []):
-        raise ValueError(f"{file}: label_names are not all strings: the file is damaged, copy it again")
-    backbone = settings.get("backbone") or {}
-    if "embedding_sha256" in backbone and not {"embedding_dtype", "embedding_sample"} <= backbone.keys():
-        raise ValueError(f"{file}: backbone lacks its embeddings' dtype or sample: the file is damaged, copy it again")
-    try:
-        _config_in(settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _config_in(settings: dict[str, Any]) -> EPTConfig:
-    """Returns the EPTConfig among the settings of an adapter's config, which also holds facts about the run."""
-    names = {field.name for field in dataclasses.fields(EPTConfig)}
-    return EPTConfig(**{name: value for name, value in settings.items() if name in names})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from hub_stand_in import TOKEN, Hub, reach
 from test_peft_format import of_peft
 
 import tiny_text
@@ -108,6 +109,21 @@ def test_moving_from_peft_and_back_runs_as_it_stands(tmp_path, monkeypatch):
     names |= {"encoder": lambda: backbone("bert"), "rows": {"input_ids": ids(6, 5), "labels": torch.arange(6) % 2}}
     run("moving.md", names, {})
     assert (tmp_path / "back-in-peft" / "adapter_config.json").is_file()
+
+
+def test_sharing_on_the_hub_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tiny_text.save_model(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification, num_labels=2)
+    base = hf.AutoModelForSequenceClassification.from_pretrained(path)
+    base.config.id2label, base.config.label2id = {0: "negative", 1: "positive"}, {"negative": 0, "positive": 1}
+    tiny_text.write_csv(tmp_path / "reviews.csv", tiny_text.reviews(8))
+    names = {"model": wrapped(base), "tokenizer": hf.AutoTokenizer.from_pretrained(path)}
+    want = names["model"](input_ids=ids(2, 6)).logits
+    with Hub() as hub:
+        reach(monkeypatch, hub.url, tmp_path / "cache", TOKEN)
+        run("hub.md", names, {})
+    torch.testing.assert_close(names["model"](input_ids=ids(2, 6)).logits, want)
+    assert {"README.md", "tokenizer.json", "adapter_config.json"} <= set(hub.repositories["me/film-reviews"].files())
 
 
 def test_prompt_embeds_of_the_vllm_page_gives_the_models_logits():

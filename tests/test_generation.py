@@ -1,6 +1,8 @@
 """Generation with the prompt and both updates: what transformers' generate can do, and what a user may pass."""
 
 import importlib.util
+import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -263,7 +265,16 @@ def tokenizer():
     )
 
 
-def test_a_text_generation_pipeline_generates_with_the_adapter():
+@pytest.fixture
+def warnings_of_transformers(caplog, monkeypatch):
+    """What transformers logs from the level of warnings on; Python's warnings are errors."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield caplog
+
+
+def test_a_text_generation_pipeline_generates_with_the_adapter(warnings_of_transformers):
     model, tok = causal(), tokenizer()
     pipe = hf.pipeline("text-generation", model=model, tokenizer=tok, device="cpu")
     texts = ["w7 w8 w9", "w20 w21 w22 w23 w24"]
@@ -271,9 +282,10 @@ def test_a_text_generation_pipeline_generates_with_the_adapter():
     for text, (got,) in zip(texts, out, strict=True):
         want = model.generate(tok(text, return_tensors="pt").input_ids, **GREEDY)[0]
         assert got["generated_token_ids"][-6:] == want[-6:].tolist()
+    assert not warnings_of_transformers.messages
 
 
-def test_a_text_classification_pipeline_classifies_with_the_adapter():
+def test_a_text_classification_pipeline_classifies_with_the_adapter(warnings_of_transformers):
     tok = tokenizer()
     for model in (
         wrapped(mean_pooling()),
@@ -285,6 +297,27 @@ def test_a_text_classification_pipeline_classifies_with_the_adapter():
                 want = model(tok(text, return_tensors="pt").input_ids).logits.softmax(-1)[0]
             scores = {entry["label"]: entry["score"] for entry in got}
             assert [scores[f"LABEL_{i}"] for i in range(3)] == pytest.approx(want.tolist(), rel=1e-4)
+    assert not warnings_of_transformers.messages
+
+
+def test_pipelines_of_tokens_and_of_features_give_the_adapters(warnings_of_transformers):
+    tok, text = tokenizer(), "w7 w8 w9"
+    input_ids = tok(text, return_tensors="pt").input_ids
+    tagger = wrapped(backbone("bert", hf.AutoModelForTokenClassification, num_labels=3))
+    tags = hf.pipeline("token-classification", model=tagger, tokenizer=tok, ignore_labels=[], device="cpu")(text)
+    with torch.no_grad():
+        want = tagger(input_ids).logits[0].softmax(-1).max(-1)
+    assert [tag["entity"] for tag in tags] == [f"LABEL_{i}" for i in want.indices.tolist()]
+    assert [float(tag["score"]) for tag in tags] == pytest.approx(want.values.tolist(), rel=1e-4)
+    encoder = wrapped(backbone("bert"))
+    features = hf.pipeline("feature-extraction", model=encoder, tokenizer=tok, device="cpu", return_tensors=True)(text)
+    with torch.no_grad():
+        torch.testing.assert_close(features, encoder(input_ids).last_hidden_state)
+    assert not warnings_of_transformers.messages
+    # A task that the backbone does not do is still said.
+    hf.pipeline("text-classification", model=tagger, tokenizer=tok, device="cpu")
+    said = warnings_of_transformers.messages[-1]
+    assert said.startswith("The model 'BertForTokenClassification' is not supported for text-classification")
 
 
 @pytest.mark.full

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..text.real_text import Task, load_task
-from .arms import STAGES
+from .arms import ALL_ROWS, STAGES
 from .picture import COLOURS, Point, draw_scores
 from .study import RESULTS, decode_predictions, read
 from .table import scores_of
@@ -120,6 +120,7 @@ def main() -> None:
         picture(runs, options.stage, tasks, options.draws)
     common = {"steps", "batch_size", "max_length", "rows", "budget", "backbone"}
     settings = {name: {record.get(name) for record in records} for name in sorted(common)}
+    settings["rows"] = {"all" if rows == ALL_ROWS else rows for rows in settings["rows"]}
     told = [
         f"{name} {next(iter(values))}" for name, values in settings.items() if len(values) == 1 and None not in values
     ]

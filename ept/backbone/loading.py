@@ -17,15 +17,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file, is_bitsandbytes_available
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
 from ept.backbone.precision import precision_for
-from ept.backbone.traits import head_names, max_text_tokens
+from ept.backbone.traits import head_names, is_causal, max_text_tokens
 from ept.console import without_load_reports
 
 __all__ = [
@@ -40,6 +37,7 @@ __all__ = [
     "load_seq2seq",
     "load_tokenizer",
     "pad_like_tokenizer",
+    "precision",
     "read_config",
 ]
 
@@ -50,8 +48,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "8bit", "4bit")
 # ---------------------------------------------------------------------- configs
 
 
-def read_config(name_or_path: str, *, may_be_file: bool = False) -> PreTrainedConfig:
+def read_config(name_or_path: str, *, may_be_file: bool = False, **settings: Any) -> PreTrainedConfig:
     """Reads the config of a hub name or of a model's directory; with `may_be_file`, also of a config.json by itself.
+
+    Args:
+        settings: what `AutoConfig.from_pretrained` takes.
 
     Raises:
         ValueError: a path that is not there; it must not be looked up as a hub name.
@@ -64,15 +65,14 @@ def read_config(name_or_path: str, *, may_be_file: bool = False) -> PreTrainedCo
             if may_be_file
             else f"{name_or_path}: no such directory; give a hub name or the directory of a saved model"
         )
-    return AutoConfig.from_pretrained(name_or_path)
+    return AutoConfig.from_pretrained(name_or_path, **settings)
 
 
 def architecture_of(config: PreTrainedConfig) -> str:
     """Returns "seq2seq" (an encoder-decoder), "causal" or "encoder", by a model's config."""
     if config.is_encoder_decoder:
         return "seq2seq"
-    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return "causal" if has_causal_form(config) and not is_encoder else "encoder"
+    return "causal" if is_causal(config) else "encoder"
 
 
 def has_causal_form(config: PreTrainedConfig) -> bool:
@@ -86,13 +86,13 @@ def has_causal_form(config: PreTrainedConfig) -> bool:
 def load_seq2seq(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained encoder-decoder; `dtype` as in `load_classifier`."""
     with without_load_reports():
-        return AutoModelForSeq2SeqLM.from_pretrained(absolute_path(name_or_path), **_precision(name_or_path, dtype))
+        return AutoModelForSeq2SeqLM.from_pretrained(absolute_path(name_or_path), **precision(name_or_path, dtype))
 
 
 def load_causal(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained causal language model; `dtype` as in `load_classifier`."""
     with without_load_reports():
-        return AutoModelForCausalLM.from_pretrained(absolute_path(name_or_path), **_precision(name_or_path, dtype))
+        return AutoModelForCausalLM.from_pretrained(absolute_path(name_or_path), **precision(name_or_path, dtype))
 
 
 def load_classifier(
@@ -112,13 +112,13 @@ def load_classifier(
     with without_load_reports():
         if head == "mean" or (head == "auto" and _pools_the_mean(name_or_path)):
             return MeanPoolingForSequenceClassification.from_encoder(
-                name_or_path, num_labels, problem_type, **_precision(name_or_path, dtype)
+                name_or_path, num_labels, problem_type, **precision(name_or_path, dtype)
             )
         return AutoModelForSequenceClassification.from_pretrained(
             name_or_path,
             num_labels=num_labels,
             problem_type=problem_type,
-            **_precision(name_or_path, dtype, not_quantised=_heads_of_a_classifier(name_or_path)),
+            **precision(name_or_path, dtype, not_quantised=_heads_of_a_classifier(name_or_path)),
         )
 
 
@@ -133,8 +133,14 @@ def _heads_of_a_classifier(name_or_path: str) -> list[str]:
         return head_names(AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name_or_path)))
 
 
-def _precision(name_or_path: str, dtype: str, not_quantised: list[str] | None = None) -> dict[str, Any]:
-    """from_pretrained's arguments for a type of the frozen weights."""
+def precision(name_or_path: str, dtype: str, not_quantised: list[str] | None = None) -> dict[str, Any]:
+    """Returns from_pretrained's arguments for a type of the frozen weights.
+
+    Args:
+        name_or_path: of the model, whose config says what "auto" means.
+        dtype: one of `DTYPES`.
+        not_quantised: modules that keep their precision, such as a head that trains.
+    """
     if dtype not in ("8bit", "4bit"):
         saved_dtype = AutoConfig.from_pretrained(name_or_path).get_text_config().dtype if dtype == "auto" else None
         chosen = precision_for(dtype, saved_dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -19,8 +19,8 @@ from ept.backbone.heads import MeanPoolingForSequenceClassification
 from ept.backbone.probes import shifts_labels_of
 
 __all__ = [
-    "IGNORE_INDEX", "KINDS", "PER_TOKEN", "Kind", "Traits", "head_names", "is_encoder_decoder", "kind_of", "max_text_tokens",
-    "positions_of", "reads_first_token", "text_part", "traits_of",
+    "IGNORE_INDEX", "KINDS", "PER_TOKEN", "Kind", "Traits", "head_names", "is_causal", "is_encoder_decoder", "kind_of",
+    "max_text_tokens", "positions_of", "reads_first_token", "text_part", "traits_of",
 ]  # fmt: skip
 
 IGNORE_INDEX = -100  # what transformers' losses skip
@@ -174,9 +174,7 @@ def kind_of(model: PreTrainedModel) -> str:
     if is_encoder_decoder(model):
         return "seq2seq"
     config, text = model.config, model.config.get_text_config()
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
-        config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
-    )
+    causal = is_causal(config)
     if not causal and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         # Beside images or sounds: the language model's kind.
         causal = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or (
@@ -186,6 +184,12 @@ def kind_of(model: PreTrainedModel) -> str:
     if not causal:
         return "encoder"
     return "causal-pooled" if "ForSequenceClassification" in type(model).__name__ else "causal"
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether a config is a causal language model's; an encoder's counts where it says that it is a decoder."""
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder
 
 
 def placeholders_of(model: PreTrainedModel) -> list[int]:

@@ -25,6 +25,7 @@ OPTIONS = {
     "metric_for_best_model": "--metric_for_best_model",
     "name_or_path": "--model_name_or_path",
     "prompt_start": "--prompt_start",
+    "revision": "--revision",
     "threshold": "--threshold",
 }
 SWITCHES = {"header=False": "--no_header"}

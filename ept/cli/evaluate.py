@@ -50,7 +50,7 @@ def run(argv: list[str]) -> None:
             ColumnArguments,
         )
         place, data, columns = parser.parse(argv)
-        saved_adapter = SavedAdapter.open(place.adapter)
+        saved_adapter = SavedAdapter.open(place.adapter, revision=place.revision)
         tables, chosen = _read_tables(data, columns, saved_adapter.record, type(saved_adapter.kind()))
         model, tokenizer, kind = saved_adapter.load(place.model_name_or_path, dtype=place.dtype)
         if data.threshold is not None:

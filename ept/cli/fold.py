@@ -7,7 +7,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ept.cli.errors import bad_input_is_one_line
-from ept.cli.parser import OptionParser
+from ept.cli.options import ADAPTER_DIR_HELP, REVISION_HELP
+from ept.cli.parser import OptionParser, option
 from ept.cli.shared import new_adapter_dir
 from ept.console import say
 from ept.files.adapter_dir import write_adapter
@@ -26,11 +27,12 @@ TABLE_NAME = "embedding_table.safetensors"
 class FoldArguments:
     _argument_group_name = "adapter"
 
-    adapter: str = field(metadata={"help": "Directory that ept train (or save_pretrained) wrote."})
+    adapter: str = field(metadata={"help": f"{ADAPTER_DIR_HELP}."})
     output_dir: str = field(metadata={"help": "Where the folded adapter goes."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The model it was trained on, where it is not in its old place."}
     )
+    revision: str | None = option(REVISION_HELP)
     format: str = field(
         default="auto",
         metadata={
@@ -51,7 +53,7 @@ def run(argv: list[str]) -> None:
         description = "Folds an adapter into the constants that inference needs. Prints the folded prompt's SHA-256."
         (options,) = OptionParser("fold", description, FoldArguments).parse(argv)
         output = new_adapter_dir(options.output_dir)
-        saved_adapter = SavedAdapter.open(options.adapter)
+        saved_adapter = SavedAdapter.open(options.adapter, revision=options.revision)
         model = saved_adapter.load_to_fold(options.model_name_or_path, with_weights=options.embedding_table)
         folded = fold_layer(model.ept)
         reason = why_not_peft(model)
@@ -61,7 +63,7 @@ def run(argv: list[str]) -> None:
         else:
             heads = {name: t for name, t in model.adapter_tensors().items() if name.startswith("head.")}
             write_adapter(output, saved_adapter.settings | folded.facts(), folded.state_dict() | heads)
-            record = Path(options.adapter) / RUN_NAME
+            record = Path(saved_adapter.directory) / RUN_NAME
             if record.is_file():  # eval and predict know from it the columns, the label words and pairs of texts
                 shutil.copyfile(record, output / RUN_NAME)
             say(f"{output}: a folded EPT adapter" + (f" ({reason})" if options.format == "auto" else ""))

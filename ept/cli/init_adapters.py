@@ -6,31 +6,29 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ept.files.adapter_dir import read_adapter
 from ept.model.files import AdapterFiles
 from ept.model.model import EPTModel
 from ept.model.transfer import FIRST_ROWS
 from ept.tasks.task import Task
 
-__all__ = ["check_same_backbone", "check_sources", "init_rows", "start_in_words"]
+__all__ = ["init_rows", "read_sources", "start_in_words"]
 
 
-def check_sources(directories: Sequence[str]) -> None:
-    """Raises ValueError or FileNotFoundError if a directory holds no whole adapter that can be trained on, or comes twice."""
-    paths = [os.path.realpath(directory) for directory in directories]
-    for number, directory in enumerate(directories):
+def read_sources(names: Sequence[str]) -> list[AdapterFiles]:
+    """Reads the adapters of directories or hub ids.
+
+    Raises:
+        ValueError, OSError: one is not whole, or folded, or comes twice.
+    """
+    sources = [AdapterFiles.read(name) for name in names]
+    paths = [os.path.realpath(source.directory) for source in sources]
+    for number, (name, source) in enumerate(zip(names, sources, strict=True)):
         if paths[number] in paths[:number]:
-            raise ValueError(f"--init_adapters has {directory} twice: name each adapter once")
-        if read_adapter(directory)[0].get("folded"):
-            raise ValueError(f"{directory} is folded, for inference only: give the adapter that it was folded from")
-
-
-def check_same_backbone(directories: Sequence[str], backbone: PreTrainedModel) -> None:
-    """Raises ValueError if an adapter was trained on another backbone."""
-    for directory in directories:
-        AdapterFiles.read(directory, backbone, ignore_backbone_mismatch=False)
+            raise ValueError(f"--init_adapters has {name} twice: name each adapter once")
+        if source.is_folded:
+            raise ValueError(f"{name} is folded, for inference only: give the adapter that it was folded from")
+    return sources
 
 
 def init_rows(task: Task, rows: Any, number_of_adapters: int, collate: Any, seed: int) -> dict[str, Tensor] | None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from ept.cli.errors import as_options, bad_input_is_one_line
-from ept.cli.parser import OptionParser
+from ept.cli.options import ADAPTER_DIR_HELP, REVISION_HELP
+from ept.cli.parser import OptionParser, option
 from ept.console import say
 from ept.inspect.findings import examine
 from ept.inspect.page import write_page
@@ -16,10 +17,11 @@ __all__ = ["InspectArguments", "run"]
 class InspectArguments:
     _argument_group_name = "adapter"
 
-    adapter: str = field(metadata={"help": "Directory of the adapter; `ept inspect DIR` is enough."})
+    adapter: str = field(metadata={"help": f"{ADAPTER_DIR_HELP}; `ept inspect DIR` is enough."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The model it was trained on, where it is not in its old place."}
     )
+    revision: str | None = option(REVISION_HELP)
     nearest: int = field(
         default=3, metadata={"help": "Nearest words of each prompt row; 0 does not load the model for them."}
     )
@@ -32,7 +34,7 @@ def run(argv: list[str]) -> None:
         if argv and not argv[0].startswith("-"):
             argv = ["--adapter", *argv]
         (options,) = OptionParser("inspect", "Shows what is in an adapter.", InspectArguments).parse(argv)
-        findings = examine(options.adapter, options.model_name_or_path, options.nearest)
+        findings = examine(options.adapter, options.model_name_or_path, options.nearest, revision=options.revision)
         if findings.why_no_words is not None:
             say(as_options(findings.why_no_words))
         print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections(findings)))

@@ -1,5 +1,6 @@
 """The options that several commands share, and the EPTConfig that the adapter's options say."""
 
+import dataclasses
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, get_type_hints
 
@@ -9,13 +10,16 @@ from ept.backbone.loading import DTYPES
 from ept.cli.parser import option
 from ept.config import INITS, PRESETS, EPTConfig
 from ept.model.adapters import config_for
+from ept.model.files import AdapterFiles
 from ept.model.fresh import config_for_budget
 from ept.tasks.glue import BENCHMARK_TASKS
 from ept.training.checkpoints import adapter_settings
 
 __all__ = [
+    "ADAPTER_DIR_HELP",
     "ADAPTER_HELP",
     "DATA_DIR_HELP",
+    "REVISION_HELP",
     "TASK_HELP",
     "THRESHOLD_HELP",
     "AdapterArguments",
@@ -27,6 +31,8 @@ __all__ = [
 TASK_HELP = f"A task of GLUE or SuperGLUE in place of the files: {', '.join(BENCHMARK_TASKS)}."
 DATA_DIR_HELP = "Where the task's published files are (tsv, jsonl or parquet); without it they come from the hub."
 
+ADAPTER_DIR_HELP = "Directory that ept train (or save_pretrained) wrote, or a hub id (user/name)"
+REVISION_HELP = "Branch, tag or commit of an adapter on the hub; by default its main branch."
 THRESHOLD_HELP = "Probability above which a row has a label, where it may have several (multi_label); by default 0.5."
 
 
@@ -51,7 +57,8 @@ class ColumnArguments:
 class AdapterDirArguments:
     _argument_group_name = "adapter"
 
-    adapter: str = field(metadata={"help": "Directory that ept train (or save_pretrained) wrote."})
+    adapter: str = field(metadata={"help": f"{ADAPTER_DIR_HELP}."})
+    revision: str | None = option(REVISION_HELP)
     model_name_or_path: str | None = option("The model it was trained on, where it is not in its old place.")
     dtype: str = option("Type of the frozen weights; auto: as saved.", "auto", choices=DTYPES)
 
@@ -106,11 +113,13 @@ AdapterArguments = make_dataclass(
         ),
         ("budget", int | None, option("Choose the sizes that fill this many trained parameters (without a head).")),
         ("soft_prompt", str | None, option(
-            "Trained prompt for --init decompose: a PEFT prompt-tuning adapter, or a safetensors file with one matrix."
+            "Trained prompt for --init decompose: a PEFT prompt-tuning adapter (directory or hub id), or a safetensors file "
+            "with one matrix."
         )),
         ("init_adapters", list[str] | None, option(
-            "Directories of trained adapters of the same model to start from; their sizes are taken. Up to 200 training rows "
-            "say how much each weighs; with several of different starts the best is taken. A task without a head takes one."
+            "Trained adapters (directories or hub ids) of the same model to start from; their sizes are taken. Up to 200 "
+            "training rows say how much each weighs; of several of different starts the best is taken. A task without a head "
+            "takes one."
         )),
         *(
             (name, setting_type | None, option(_adapter_help(name)))
@@ -150,5 +159,5 @@ def _config_of_sources(adapter: Any, settings: dict[str, Any], checkpoint: str |
             raise ValueError(f"--{name} and --init_adapters: the sizes and the start are the adapters': leave one out")
     if settings.get("init", "adapters") != "adapters":
         raise ValueError(f"--init {settings['init']} and --init_adapters: an adapter has one start: leave one out")
-    source = adapter_settings(adapter.init_adapters[0] if checkpoint is None else checkpoint)
-    return EPTConfig(**source | settings | {"init": "adapters", "init_text": None})
+    source = AdapterFiles.read(adapter.init_adapters[0] if checkpoint is None else checkpoint).config
+    return dataclasses.replace(source, **settings | {"init": "adapters", "init_text": None})

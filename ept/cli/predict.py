@@ -65,7 +65,7 @@ def run(argv: list[str]) -> None:
         place, options = parser.parse(argv)
         if options.input_file is not None and not Path(options.input_file).is_file():
             raise ValueError(f"{options.input_file}: no such file")
-        saved_adapter = SavedAdapter.open(place.adapter)
+        saved_adapter = SavedAdapter.open(place.adapter, revision=place.revision)
         source = _source(options, saved_adapter, saved_adapter.kind())
         # A first pass over a file finds what is wrong with any row before the model is loaded.
         total = None if options.input_file is None else sum(1 for _ in source)

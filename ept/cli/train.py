@@ -19,7 +19,7 @@ from ept.backbone.embeddings import weight_of
 from ept.backbone.loading import input_limit, load_tokenizer, pad_like_tokenizer
 from ept.backbone.precision import precision_for
 from ept.cli.errors import bad_input_is_one_line, fail
-from ept.cli.init_adapters import check_same_backbone, check_sources, init_rows, start_in_words
+from ept.cli.init_adapters import init_rows, read_sources, start_in_words
 from ept.cli.optimizer_check import check_optimizer
 from ept.cli.options import ept_config
 from ept.cli.shared import check_prompt_start
@@ -54,7 +54,7 @@ def run(argv: list[str]) -> None:
             say(f"stopped by SIGTERM after step {trainer.state.global_step}: go on with --resume_from_checkpoint true")
             raise SystemExit(128 + signal.SIGTERM)
         # Before the last evaluation, so that nothing that is trained is lost if that fails.
-        trainer.save_model(trainer.args.output_dir)
+        trainer.save_model(trainer.args.output_dir, _internal_call=True)
         _write_record(training, {})
         metrics = _evaluate(training)
         trainer.save_state()
@@ -66,6 +66,11 @@ def run(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         say(f"saved the adapter in {trainer.args.output_dir}")
         print(json.dumps(metrics))
+    if trainer.args.push_to_hub:
+        try:
+            trainer.push_to_hub()
+        except OSError as error:
+            fail("train", f"{error}; the adapter is saved in {trainer.args.output_dir}")
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,7 @@ def _prepare(options: TrainOptions) -> _Training:
     """Makes a trainer from the options; all that can be wrong is found here, before the first step."""
     args: Any = options.training
     checkpoint = _checkpoint(options)
-    sources = options.adapter.init_adapters if checkpoint is None else None
-    check_sources(sources or ())
+    sources = read_sources(options.adapter.init_adapters or ()) if checkpoint is None else []
     data = read_training_data(options)
     _check_validation(options, data)
     transformers.set_seed(args.seed)
@@ -95,7 +99,8 @@ def _prepare(options: TrainOptions) -> _Training:
     if args.bf16 and (attention := precision_for("bfloat16", None).attention) is not None:
         backbone.set_attn_implementation(attention)
     pad_like_tokenizer(backbone, tokenizer)
-    check_same_backbone(sources or (), backbone)
+    for source in sources:
+        source.check_backbone(backbone)
     config = ept_config(options.adapter, backbone, checkpoint)
     max_length = input_limit(backbone, tokenizer, config.prompt_length, options.columns.max_seq_length)
     splits = {
@@ -265,8 +270,10 @@ def _trainer(
 
 def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int | None) -> dict[str, Any]:
     """Returns what run.json says of a run, but for what only its end shows."""
+    command = shlex.join(["ept", "train", *options.argv])
+    token = options.training.hub_token
     return {
-        "command": shlex.join(["ept", "train", *options.argv]),
+        "command": command.replace(token, "<HUB_TOKEN>") if token else command,
         "task": task.kind.asked_as,
         "task_name": None if task.benchmark is None else task.benchmark.name,
         "label_words": task.kind.recorded_words,

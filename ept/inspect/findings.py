@@ -52,19 +52,23 @@ class Findings:
 
 
 @torch.no_grad()
-def examine(directory: str, name_or_path: str | None = None, nearest: int = 3) -> Findings:
+def examine(path: str, name_or_path: str | None = None, nearest: int = 3, *, revision: str | None = None) -> Findings:
     """Reads an adapter; its backbone's embeddings, for the nearest words, only if `nearest` is above 0.
+
+    Args:
+        path, revision: a directory, or a hub id and its branch, tag or commit.
+        name_or_path: the backbone, where it is not in its old place.
 
     Raises:
         ValueError, OSError: the adapter is damaged, or the backbone that `name_or_path` names cannot be read; one that
             only the adapter names may be gone.
     """
-    saved_adapter = SavedAdapter.open(directory)
+    saved_adapter = SavedAdapter.open(path, revision=revision)
     layer = _layer_of(saved_adapter)
-    check_weights(directory)
+    check_weights(saved_adapter.directory)
     prompt, gate = layer.reconstruct()
     findings = Findings(
-        directory,
+        path,
         saved_adapter.settings,
         saved_adapter.record,
         layer.config,

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from ept.backbone.fingerprint import backbone_fingerprint, check_fingerprint
 from ept.backbone.layers import LayerSites
 from ept.backbone.traits import Traits
 from ept.config import EPTConfig
-from ept.files.adapter_dir import check_weights, read_adapter
+from ept.files.adapter_dir import CONFIG_NAME, check_weights, read_adapter
+from ept.files.hub import local_directory
 from ept.layer.base import AdapterLayer
 from ept.model.adapters import new_folded_layer, new_layer
 from ept.model.labels import Labels
@@ -32,51 +34,66 @@ FACTS = (
 class AdapterFiles:
     """An adapter as its directory has it.
 
-    Attributes: `path`, `config` (its settings), `facts` (what else adapter_config.json says), `tensors` by name.
+    Attributes:
+        directory: where it is; of a hub id, where the cache has it.
+        config: its settings of EPTConfig.
+        settings: all that adapter_config.json says.
+        tensors: of adapter_model.safetensors, by name.
     """
 
-    path: str
+    directory: str
     config: EPTConfig
-    facts: dict[str, Any]
+    settings: dict[str, Any]
     tensors: dict[str, Tensor]
 
     @classmethod
-    def read(
-        cls, path: str | os.PathLike, backbone: PreTrainedModel, *, ignore_backbone_mismatch: bool
-    ) -> "AdapterFiles":
-        """The adapter of a directory.
+    def read(cls, path: str | os.PathLike, **of_hub: Any) -> "AdapterFiles":
+        """Reads an adapter.
+
+        Args:
+            path: a directory or a hub id.
+            of_hub: `revision`, `token` and `cache_dir` as in `ept.files.hub.local_directory`.
 
         Raises:
-            FileNotFoundError, ValueError: the directory is incomplete or damaged, or belongs to another backbone.
+            OSError, ValueError: there is none, or it is incomplete or damaged.
         """
-        settings, tensors = read_adapter(path)
-        facts = {key: settings.pop(key, None) for key in FACTS}
-        if not ignore_backbone_mismatch and facts["backbone"] is not None:
+        directory = local_directory(path, **of_hub)
+        settings, tensors = read_adapter(directory)
+        return cls(str(directory), _checked_config(directory / CONFIG_NAME, settings), settings, tensors)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether it holds the constants that inference needs in place of what is trained."""
+        return bool(self.settings.get("folded"))
+
+    def check_backbone(self, backbone: PreTrainedModel) -> None:
+        """Raises ValueError if it belongs to another backbone."""
+        fingerprint = self.settings.get("backbone")
+        if fingerprint is not None:
             current = backbone_fingerprint(backbone.config, backbone.get_input_embeddings())
-            check_fingerprint(facts["backbone"], current)
-        return cls(str(path), EPTConfig.from_dict(settings), facts, tensors)
+            check_fingerprint(fingerprint, current)
 
     def new_layer(self, backbone: PreTrainedModel, traits: Traits, sites: LayerSites | None) -> AdapterLayer:
         """A layer of its kind and sizes, for its tensors; `sites` as in `new_layer`."""
-        if not self.facts["folded"]:
+        if not self.is_folded:
             return new_layer(backbone, traits, self.config, sites)
         layer = new_folded_layer(backbone, traits, self.config, sites)
-        layer.sha256 = self.facts["prompt_sha256"]
+        layer.sha256 = self.settings.get("prompt_sha256")
         return layer
 
     def labels(self, default: Labels) -> Labels:
         """What its labels are; `default` where it does not say, as far as that has as many."""
-        count, names = self.facts["num_labels"], self.facts["label_names"]
+        count, names = self.settings.get("num_labels"), self.settings.get("label_names")
         if count is None:
             return default
         if not names and count == len(default.id2label):
             names = default.names
-        return Labels.numbered(count, self.facts["problem_type"], names)
+        return Labels.numbered(count, self.settings.get("problem_type"), names)
 
     def copy_into(self, tensors: dict[str, Tensor]) -> None:
         """Copies its tensors into others of the same names. ValueError where they do not fit or the file is damaged."""
-        copy_tensors(self.tensors, tensors, self.path)
-        check_weights(self.path)
+        copy_tensors(self.tensors, tensors, self.directory)
+        check_weights(self.directory)
 
     def labels_beside(self, backbones: Labels) -> Labels:
         """Its labels for a backbone whose config says others.
@@ -85,6 +102,24 @@ class AdapterFiles:
         """
         labels = self.labels(backbones)
         return dataclasses.replace(labels, problem_type=labels.problem_type or backbones.problem_type)
+
+
+def _checked_config(file: Path, settings: dict[str, Any]) -> EPTConfig:
+    """Returns the EPTConfig among an adapter's settings; ValueError if what they say is not of the type that is read."""
+    types = {"base_model_name_or_path": str, "base_model_class": str, "label_names": list, "backbone": dict}
+    for name, expected in types.items():
+        value = settings.get(name)
+        if value is not None and not isinstance(value, expected):
+            raise ValueError(f"{file}: {name} cannot be {value!r}: the file is damaged, copy it again")
+    if not all(isinstance(name, str) for name in settings.get("label_names") or []):
+        raise ValueError(f"{file}: label_names are not all strings: the file is damaged, copy it again")
+    backbone = settings.get("backbone") or {}
+    if "embedding_sha256" in backbone and not {"embedding_dtype", "embedding_sample"} <= backbone.keys():
+        raise ValueError(f"{file}: backbone lacks its embeddings' dtype or sample: the file is damaged, copy it again")
+    try:
+        return EPTConfig.from_dict({name: value for name, value in settings.items() if name not in FACTS})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def settings_of(backbone: PreTrainedModel, traits: Traits, layer: AdapterLayer, labels: Labels) -> dict[str, Any]:

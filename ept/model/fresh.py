@@ -60,8 +60,9 @@ def get_ept_model(
         tokenizer: for init="text", and so that init="vocab" never draws special or unused tokens.
         token_counts: [vocab] how often each token occurs in your text; init="vocab" draws among the frequent ones.
         soft_prompt: Q [m, d], a trained soft prompt in the embeddings' own size, for init="decompose".
-        init_adapters: trained adapters of the same backbone and the same sizes, for init="adapters": directories, or pairs
-            of a config and tensors. A head is not taken from them. What was started from is kept in `model.started_from`.
+        init_adapters: trained adapters of the same backbone and the same sizes, for init="adapters": directories or hub
+            ids, or pairs of a config and tensors. A head is not taken from them. What was started from is kept in
+            `model.started_from`.
         init_rows: a batch of the new task with its labels, up to 200 rows of which weight the adapters by the
             leave-one-out error of a ridge regression on what the head reads. Adapters that were trained from one start
             are summed; of others, and of one alone, the best is taken, or none if a fresh one is better.
@@ -103,9 +104,12 @@ def _start_from_adapters(
         if isinstance(adapter, tuple):
             sources.append(Source(f"adapter {number}", *adapter))
             continue
-        saved = AdapterFiles.read(adapter, wrapped.base_model, ignore_backbone_mismatch=False)
-        if saved.facts["folded"]:
-            raise ValueError(f"{saved.path} is folded, for inference only: give the adapter that it was folded from")
-        sources.append(Source(saved.path, saved.config, saved.tensors))
+        saved = AdapterFiles.read(adapter)
+        saved.check_backbone(wrapped.base_model)
+        if saved.is_folded:
+            raise ValueError(
+                f"{saved.directory} is folded, for inference only: give the adapter that it was folded from"
+            )
+        sources.append(Source(str(adapter), saved.config, saved.tensors))
     error = None if rows is None else Suitability(wrapped, rows).error
     wrapped.started_from = start_from(layer, sources, weights, error)

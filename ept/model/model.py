@@ -6,10 +6,12 @@ made independent of it: encoders get their rows right-padded, causal models get 
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,11 +21,13 @@ from ept.backbone.probes import check_inputs_embeds, keep_4_bits_differentiable,
 from ept.backbone.traits import traits_of
 from ept.config import EPTConfig
 from ept.files.adapter_dir import write_adapter
+from ept.files.hub import upload
 from ept.layer.base import AdapterLayer
 from ept.layer.folded import fold_layer
 from ept.model.adapters import Adapter, config_for, new_layer, tensors_of_adapter
 from ept.model.backbone import Backbone
 from ept.model.calls import BARE, Call, Decoding, Disabled, entered
+from ept.model.class_name import class_called, name_for
 from ept.model.files import AdapterFiles, check_finite, copy_tensors, settings_of
 from ept.model.generation import GenerationSettings, outside_the_call
 from ept.model.hooks import hook_entries, hook_head, pass_embeddings_on
@@ -44,7 +48,7 @@ from ept.sharding import whole
 __all__ = ["EPTModel"]
 
 # What runs the wrapped model by other ways than the forward that EPT stands before.
-NOT_PASSED_ON = ("generate_batch", "continuous_batching_context_manager", "init_continuous_batching", "push_to_hub")
+NOT_PASSED_ON = ("generate_batch", "continuous_batching_context_manager", "init_continuous_batching")
 
 
 class EPTModel(nn.Module):
@@ -65,6 +69,9 @@ class EPTModel(nn.Module):
 
     Any number of threads may call one model at once, each with its own `adapter_ids` and `disable_adapter`. Adding,
     removing and switching adapters waits until no other thread is in a call; inside a call it raises RuntimeError.
+
+    Its class is a subclass of EPTModel with the name of the wrapped model's, by which transformers' pipelines know what it
+    does (`isinstance(model, EPTModel)` is true).
 
     Attributes: `base_model` (the wrapped model), `ept` (the active adapter's layer), `ept_config` (its settings);
     `active_adapter` (the name of the one that runs where no `adapter_ids` are given, trains, and is saved); `config` is
@@ -107,7 +114,12 @@ class EPTModel(nn.Module):
             if self.traits.generates:
                 pass_embeddings_on(model)
         write_tied_once(self)
+        self.__class__ = class_called(name_for(model), type(self))
         self.train(model.training)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        cls = type(self)  # cannot be imported; the class beneath it can
+        return _blank, (cls.__name__, cls.__mro__[1]), self.__dict__
 
     # ------------------------------------------------------------------ running
 
@@ -308,11 +320,20 @@ class EPTModel(nn.Module):
             self._put(adapter)
 
     def load_adapter(
-        self, path: str | os.PathLike, adapter_name: str, *, ignore_backbone_mismatch: bool = False
+        self,
+        path: str | os.PathLike,
+        adapter_name: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        ignore_backbone_mismatch: bool = False,
     ) -> None:
-        """Adds the adapter of a directory that `save_pretrained` wrote; errors as in `EPTModel.from_pretrained`."""
+        """Adds a saved adapter beside the others; arguments and errors as in `EPTModel.from_pretrained`."""
+        files = AdapterFiles.read(path, revision=revision, token=token, cache_dir=cache_dir)
         with changing(self.base_model, "loading an adapter"):
-            files = AdapterFiles.read(path, self.base_model, ignore_backbone_mismatch=ignore_backbone_mismatch)
+            if not ignore_backbone_mismatch:
+                files.check_backbone(self.base_model)
             self._put(loaded_adapter(self, adapter_name, files, self._sites_for(files.config)))
 
     def set_adapter(self, adapter_name: str) -> None:
@@ -447,6 +468,50 @@ class EPTModel(nn.Module):
         if is_main_process:
             write_adapter(save_directory, settings, tensors)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: list[str] | None = None,
+        adapter_name: str | None = None,
+    ) -> CommitInfo:
+        """Writes what `save_pretrained` writes, and a model card, to the hub in one commit, which it returns.
+
+        The active adapter, or the one named. One process calls it; of a model that is spread over several, the trainer's
+        `push_to_hub` writes the adapter.
+
+        Args:
+            repo_id: "user/name"; the repository is made if there is none.
+            commit_message, commit_description: of the commit.
+            private: whether a repository that is made is private; None: as its owner has set it.
+            token: None: HF_TOKEN or the one that `hf auth login` saved.
+            revision: branch to commit to, made if there is none; None: the main branch.
+            create_pr: opens a pull request in place of a commit to the branch.
+            tags: further tags of the model card.
+
+        Raises:
+            OSError: the hub cannot be reached or refuses, in one sentence.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, adapter_name=adapter_name)
+            return upload(
+                directory,
+                repo_id,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                tags=tags,
+            )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -454,18 +519,46 @@ class EPTModel(nn.Module):
         path: str | os.PathLike,
         adapter_name: str = "default",
         *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
         ignore_backbone_mismatch: bool = False,
     ) -> "EPTModel":
-        """The adapter in the directory `path` on the backbone `model`; it can be used and (unless folded) trained on.
+        """Puts a saved adapter on the backbone `model`; it can be used and (unless folded) trained on.
+
+        `AutoEPTModel.from_pretrained` loads the backbone, too.
+
+        Args:
+            model: the backbone that it was trained on.
+            path: a directory that `save_pretrained` wrote, or a hub id ("user/name"). A directory wins.
+            adapter_name: what `add_adapter`'s others know it by.
+            revision: branch, tag or commit of the hub's repository; None: its main branch.
+            token: of the hub; None: HF_TOKEN or the one that `hf auth login` saved.
+            cache_dir: where downloads are kept; None: the hub client's cache.
+            ignore_backbone_mismatch: loads an adapter of another backbone all the same where the shapes fit.
 
         Raises:
-            FileNotFoundError, ValueError: the directory is incomplete or damaged, or belongs to another backbone
-                (`ignore_backbone_mismatch=True` loads it all the same where the shapes fit).
+            OSError: there is no such directory or repository, or the hub cannot be reached or refuses.
+            ValueError: the adapter is damaged, or belongs to another backbone.
         """
-        files = AdapterFiles.read(path, model, ignore_backbone_mismatch=ignore_backbone_mismatch)
+        files = AdapterFiles.read(path, revision=revision, token=token, cache_dir=cache_dir)
+        return cls.from_files(model, files, adapter_name, ignore_backbone_mismatch=ignore_backbone_mismatch)
+
+    @classmethod
+    def from_files(
+        cls,
+        model: PreTrainedModel,
+        files: AdapterFiles,
+        adapter_name: str = "default",
+        *,
+        ignore_backbone_mismatch: bool = False,
+    ) -> "EPTModel":
+        """Puts an adapter whose files have been read on the backbone `model`; ValueError as in `from_pretrained`."""
+        if not ignore_backbone_mismatch:
+            files.check_backbone(model)
         with changing(model, "loading an adapter"):
             wrapped = cls(model, files.config, adapter_name)
-            if files.facts["folded"]:
+            if files.is_folded:
                 wrapped.ept = files.new_layer(model, wrapped.traits, wrapped._sites_for(files.config))
                 wrapped.requires_grad_(False)
                 wrapped._walked = None
@@ -506,3 +599,9 @@ class EPTModel(nn.Module):
         if adapter_name is not None and adapter_name != self.active_adapter:
             return self._inactive(adapter_name).tensors(self.traits.head_names)
         return tensors_of_adapter(self.ept, dict(zip(self.head_names, self.trained_heads(), strict=True)))
+
+
+def _blank(class_name: str, cls: type[EPTModel]) -> EPTModel:
+    """An EPTModel without anything, as copies and pickles start."""
+    named = class_called(class_name, cls)
+    return named.__new__(named)

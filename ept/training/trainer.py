@@ -4,20 +4,26 @@ Every part of EPT has its own learning rate, checkpoints hold the adapter instea
 logs the gate.
 """
 
+import copy
 import logging
 import os
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from ept.files.adapter_dir import read_adapter
+from ept.files.hub import hub_errors, upload
 from ept.model.model import EPTModel
 from ept.sharding import load_optimizer_state, whole_optimizer_state
 from ept.tasks.continuation import ContinuationCollator, label_scores
@@ -173,6 +179,74 @@ class _EPTTrainerMixin(Trainer):
                 "checkpoint before it, with resume_from_checkpoint"
             ) from error
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository on the hub; OSError, of one sentence, where the hub cannot be reached or refuses."""
+        with hub_errors(f"{self.args.hub_model_id or self._directory} cannot be written on the hub"):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card_settings: Any,
+    ) -> Any:
+        """Saves the adapter and uploads it: its files, the tokenizer's, run.json, and transformers' model card.
+
+        Every process calls it, one uploads. Arguments as transformers'; returns the commit, or its Future where not
+        `blocking`. Raises OSError, of one sentence, where the hub cannot be reached or refuses.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        repo_id = cast(str, self.hub_model_id)
+        self.create_model_card(**{"model_name": repo_id.split("/")[-1]} | card_settings)
+        self._finish_current_push()
+        settings: dict[str, Any] = {
+            "commit_message": commit_message,
+            "token": token,
+            "revision": revision or self.args.hub_revision,
+        }
+        if blocking:
+            return upload(self._directory, repo_id, **settings)
+        return HfApi().run_as_future(upload, self._directory, repo_id, **settings)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Of the adapter's files alone; transformers uploads all that output_dir holds, and the adapter only beside PEFT.
+        args: Any = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if not args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        api, repo_id = HfApi(), cast(str, self.hub_model_id)
+        settings = {"token": args.hub_token, "revision": args.hub_revision}
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [api.run_as_future(upload, checkpoint_folder, repo_id, commit_message=message, **settings)]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = args.hub_strategy == HubStrategy.CHECKPOINT
+            jobs.append(
+                api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=checkpoint_folder,
+                    path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
+                    commit_message=f"{message}, checkpoint",
+                    run_as_future=True,
+                    **settings,
+                )
+            )
+        for job in jobs:
+            job.add_done_callback(_warn_of_failure)
+        in_progress: Any = self.push_in_progress or PushInProgress()  # transformers' own types name neither
+        in_progress.jobs.extend(jobs)
+        self.push_in_progress = in_progress
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter; every process calls it, one writes."""
         self._save(output_dir)
@@ -186,7 +260,9 @@ class _EPTTrainerMixin(Trainer):
             return
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        args = copy.copy(self.args)
+        args.hub_token = None  # a checkpoint may be uploaded
+        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # One form for any number of processes and any sharding: transformers would write a sharded backbone, too, and
@@ -300,6 +376,13 @@ def _prompts_in(batch: dict[str, Tensor]) -> list[list[int]]:
         text = mask != 0
         rows.append(prompt_of({"input_ids": ids[text].tolist(), "labels": labels[text].tolist()}))
     return rows
+
+
+def _warn_of_failure(push: Future[Any]) -> None:
+    """Logs why a push from a checkpoint failed; the training goes on, and the push at its end has all."""
+    error = push.exception()
+    if error is not None:
+        logger.warning("a checkpoint could not be uploaded: %s", error)
 
 
 def _check_label_smoothing(model: EPTModel) -> None:
