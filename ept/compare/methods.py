@@ -212,18 +212,14 @@ def _lora(order: _Order) -> nn.Module:
         raise ValueError(f"LoRA finds no {' or '.join(wanted)} in {type(base).__name__}: leave the method out")
     rank, targets = budget // sum(sizes.values()), list(sizes)
     if rank == 0:
-        rank, targets, room = 1, [], budget
-        for name in reversed(sizes):
-            if name.split(".")[-1] == wanted[0] and sizes[name] <= room:
-                targets.append(name)
-                room -= sizes[name]
-    if not targets:
-        raise ValueError(f"a budget of {budget} parameters holds no LoRA of rank 1: raise it")
+        first = {name: size for name, size in sizes.items() if name.split(".")[-1] == wanted[0]}
+        rank, targets = 1, _last_that_fit(first, budget)
     return _with_lora(order, rank, targets)
 
 
 def _lora_everywhere(order: _Order) -> nn.Module:
-    """Puts LoRA on every linear layer of the backbone's layers, at the rank that fills the budget."""
+    """Puts LoRA on every linear layer in the backbone's layers where the budget holds a rank of all, else at rank 1 on as many
+    of the last ones as fit."""
     sizes = {
         name: sum(module.weight.shape)
         for name, module in order.base.named_modules()
@@ -231,13 +227,22 @@ def _lora_everywhere(order: _Order) -> nn.Module:
     }
     if not sizes:
         raise ValueError(f"LoRA finds no linear layers in {type(order.base).__name__}: leave the method out")
-    rank = order.budget // sum(sizes.values())
+    rank, targets = order.budget // sum(sizes.values()), list(sizes)
     if rank == 0:
-        raise ValueError(
-            f"a budget of {order.budget} parameters holds no LoRA of rank 1 on all linear layers, which takes "
-            f"{sum(sizes.values())}: raise it"
-        )
-    return _with_lora(order, rank, list(sizes))
+        rank, targets = 1, _last_that_fit(sizes, order.budget)
+    return _with_lora(order, rank, targets)
+
+
+def _last_that_fit(sizes: dict[str, int], budget: int) -> list[str]:
+    """Returns the names whose sizes fill a budget, from the last one back. ValueError if none fits."""
+    names, room = [], budget
+    for name in reversed(sizes):
+        if sizes[name] <= room:
+            names.append(name)
+            room -= sizes[name]
+    if not names:
+        raise ValueError(f"a budget of {budget} parameters holds no LoRA of rank 1: raise it")
+    return names
 
 
 def _is_in_a_layer(name: str) -> bool:
