@@ -142,7 +142,7 @@ def precision(name_or_path: str, dtype: str, not_quantised: list[str] | None = N
         not_quantised: modules that keep their precision, such as a head that trains.
     """
     if dtype not in ("8bit", "4bit"):
-        saved_dtype = AutoConfig.from_pretrained(name_or_path).get_text_config().dtype if dtype == "auto" else None
+        saved_dtype = read_config(name_or_path).get_text_config().dtype if dtype == "auto" else None
         chosen = precision_for(dtype, saved_dtype)
         return {"dtype": chosen.dtype} | ({} if chosen.attention is None else {"attn_implementation": chosen.attention})
     if not is_bitsandbytes_available():
