@@ -271,7 +271,7 @@ def paper_search() -> list[Job]:
 PAPER_ARMS: dict[str, dict[str, Any]] = {  # at the rates that `paper_search` chose
     "EPT paper": _paper(4, 0.02),
     "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.02},
-    "prompt tuning 8": {"method": "prompt tuning 8", "rate": 0.02},  # the paper's form's own prompt alone
+    "prompt tuning 6": {"method": "prompt tuning 6", "rate": 0.02},  # the paper's form's own prompt alone
 }
 
 
@@ -281,7 +281,7 @@ def paper_final() -> list[Job]:
     return [
         job(arm, **common | told | {"task": task, "seed": seed})
         for task in ("sst2", "cola")
-        for arms in (("EPT paper", "prompt tuning 20"), ("prompt tuning 8",))
+        for arms in (("EPT paper", "prompt tuning 20"), ("prompt tuning 6",))
         for seed in range(5)
         for arm, told in PAPER_ARMS.items()
         if arm in arms
