@@ -28,7 +28,7 @@ def cpu_has_bfloat16() -> bool:
     return any(bool(has) and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
 
 
-def precision_for(dtype: str, saved_dtype: torch.dtype | None) -> Precision:
+def precision_for(dtype: str, saved_dtype: torch.dtype | str | None) -> Precision:
     """Returns how weights are loaded on this machine, and says once what was chosen for a CPU.
 
     Args:
@@ -43,9 +43,10 @@ def precision_for(dtype: str, saved_dtype: torch.dtype | None) -> Precision:
     return precision
 
 
-def on_cpu(dtype: str, saved_dtype: torch.dtype | None, *, has_bfloat16: bool) -> Precision:
+def on_cpu(dtype: str, saved_dtype: torch.dtype | str | None, *, has_bfloat16: bool) -> Precision:
     """`precision_for` on a CPU with or without bfloat16 instructions."""
-    if dtype != "bfloat16" and not (dtype == "auto" and saved_dtype == torch.bfloat16):
+    is_saved_so = str(saved_dtype).removeprefix("torch.") == "bfloat16"
+    if dtype != "bfloat16" and not (dtype == "auto" and is_saved_so):
         return Precision(dtype)
     if has_bfloat16:
         return Precision(
