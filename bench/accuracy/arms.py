@@ -293,17 +293,17 @@ LORA_ALL: Job = {"method": "LoRA all", "budget": 41_472}
 
 
 def lora_all() -> list[Job]:
-    """Three rates of LoRA on all linear layers, as `search` has them: ten times full fine-tuning's among them."""
+    """Rates of LoRA on all linear layers, as `search` has them: ten times full fine-tuning's (0.001) among them."""
     return [
         job(f"LoRA, all linear {rate:g}", task=task, rows=2000, seed=0, rate=rate, **LORA_ALL)
-        for rate in (0.005, 0.0025, 0.001)
+        for rate in (0.005, 0.0025, 0.01, 0.001)
         for task in ("tweets", "movies")
     ]
 
 
 def lora_all_final() -> list[Job]:
     """Five seeds, the test parts, beside the default preset with as many parameters of stage `final`."""
-    arms = {"LoRA, all linear": LORA_ALL | {"rate": 0.0025}}
+    arms = {"LoRA, all linear": LORA_ALL | {"rate": 0.005}}
     return [
         job(arm, **dict[str, Any](task=task, rows=2000, seed=seed, reads_test=True) | told)
         for task in ("tweets", "movies", "rating", "authors", "news")
@@ -318,7 +318,7 @@ def glue() -> list[Job]:
         arm: ARMS[arm]
         for arm in ("EPT, deep", "EPT, deep q=8", "LoRA r=2", "LoRA r=4", "prompt tuning 20", "head only")
     }
-    arms["LoRA, all linear"] = LORA_ALL | {"rate": 0.0025}
+    arms["LoRA, all linear"] = LORA_ALL | {"rate": 0.005}
     return [
         job(arm, **dict[str, Any](task=task, rows=2000, seed=seed, reads_test=True) | told)
         for seed in range(5)
