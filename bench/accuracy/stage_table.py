@@ -1,4 +1,4 @@
-"""A stage's table, from its lines alone: python -m bench.accuracy.stage_table STAGE [--glue DIRECTORY]
+"""A stage's table, from lines alone: python -m bench.accuracy.stage_table STAGE [--glue DIRECTORY] [--beside ARM …]
 
 Writes bench/results/accuracy/STAGE.md: each arm's scores by task and, where the stage read the test parts, the differences
 from the first arm with their 95 % intervals, and STAGE.png. A draw takes rows and seeds with replacement, the same for both
@@ -29,6 +29,10 @@ def runs_by_arm(records: list[Record]) -> dict[str, Runs]:
     for record in records:
         runs[record["arm"]][record["task"]][record["seed"]] = record
     return runs
+
+
+def _place(record: Record) -> tuple[str, int, int]:
+    return record["task"], record["rows"], record["seed"]
 
 
 def score_rows(runs: dict[str, Runs], stage: str) -> list[str]:
@@ -100,10 +104,15 @@ def main() -> None:
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--glue", type=Path, metavar="DIRECTORY", help="of GLUE's files, for stages with its tasks")
+    parser.add_argument(
+        "--beside", nargs="+", default=[], metavar="ARM", help="arms of `final`, on the same rows and seeds"
+    )
     options = parser.parse_args()
     records = read(options.stage)
     if not records:
         raise SystemExit(f"no lines of {options.stage} yet: python -m bench.accuracy.study {options.stage}")
+    places = {_place(record) for record in records}
+    records += [r for r in read("final") if r["arm"] in options.beside and _place(r) in places]
     runs = runs_by_arm(records)
     lines = [*score_rows(runs, options.stage), ""]
     first, *others = runs
