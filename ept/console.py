@@ -4,14 +4,16 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 __all__ = ["say", "without_load_reports"]
 
 
 def say(message: str) -> None:
-    """Prints a line of progress."""
-    print(message, file=sys.stderr, flush=True)
+    """Prints a line of progress, above a progress bar where there is one."""
+    tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()
 
 
 @contextlib.contextmanager

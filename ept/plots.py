@@ -8,7 +8,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_attention", "plot_gates", "plot_loss", "plot_scores", "plot_singular_values"]
+__all__ = ["plot_attention", "plot_gates", "plot_loss", "plot_scores", "plot_singular_values", "smoothed"]
 
 
 def _figure(columns: int, size: tuple[float, float]) -> tuple["Figure", Any]:
@@ -40,15 +40,29 @@ def plot_gates(after: Tensor, before: Tensor | None = None, path: str | os.PathL
 
 
 def plot_loss(curves: dict[str, tuple[list[float], list[float]]], path: str | os.PathLike | None = None) -> "Figure":
-    """Draws the training loss over steps, one curve (steps, losses) per method; figure and `path` as in `plot_gates`."""
+    """Draws the training loss over steps, one curve (steps, losses) per method; figure and `path` as in `plot_gates`.
+
+    The points are faint, the line over them is smoothed.
+    """
     figure, (axis,) = _figure(1, (6, 4))
     for name, (steps, losses) in curves.items():
-        axis.plot(steps, losses, label=name)
+        (line,) = axis.plot(steps, smoothed(losses), label=name)
+        axis.scatter(steps, losses, s=8, alpha=0.25, color=line.get_color(), linewidths=0)
     axis.set(xlabel="step", ylabel="training loss")
     axis.legend()
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Returns the mean around each value, of a tenth of all, an odd number; fewer at the ends, as many on either side."""
+    reach = len(values) // 20
+    means = []
+    for i in range(len(values)):
+        here = min(reach, i, len(values) - 1 - i)
+        means.append(sum(values[i - here : i + here + 1]) / (2 * here + 1))
+    return means
 
 
 def plot_singular_values(values: Tensor, path: str | os.PathLike | None = None) -> "Figure":

@@ -81,8 +81,11 @@ def test_training_learns_the_task_and_writes_adapter_tokenizer_and_record(adapte
     assert settings["label_names"] == ["negative", "positive"] and settings["num_labels"] == 2
     assert settings["problem_type"] == "single_label_classification"
     assert (adapter / "tokenizer.json").is_file() and not (adapter / "model.safetensors").exists()
-    evaluated = json.loads((adapter / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in evaluated if "eval_accuracy" in entry][:4] == [50, 100, 150, 200]
+    logged = json.loads((adapter / "trainer_state.json").read_text())["log_history"]
+    # The evaluation after the last step is the final one: no second.
+    assert [entry["step"] for entry in logged if "eval_accuracy" in entry] == [50, 100, 150, 200]
+    assert 20 <= sum("loss" in entry for entry in logged) <= 40
+    assert not any(name.startswith("gate_") for entry in logged for name in entry)  # the adapter has no gate
 
 
 def test_eval_gives_the_metrics_of_the_training_run(adapter, place, capsys):
@@ -193,7 +196,8 @@ def test_text_to_text_trains_evaluates_and_writes(place, tmp_path, capsys, monke
     assert 0 <= metrics["eval_exact_match"] <= 1 and metrics["eval_loss"] > 0
     command = ["eval", "--adapter", tmp_path / "out", "--test_file", place / "test.csv", "--max_target_length", 5]
     assert main([str(word) for word in command]) == 0
-    assert list(last_json(capsys)) == ["exact_match", "rows"]
+    evaluated = last_json(capsys)
+    assert list(evaluated) == ["exact_match", "token_f1", "loss", "rows"] and evaluated["loss"] > 0
     monkeypatch.setattr(sys, "stdin", Bytes(b"a superb film\nthe weak plot\n"))
     assert main(["predict", "--adapter", str(tmp_path / "out"), "--max_target_length", "5"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -260,6 +264,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(place, tmp_path, c
     state = json.loads((out / "trainer_state.json").read_text())
     accuracies = [entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry]
     assert state["global_step"] < 400 and state["best_metric"] == max(accuracies)
+    assert len(accuracies) == state["global_step"] // 10  # the best one's metrics are known: no evaluation more
     best = load_file(Path(state["best_model_checkpoint"]) / "adapter_model.safetensors")
     final = load_file(out / "adapter_model.safetensors")
     assert all(torch.equal(best[key], final[key]) for key in best)
@@ -366,7 +371,7 @@ def test_a_task_without_a_head_starts_from_one_adapter_as_it_is(place, tmp_path,
         "train", "--model_name_or_path", place / "llama", "--train_file", place / "train.csv", *more, "--use_cpu",
         "--output_dir", tmp_path / "no", "--init_adapters", tmp_path / "one", tmp_path / "two",
     ]  # fmt: skip
-    assert "continuation has none: give one of them" in refused(capsys, argv)
+    assert "continuation has no such head: give one of them" in refused(capsys, argv)
 
 
 # ---------------------------------------------------------------------- help and bad input

@@ -12,6 +12,8 @@ from ept.data.labels import LabelCounts, Labels
 from ept.data.streaming import RowStream
 from ept.data.tables import read_file
 from ept.data.tokens import tokenize
+from ept.tasks.kinds import Classification, Text2Text
+from ept.tasks.task import Task
 from tiny_text import reviews, tokenizer, write_csv
 
 ROWS = [("a great film", "positive"), ('"quoted" plot, with a comma', "negative"), ("the scene é", "positive")]
@@ -43,6 +45,28 @@ def test_every_kind_of_file_gives_the_same_rows(kind, tmp_path):
         jsonl(path, [{"text": text, "label": label} for text, label in ROWS])
     table = read_file(path)
     assert list(zip(table["text"], table["label"], strict=True)) == ROWS
+
+
+@pytest.mark.parametrize("header", ["Text,Label", " text , label", ",text,label", "Unnamed: 0,text,labels"])
+def test_columns_are_found_by_any_capitals_and_beside_an_index_without_a_name(header, tmp_path):
+    index = "7," if header.count(",") == 2 else ""
+    table = read_file(write(tmp_path / "x.csv", f"{header}\n{index}good,1\n{index}bad,0\n"))
+    columns = choose_columns(table, "x.csv", Columns())
+    assert list(table[columns.text]) == ["good", "bad"] and list(table[columns.label]) == ["1", "0"]
+
+
+def test_prompt_and_completion_are_found_by_an_encoder_decoder_too(tmp_path):
+    table = read_file(jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}]))
+    assert Text2Text.choose_columns(table, "x", Columns()) == Columns("prompt", None, "completion")
+
+
+def test_a_label_that_is_an_object_is_refused_and_empty_texts_are_counted(tmp_path, capsys):
+    table = read_file(jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": {"x": n}} for n in range(2)]))
+    with pytest.raises(ValueError, match=r"x, row 1: the label \('label'\) is an object, \{'x': 0\}"):
+        Labels.of(table, "x", "label")
+    table = read_file(write(tmp_path / "x.csv", "text,label\na,1\n ,0\n"))
+    Task(Classification(("0", "1")), Columns("text", None, "label")).encode(table, "x", tokenizer(), 9, 9)
+    assert "x: warning: 1 of 2 rows have an empty text ('text')" in capsys.readouterr().err
 
 
 def test_quotation_marks_in_tsv_are_characters(tmp_path):
@@ -94,7 +118,11 @@ def test_a_byte_order_mark_and_windows_line_ends_are_not_text(tmp_path):
         ("x.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", \n', "line 2: not valid JSON"),
         ("x.jsonl", b'["a", 1]\n', "line 1: not an object"),
         ("x.jsonl", b'{"text": "a", "label": 1}\n{"text": "b"}\n', "line 2: its keys text are not those"),
-        ("x.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": "c"}\n', "values of different types"),
+        (
+            "x.jsonl",
+            b'{"text": "a", "label": 1}\n{"text": "b", "label": "c"}\n',
+            "the column 'label' holds values of different types, 1 (row 1) and 'c' (row 2)",
+        ),
         ("x.parquet", b"PAR1 but not really", "not a parquet file or is damaged"),
         ("x.txt", b"a\n", "unknown extension '.txt'"),
     ],

@@ -49,7 +49,7 @@ def run(document: str, names: dict, replaced: dict[str, str]) -> None:
     assert ran
 
 
-@pytest.mark.parametrize("kind", ["encoder", "multilabel", "t5", "causal"])
+@pytest.mark.parametrize("kind", ["encoder", "multilabel", "ner", "t5", "causal"])
 def test_the_tutorial_runs_as_it_stands(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     replaced = {"max_steps=100": "max_steps=2", "max_steps=300": "max_steps=2", "max_steps 100": "max_steps 2"}

@@ -6,7 +6,16 @@ import torch
 import transformers as hf
 
 from ept.backbone.loading import architecture_of
-from ept.tasks.kinds import KINDS, Classification, Continuation, Regression, Text2Text, default_kind, kind_of_adapter
+from ept.tasks.kinds import (
+    KINDS,
+    Classification,
+    Continuation,
+    Regression,
+    Text2Text,
+    TokenClassification,
+    default_kind,
+    kind_of_adapter,
+)
 from ept.tasks.metrics import METRICS
 from ept.training.trainer import TRAINERS
 from tiny_models import CONFIGS
@@ -46,6 +55,7 @@ def test_a_models_architecture_decides_its_kind_where_the_labels_do_not(name, au
     (Classification, {"base_model_class": "MeanPoolingForSequenceClassification", "label_names": ["a", "b"]}, {}),
     (Regression, {"base_model_class": "BertForSequenceClassification", "problem_type": "regression"}, {}),
     (Text2Text, {"base_model_class": "T5ForConditionalGeneration"}, {}),
+    (TokenClassification, {"base_model_class": "BertForTokenClassification", "label_names": ["a", "b"]}, {}),
     (Continuation, {"base_model_class": "LlamaForCausalLM"}, {"label_words": ["a", "b"]}),
 ])  # fmt: skip
 def test_a_kind_is_found_again_from_its_adapter(kind, settings, record):
@@ -57,7 +67,8 @@ def test_a_kind_is_found_again_from_its_adapter(kind, settings, record):
 @pytest.mark.parametrize("settings, message", [
     ({"base_model_class": "BertForSequenceClassification"}, "adapter_config.json names no labels"),
     ({"base_model_class": "LlamaForCausalLM"}, "names no label words"),
-    ({"base_model_class": "BertForTokenClassification"}, "adapts a BertForTokenClassification"),
+    ({"base_model_class": "BertForTokenClassification"}, "adapter_config.json names no labels"),
+    ({"base_model_class": "BertForMaskedLM"}, "adapts a BertForMaskedLM"),
     ({}, "adapts a model of no known kind"),
 ])  # fmt: skip
 def test_an_adapter_of_no_kind_or_without_labels_is_refused(settings, message):
@@ -74,7 +85,7 @@ def test_metrics_and_lines_of_each_kind():
     assert values == {"pearson": pytest.approx(0.98198), "spearman": 1.0, "mse": pytest.approx(1 / 3)}
     assert Regression().metrics(torch.ones(2, 1), [1.0, 2.0]) == {"pearson": 0.0, "spearman": 0.0, "mse": 0.5}
     assert list(Regression().lines(torch.tensor([[0.5], [2.0]]))) == ["0.5", "2"]
-    assert Text2Text().metrics(["a b ", "c"], ["a b", "d"]) == {"exact_match": 0.5}
+    assert Text2Text().metrics(["a b ", "c"], ["a b", "d"]) == {"exact_match": 0.5, "token_f1": 0.5}
     assert list(Text2Text().lines(["two\nlines"])) == ["two lines"]
 
 

@@ -508,12 +508,28 @@ def a_place(mask):
     return torch.stack([left, left, left + 5, left + 5], -1) * mask.unsqueeze(-1)
 
 
+def layoutlmv3():
+    return hf.LayoutLMv3Config(**_LAYOUT, coordinate_size=6, shape_size=4, input_size=32, patch_size=16, num_labels=3)
+
+
+def longformer():
+    torch.manual_seed(0)
+    return hf.LongformerForSequenceClassification(hf.LongformerConfig(**_LAYOUT, attention_window=8)).eval()
+
+
 PER_TOKEN = {
     "bbox of LayoutLM": (
         lambda: hf.LayoutLMForTokenClassification(hf.LayoutLMConfig(**_LAYOUT)), "bbox", a_place,
     ),
     "bbox of LiLT": (
         lambda: hf.LiltModel(hf.LiltConfig(**_LAYOUT | dict(hidden_size=48))), "bbox", a_place,
+    ),
+    "bbox of LayoutLMv3": (
+        lambda: hf.LayoutLMv3ForTokenClassification(layoutlmv3()), "bbox", a_place,
+    ),
+    "bbox of BROS": (
+        lambda: hf.BrosForTokenClassification(hf.BrosConfig(**_LAYOUT | dict(hidden_size=64))), "bbox",
+        lambda mask: a_place(mask) / 100,
     ),
     "global attention of Longformer": (
         lambda: hf.LongformerModel(hf.LongformerConfig(**_LAYOUT, attention_window=8)), "global_attention_mask",
@@ -555,13 +571,52 @@ def test_an_argument_with_an_entry_for_each_token_gets_the_prompts_columns(name)
     for row, adapter in zip(rows, names, strict=True):
         mask = torch.ones_like(row)
         alone.append(run(row, mask, [adapter], **{argument: values(mask)})[0])
-        assert not torch.allclose(alone[-1], run(row, mask, [adapter])[0], atol=1e-6)  # it does something
+        none = {argument: values(mask) * 0} if "BROS" in name else {}  # which cannot do without
+        assert not torch.allclose(alone[-1], run(row, mask, [adapter], **none)[0], atol=1e-6)  # it does something
     for side in ("left", "right"):
         text, mask = padded(rows, side)
         got = run(text, mask, names, **{argument: values(mask)})
         for i, want in enumerate(alone):
             mine = got[i] if more else got[i][mask[i] == 1]
             torch.testing.assert_close(mine, want, **CLOSE)
+
+
+def test_the_first_token_has_the_global_attention_that_the_head_of_longformer_gives_it():
+    model, rows = wrapped(longformer()), [ids(1, 14, seed=1), ids(1, 5, seed=2)]
+    with torch.no_grad():
+        alone = torch.cat([model(row).logits for row in rows])
+        for side in ("left", "right"):
+            text, mask = padded(rows, side)
+            first = mask * (mask.cumsum(1) == 1)
+            torch.testing.assert_close(model(text, mask).logits, alone, **CLOSE)
+            torch.testing.assert_close(model(text, mask, global_attention_mask=first).logits, alone, **CLOSE)
+            assert not torch.allclose(model(text, mask, global_attention_mask=mask * 0).logits, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["longformer", "layoutlmv3", "bros"])
+def test_a_fresh_adapter_whose_prompt_is_words_is_the_model_with_these_words_after_the_first(name):
+    torch.manual_seed(0)
+    make = {
+        "longformer": longformer,
+        "layoutlmv3": lambda: hf.LayoutLMv3ForSequenceClassification(layoutlmv3()),
+        "bros": lambda: hf.BrosForTokenClassification(hf.BrosConfig(**_LAYOUT | dict(hidden_size=64))),
+    }[name]
+    bare, text, words = make().eval(), ids(2, 9), ids(1, 3, seed=5).expand(2, -1)
+    model, table = get_ept_model(bare, EPTConfig(prompt_length=3)).eval(), bare.get_input_embeddings().weight
+    model.ept.prompt.data.copy_(table[words[0]] / model.ept.embed_scale)
+    start = model.ept.prompt_start
+    place = a_place(torch.ones_like(text))
+    place = place / 100 if name == "bros" else place
+    more = {} if name == "longformer" else {"bbox": place}
+    with torch.no_grad():
+        got = model(text, **more).logits
+        longer = torch.cat([text[:, :start], words, text[:, start:]], 1)
+        none = place.new_zeros(2, 3, 4)
+        more = {} if not more else {"bbox": torch.cat([place[:, :start], none, place[:, start:]], 1)}
+        want = bare(longer, **more).logits
+    if want.dim() == 3:
+        want = torch.cat([want[:, :start], want[:, start + 3 :]], 1)
+    torch.testing.assert_close(got, want, **CLOSE)
 
 
 def test_no_global_attention_is_the_same_as_none_given():
@@ -587,6 +642,8 @@ def test_no_global_attention_is_the_same_as_none_given():
             vocab_size=VOCAB, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64, pad_index=0,
         )).eval(), dict(lengths=torch.tensor([6, 3])), "lengths is not supported: give attention_mask"),
         (lambda: hf.LayoutLMModel(hf.LayoutLMConfig(**_LAYOUT)).eval(), dict(bbox=torch.zeros(2, 5, 4)), "bbox is .2, 5, 4"),
+        (lambda: hf.LayoutLMv3ForTokenClassification(layoutlmv3()).eval(),
+         dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])), "counts positions by columns, where examples are packed"),
     ],
 )  # fmt: skip
 def test_an_argument_that_would_need_the_prompts_columns_is_named_where_it_cannot_have_them(make, arguments, words):

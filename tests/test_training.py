@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ept import EPTConfig, EPTModel, get_ept_model
+from ept.plots import plot_loss, smoothed
 from ept.training.checkpoints import last_checkpoint
 from ept.training.rates import (
     HEAD_LEARNING_RATE,
@@ -114,6 +115,28 @@ def test_training_lowers_the_loss_and_leaves_the_backbone_bit_identical(tmp_path
     assert losses[-1] < 0.5 * losses[0]
     assert frozen and all(torch.equal(frozen[n], p) for n, p in model.base_model.named_parameters() if n in frozen)
     assert all(not torch.equal(before[n], t) for n, t in model.adapter_tensors().items())
+
+
+@pytest.mark.parametrize("steps", [3, 41])
+def test_a_run_logs_its_loss_at_least_twenty_times_and_a_short_one_every_step(steps, tmp_path):
+    settings = dict(max_steps=steps, per_device_train_batch_size=2, save_strategy="no", report_to="none")
+    args = EPTTrainingArguments(str(tmp_path), disable_tqdm=True, use_cpu=True, **settings)
+    model = get_ept_model(backbone("bert", SEQ, num_labels=2), all_parts())
+    run = EPTTrainer(model, args, hf.DataCollatorWithPadding(Tokenizer()), rows(4))
+    run.train()
+    losses = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(losses) == steps if steps < 20 else 20 <= len(losses) <= 40
+    args = EPTTrainingArguments(str(tmp_path), eval_strategy="steps", use_cpu=True)
+    assert args.eval_steps == 500 and args.dataloader_pin_memory == torch.cuda.is_available()
+
+
+def test_the_picture_of_the_loss_has_a_smoothed_line_over_faint_points(tmp_path):
+    losses = [float(i % 2) for i in range(60)]
+    (axis,) = plot_loss({"EPT": (list(range(60)), losses)}, tmp_path / "loss.png").axes
+    line, points = axis.get_lines()[0].get_ydata(), axis.collections[0]
+    assert max(line[5:-5]) - min(line[5:-5]) < 0.3 and smoothed([1.0] * 45) == [1.0] * 45
+    assert line.mean() == pytest.approx(0.5, abs=0.02)
+    assert points.get_offsets()[:, 1].tolist() == losses and points.get_alpha() < 0.5
 
 
 def test_checkpoints_hold_no_weight_of_the_backbone(tmp_path):

@@ -1,5 +1,6 @@
 """Causal models learn to write: from files with prompts and completions, or conversations, to generated answers."""
 
+import itertools
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import tiny_text
 from ept.cli import main
 from ept.data.chats import checked_chat
 from ept.data.columns import Columns, choose_writing_columns, holds_text_to_write
+from ept.data.streaming import RowStream, TokenStream
 from ept.data.tables import read_file
 from ept.tasks.kinds import KINDS, CausalText2Text, asked_kind, kind_of_adapter
 from ept.tasks.predicting import answer_loss, answer_predictor
@@ -92,6 +94,19 @@ def test_of_a_conversation_every_answer_is_learned_and_of_a_conversational_pair_
     assert line.context == [("user the film </s> assistant ", False)]
 
 
+def test_a_template_that_writes_thoughts_in_the_last_answer_alone_is_learned_turn_by_turn(words):
+    thoughts = "{% if loop.last and m['role'] == 'assistant' %}quoted plot {% endif %}"
+    words.chat_template = TEMPLATE.replace("{{ m['content'] }}", thoughts + "{{ m['content'] }}")
+    messages = [user("the film"), assistant("great"), user("the plot"), assistant("dull")]
+    chat = read_chat(words, messages, "row 1")
+    (row,), _, _ = encode_exchanges(words, [chat], None, 10)
+    whole = words.apply_chat_template(messages, tokenize=False)
+    assert row["input_ids"] == words(whole, add_special_tokens=False).input_ids
+    assert decoded(words, learned(row)) == "great </s> quoted plot dull </s>" and chat.reference == "quoted plot dull"
+    question = read_question(words, messages, "row 1", in_chat=True)
+    assert encode_exchanges(words, [question], None, 0)[0][0]["input_ids"] == prompt_of(row)
+
+
 def test_what_the_template_writes_after_an_answer_is_learned_and_its_end_is_added_where_it_has_none(words):
     words.chat_template = TEMPLATE.replace("</s>", "quoted")
     (row,), _, _ = encode_exchanges(words, [read_chat(words, [user("film"), assistant("great")], "row 1")], None, 10)
@@ -126,6 +141,9 @@ def test_a_template_that_rewrites_earlier_answers_and_a_tokenizer_without_one_or
     words.chat_template = "{% for m in messages %}" + shown + "{% endfor %}"
     with pytest.raises(ValueError, match="writes message 2 otherwise once another follows"):
         read_chat(words, [user("film"), assistant("great"), user("plot"), assistant("dull")], "row 1")
+    words.chat_template = TEMPLATE.replace("}assistant {", "}assistant quoted {")
+    with pytest.raises(ValueError, match="does not write message 2 as it begins an answer that is asked for"):
+        read_chat(words, [user("film"), assistant("great")], "row 1")
     words.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         read_chat(words, [user("film"), assistant("great")], "row 1")
@@ -270,6 +288,25 @@ def test_a_causal_model_learns_from_prompts_and_completions_to_write(adapter, pl
     assert metrics["loss"] == pytest.approx(record["metrics"]["eval_loss"], rel=0.05)  # the mean of the batches' means
 
 
+def test_a_stream_of_answers_gives_the_rows_that_are_read_at_once_and_names_a_bad_one(place, words, tmp_path, capsys):
+    kind, path = CausalText2Text(), place / "chats.jsonl"
+    for file, columns in ((path, Columns("messages")), (place / "rows.jsonl", Columns("prompt", None, "completion"))):
+        whole, _, _ = kind.encode_table(read_file(file), str(file), columns, words, 12, 4)
+        encode = kind.stream_encoder(str(file), columns, words, 16, 4)
+        stream = TokenStream(RowStream(str(file)), columns, None, words, max_length=16, max_target_length=4, batch=4,
+                             shuffle_buffer=100, seed=0, encode=encode)  # fmt: skip
+        rows = list(itertools.islice(stream, 64))
+        key = lambda row: (row["input_ids"], row["labels"])  # noqa: E731
+        assert sorted(map(key, rows)) == sorted(map(key, whole))
+    model = ["--model_name_or_path", place / "llama", "--streaming", "--max_steps", 2, *SMALL]
+    assert command("train", *model, "--train_file", path, "--output_dir", tmp_path / "out") == 0
+    bad = jsonl(tmp_path / "bad.jsonl", [{"messages": [user("a"), assistant("b")]}] * 2 + [{"messages": [user("a")]}])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        command("train", *model, "--train_file", bad, "--output_dir", tmp_path / "bad")
+    assert "bad.jsonl, row 3: 'messages': the last message is the user's" in capsys.readouterr().err
+
+
 def test_conversations_are_learned_and_other_columns_by_their_names(place, tmp_path, capsys):
     model = ["--model_name_or_path", place / "llama", "--max_steps", 2, *SMALL]
     assert command("train", *model, "--train_file", place / "chats.jsonl", "--output_dir", tmp_path / "chat") == 0
@@ -287,7 +324,7 @@ def test_conversations_are_learned_and_other_columns_by_their_names(place, tmp_p
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--streaming"], "--streaming does not know --task text2text"),
+    (["--streaming", "--packing"], "--packing chooses among all rows, which --streaming does not hold"),
     (["--text_pair_column", "completion"], "leave out --text_pair_column"),
     (["--generation_max_length", "60"], "--generation_max_length 60 does not fit in 60 tokens"),
     (["--task_name", "rte"], "rte: a causal model learns a benchmark's labels as the continuation"),

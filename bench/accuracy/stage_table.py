@@ -31,8 +31,8 @@ def runs_by_arm(records: list[Record]) -> dict[str, Runs]:
     return runs
 
 
-def _place(record: Record) -> tuple[str, int, int]:
-    return record["task"], record["rows"], record["seed"]
+def _place(record: Record) -> tuple[str, int | None, int]:
+    return record["task"], record.get("rows"), record["seed"]
 
 
 def score_rows(runs: dict[str, Runs], stage: str) -> list[str]:

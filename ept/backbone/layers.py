@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ept.backbone.embeddings import device_of, embedding_width, lacks_weights, weight_of
-from ept.backbone.probes import beside_text, evaluating
+from ept.backbone.probes import beside_embeddings, evaluating
 from ept.backbone.traits import is_encoder_decoder, positions_of, text_part
 
 __all__ = [
@@ -213,7 +213,7 @@ def _trial(model: Any, lists: list[nn.ModuleList]) -> tuple[list[_Visit], int]:
     reader = model.get_encoder() if is_encoder_decoder(model) else model
     try:
         with evaluating(model):
-            reader(inputs_embeds=embedding(ids), **beside_text(reader, ids), return_dict=True)
+            reader(inputs_embeds=embedding(ids), **beside_embeddings(reader, ids), return_dict=True)
     finally:
         for handle in handles:
             handle.remove()

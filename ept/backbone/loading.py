@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "load_causal",
     "load_classifier",
     "load_seq2seq",
+    "load_token_classifier",
     "load_tokenizer",
     "pad_like_tokenizer",
     "precision",
@@ -118,7 +120,18 @@ def load_classifier(
             name_or_path,
             num_labels=num_labels,
             problem_type=problem_type,
-            **precision(name_or_path, dtype, not_quantised=_heads_of_a_classifier(name_or_path)),
+            **precision(name_or_path, dtype, not_quantised=_heads_of(AutoModelForSequenceClassification, name_or_path)),
+        )
+
+
+def load_token_classifier(name_or_path: str, num_labels: int, dtype: str = "auto") -> PreTrainedModel:
+    """Loads the pretrained model with a head on every token; `dtype` as in `load_classifier`."""
+    name_or_path, auto_class = absolute_path(name_or_path), AutoModelForTokenClassification
+    with without_load_reports():
+        return auto_class.from_pretrained(
+            name_or_path,
+            num_labels=num_labels,
+            **precision(name_or_path, dtype, not_quantised=_heads_of(auto_class, name_or_path)),
         )
 
 
@@ -127,10 +140,10 @@ def absolute_path(name_or_path: str) -> str:
     return str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path
 
 
-def _heads_of_a_classifier(name_or_path: str) -> list[str]:
-    """Returns the modules that a classification model of this kind trains, from its config alone."""
+def _heads_of(auto_class: Any, name_or_path: str) -> list[str]:
+    """Returns the modules that a model with a head of this kind trains, from its config alone."""
     with torch.device("meta"):
-        return head_names(AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(name_or_path)))
+        return head_names(auto_class.from_config(AutoConfig.from_pretrained(name_or_path)))
 
 
 def precision(name_or_path: str, dtype: str, not_quantised: list[str] | None = None) -> dict[str, Any]:

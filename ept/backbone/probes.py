@@ -13,13 +13,20 @@ from transformers import PreTrainedModel
 from ept.backbone.embeddings import lacks_weights, weight_of
 
 __all__ = [
+    "beside_embeddings",
     "beside_text",
     "check_inputs_embeds",
     "evaluating",
+    "id_for_shape",
     "keep_4_bits_differentiable",
     "refuse_unsupported",
+    "sets_global_attention",
     "shifts_labels_of",
 ]
+
+
+# Models that read the shape of input_ids also where embeddings are given.
+SHAPE_FROM_IDS = ("layoutlmv3",)
 
 
 def refuse_unsupported(model: Any) -> None:
@@ -87,10 +94,35 @@ def beside_text(model: Any, ids: Tensor) -> dict[str, Tensor]:
     needed = {"attention_mask": torch.ones_like(ids)}
     if "bbox" in inspect.signature(model.forward).parameters:
         needed["bbox"] = torch.zeros(*ids.shape, 4, dtype=torch.int64, device=ids.device)
+    if sets_global_attention(model):
+        needed["global_attention_mask"] = (torch.arange(ids.shape[1], device=ids.device) == 0).long().expand_as(ids)
     if any(hasattr(module, "get_rope_index") for module in model.modules()):
         # Without them such a model counts by the images of an earlier call.
         needed["position_ids"] = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     return needed
+
+
+def beside_embeddings(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """What a model's forward needs beside the embeddings of a text [1, L]."""
+    number = id_for_shape(model)
+    return beside_text(model, ids) | ({} if number is None else {"input_ids": torch.full_like(ids, number)})
+
+
+def id_for_shape(model: Any) -> int | None:
+    """The token by which a model is told the shape of a text beside its embeddings; None where they suffice.
+
+    It is no padding, so that positions are counted as beside embeddings.
+    """
+    if model.config.model_type not in SHAPE_FROM_IDS:
+        return None
+    last = len(weight_of(model.get_input_embeddings())) - 1
+    return last - int(last == model.config.pad_token_id)
+
+
+def sets_global_attention(model: Any) -> bool:
+    """Whether a model gives the first token global attention where no mask says otherwise, for which it needs input_ids."""
+    takes_mask = "global_attention_mask" in inspect.signature(model.forward).parameters
+    return takes_mask and "ForSequenceClassification" in type(model).__name__
 
 
 def _in_full_precision(model: nn.Module) -> bool:
@@ -139,10 +171,10 @@ def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
         with evaluating(model):
             embeds, others = embedding(ids), beside_text(probed, ids)
             by_ids = probed(input_ids=ids, **others, return_dict=True)
-            by_embeds = probed(inputs_embeds=embeds, **others, return_dict=True)
+            by_embeds = probed(inputs_embeds=embeds, **beside_embeddings(probed, ids), return_dict=True)
             beside_padding = by_embeds
             if not kind.startswith("causal"):
-                others = beside_text(probed, torch.cat([ids, ids], 1))
+                others = beside_embeddings(probed, torch.cat([ids, ids], 1))
                 others["attention_mask"][:, ids.shape[1] :] = 0
                 beside_padding = probed(inputs_embeds=torch.cat([embeds, embeds], 1), **others, return_dict=True)
             key = "logits" if "logits" in by_ids else "last_hidden_state"

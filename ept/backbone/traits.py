@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
-from ept.backbone.probes import shifts_labels_of
+from ept.backbone.probes import id_for_shape, sets_global_attention, shifts_labels_of
 
 __all__ = [
     "IGNORE_INDEX", "KINDS", "PER_TOKEN", "Kind", "Traits", "head_names", "is_causal", "is_encoder_decoder", "kind_of",
@@ -101,6 +101,8 @@ class Traits:
         moved_text_is_same: text that starts later gives the same results although no positions are given.
         prompt_values: `PER_TOKEN` with the config's numbers.
         placeholders: ids of the tokens in whose place it puts images, videos and sounds; it finds them by their embeddings.
+        sets_global_attention: it gives the first token global attention where no mask says otherwise (Longformer).
+        id_for_shape: the token by which it is told the shape of a text beside its embeddings; None: they suffice.
         rope_owner: where the module stands that counts positions in images (Qwen-VL and its kin).
     """
 
@@ -119,6 +121,8 @@ class Traits:
     moved_text_is_same: bool
     prompt_values: dict[str, int | None]
     placeholders: tuple[int, ...]
+    sets_global_attention: bool
+    id_for_shape: int | None
     rope_owner: str | None
 
     def prompt_value(self, name: str) -> int | None:
@@ -165,6 +169,8 @@ def traits_of(model: PreTrainedModel) -> Traits:
             for name, value in PER_TOKEN.items()
         },
         placeholders=tuple(placeholders_of(model)),
+        sets_global_attention=sets_global_attention(model),
+        id_for_shape=id_for_shape(model),
         rope_owner=next((name for name, module in model.named_modules() if hasattr(module, "get_rope_index")), None),
     )
 

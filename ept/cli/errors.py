@@ -20,6 +20,7 @@ OPTIONS = {
     "data_dir": "--data_dir",
     "dtype": "--dtype",
     "gpu": "--gpu",
+    "head": "--head",
     "kind": "--task",
     "max_length": "--max_seq_length",
     "metric_for_best_model": "--metric_for_best_model",

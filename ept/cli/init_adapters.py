@@ -35,13 +35,13 @@ def init_rows(task: Task, rows: Any, number_of_adapters: int, collate: Any, seed
     """Returns a batch of up to 200 training rows, drawn at random; None where one adapter is taken as it is.
 
     Raises:
-        ValueError: there are several adapters, and the task has no head whose input could be judged.
+        ValueError: there are several adapters, and the task has no head that reads whole rows, by which they are judged.
     """
-    if not task.kind.has_head:
+    if not task.kind.has_head or task.kind.reads_words:
         if number_of_adapters > 1:
             raise ValueError(
-                f"--init_adapters: {number_of_adapters} adapters are weighted by what a head reads, and {task.kind.asked_as} "
-                "has none: give one of them"
+                f"--init_adapters: {number_of_adapters} adapters are weighted by what a head reads of each row, and "
+                f"{task.kind.asked_as} has no such head: give one of them"
             )
         return None
     chosen = np.random.default_rng(seed).permutation(len(rows))[:FIRST_ROWS]

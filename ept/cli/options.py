@@ -118,8 +118,8 @@ AdapterArguments = make_dataclass(
         )),
         ("init_adapters", list[str] | None, option(
             "Trained adapters (directories or hub ids) of the same model to start from; their sizes are taken. Up to 200 "
-            "training rows say how much each weighs; of several of different starts the best is taken. A task without a head "
-            "takes one."
+            "training rows say how much each weighs; of several of different starts the best is taken. A task without a head, "
+            "or with one for each word, takes one."
         )),
         *(
             (name, setting_type | None, option(_adapter_help(name)))

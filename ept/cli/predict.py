@@ -58,7 +58,7 @@ def run(argv: list[str]) -> None:
         parser = OptionParser(
             "predict",
             "Reads texts, one a line or a table's, and prints for each a line: label, tab, probability (of every label above "
-            "the threshold, where a row may have several); or a value; or the written text.",
+            "the threshold, where a row may have several); or a value; or the words' labels; or the written text.",
             AdapterDirArguments,
             PredictArguments,
         )
@@ -95,16 +95,16 @@ def run(argv: list[str]) -> None:
 
 def _source(options: PredictArguments, saved_adapter: SavedAdapter, kind: TaskKind) -> Lines | TableRows:
     """Finds the rows to predict for; ValueError where the options do not go with them or with the adapter."""
-    if options.all_probabilities and kind.label_names is None:
-        raise ValueError(f"--all_probabilities: {kind.asked_as} has no classes: leave it out")
+    if options.all_probabilities and not kind.gives_probabilities:
+        raise ValueError(f"--all_probabilities: {kind.asked_as} has no classes of rows: leave it out")
     pairs = _reads_pairs(kind, saved_adapter.record)
     if options.input_file is None or not is_table(options.input_file):
         for name in ("text_column", "text_pair_column", "id_column", "no_header"):
             if getattr(options, name):
                 raise ValueError(f"--{name} is for tables: give a .csv, .tsv, .jsonl or .parquet as --input_file")
         return Lines(options.input_file, pairs)
-    if kind.reads_one_text and options.text_pair_column is not None:
-        raise ValueError("a causal model that writes reads one text, not a pair: leave out --text_pair_column")
+    if (kind.reads_one_text or kind.reads_words) and options.text_pair_column is not None:
+        raise ValueError(f"the adapter reads one text ({kind.asked_as}), not a pair: leave out --text_pair_column")
     recorded = saved_adapter.record.get("columns", {})
     may_lack_header = has_optional_header(Path(options.input_file)) and saved_adapter.record.get("no_header", False)
     return TableRows(

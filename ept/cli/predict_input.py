@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ept.data.chats import checked_chat
-from ept.data.columns import LABEL_NAMES, ROW_NUMBER_NAMES, Columns
+from ept.data.columns import LABEL_NAMES, ROW_NUMBER_NAMES, Columns, words_in
 from ept.data.rows import SUFFIXES, checked_path, listed, read_rows
 from ept.tasks.kind import TaskKind
 
@@ -98,13 +98,15 @@ class TableRows:
             return value
         if isinstance(value, list) and self.kind.reads_one_text:
             return checked_chat(value, f"{place}: {column!r}")
+        if isinstance(value, list) and self.kind.reads_words:
+            return words_in(value, place, column)
         problem = "missing" if value is None else f"{type(value).__name__} {value!r}, not text"
         raise ValueError(f"{place}: the text ({column!r}) is {problem}")
 
     def _id_column(self, names: list[str]) -> str | None:
         if self.id_column is not None and self.id_column not in names:
             raise ValueError(f"{self.path} has no column {self.id_column!r} (--id_column); it has: {listed(names)}")
-        return self.id_column or next((name for name in ROW_NUMBER_NAMES if name in names), None)
+        return self.id_column or next((name for name in ROW_NUMBER_NAMES if name and name in names), None)
 
     def _text_columns(self, names: list[str]) -> tuple[str, ...]:
         """Finds the columns with the texts; ValueError where they are missing or cannot be told."""

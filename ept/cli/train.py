@@ -238,7 +238,6 @@ def _complete_arguments(options: TrainOptions, task: Task, max_length: int | Non
         if "greater_is_better" not in options.explicit:
             args.greater_is_better = more_is_better
     args.restore_callback_states_from_checkpoint = resumes  # early stopping counts on
-    args.dataloader_pin_memory &= torch.cuda.is_available()
     if "predict_with_generate" not in options.explicit:
         args.predict_with_generate = task.kind.writes_text
     if args.generation_max_length is None:
@@ -294,11 +293,11 @@ def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int 
 
 
 def _evaluate(training: _Training) -> dict[str, float]:
-    """Evaluates on the validation rows and the test rows, of those that there are; returns the metrics."""
+    """Returns the metrics on the validation rows and the test rows, of those that there are."""
     trainer = training.trainer
     metrics: dict[str, float] = {}
     if trainer.eval_dataset is not None:
-        metrics |= _loss_last(trainer.evaluate(), "eval_loss")
+        metrics |= _loss_last(trainer.final_metrics(), "eval_loss")
     if training.test is not None:
         trainer.compute_metrics = training.task.compute_metrics(training.test, trainer.processing_class)
         metrics |= _loss_last(trainer.evaluate(training.test.data, metric_key_prefix="test"), "test_loss")

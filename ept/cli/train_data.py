@@ -7,12 +7,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ept.cli.train_options import DataArguments, TrainOptions
-from ept.data.columns import Columns, holds_text_to_write
+from ept.data.columns import Columns, holds_tagged_words, holds_text_to_write
 from ept.data.streaming import RowStream, TokenStream
 from ept.data.tables import read_file, read_hub
 from ept.tasks.glue import Rows, benchmark_task
 from ept.tasks.glue_files import read_benchmark
-from ept.tasks.kinds import KINDS, CausalText2Text, Text2Text, asked_kind, default_kind
+from ept.tasks.kinds import KINDS, CausalText2Text, Text2Text, TokenClassification, asked_kind, default_kind
 from ept.tasks.task import Task
 
 __all__ = ["TrainingData", "read_training_data", "token_stream"]
@@ -51,14 +51,16 @@ def read_training_data(options: TrainOptions) -> TrainingData:
     if data.data_dir is not None:
         raise ValueError("--data_dir holds a benchmark's task: say which with --task_name")
     stream = _row_stream(options) if data.streaming else None
-    if stream is not None and kind is not None and not KINDS[kind].can_stream:
-        raise ValueError(f"--streaming does not know --task {asked} with this model: leave one of them out")
     tables = _read_tables(data, header=not options.columns.no_header, stream=stream)
     columns = options.columns
     wanted = Columns(columns.text_column, columns.text_pair_column, columns.label_column, columns.label_separator)
     writes = asked_kind(Text2Text.name, model_name) == CausalText2Text.name
     if kind is None and writes and wanted == Columns() and holds_text_to_write(tables["train"][0]):
         kind = CausalText2Text.name
+    if kind is None and columns.label_separator is None and holds_tagged_words(tables["train"][0], wanted):
+        kind = TokenClassification.name
+    if stream is not None and kind is not None and not KINDS[kind].can_stream:
+        raise ValueError(f"--streaming is not for {KINDS[kind].asked_as}, whose rows are read whole: leave it out")
     task = Task.of_table(*tables["train"], wanted, kind, stream)
     for table, source in tables.values():
         task.kind.choose_columns(table, source, task.columns)
@@ -75,11 +77,14 @@ def token_stream(
     """Returns the stream's rows as tokens, in the order that the seed gives."""
     assert data.stream is not None
     args: Any = options.training
+    encode = data.task.kind.stream_encoder(
+        data.stream.source, data.task.columns, tokenizer, max_length, options.columns.max_target_length
+    )
     return TokenStream(
         data.stream, data.task.columns, data.task.streamed_labels, tokenizer,
         max_length=max_length, max_target_length=options.columns.max_target_length,
         batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        shuffle_buffer=options.data.shuffle_buffer, seed=args.seed, shortest=prompt_start,
+        shuffle_buffer=options.data.shuffle_buffer, seed=args.seed, shortest=prompt_start, encode=encode,
     )  # fmt: skip
 
 
@@ -95,6 +100,8 @@ def _row_stream(options: TrainOptions) -> RowStream:
     data, args = options.data, options.training
     if args.max_steps < 1:
         raise ValueError("--streaming needs --max_steps: how many rows there are is not known before the end")
+    if data.packing:
+        raise ValueError("--packing chooses among all rows, which --streaming does not hold: leave one of them out")
     if args.dataloader_num_workers > 1:
         raise ValueError("--streaming reads in one process: --dataloader_num_workers 0 or 1")
     # Every process reads the stream and takes its rows of each batch; by default one reads and sends whole batches of

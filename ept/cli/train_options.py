@@ -22,7 +22,8 @@ class ModelArguments:
     )
     task: str | None = option(
         "What to learn. By default text2text (to write) for an encoder-decoder, and for a causal model whose file has "
-        "prompt and completion, or messages; else multi_label where the labels are lists (or --label_separator is given), "
+        "prompt and completion, or messages; token_classification (a label for each word, NER) where rows are lists of words and "
+        "as many labels; else multi_label where the labels are lists (or --label_separator is given), "
         "regression where they are decimal numbers, and classification. continuation: a causal model scores the labels' "
         "words after the text (its default with --task_name).",
         choices=ASKED,

@@ -30,7 +30,10 @@ def check_training_options(args: Any, task: Task, splits: dict[str, Split]) -> N
 def _check_evaluation(args: Any, *, is_evaluated: bool) -> None:
     metric = args.metric_for_best_model
     if is_evaluated and not args.eval_do_concat_batches:
-        raise ValueError("--eval_do_concat_batches false leaves the metrics without the rows' order: leave it out")
+        raise ValueError(
+            "--eval_do_concat_batches false leaves the metrics batches in place of rows, which ends the first evaluation "
+            "(ValueError: expected sequence of length …): leave it out"
+        )
     if is_evaluated and args.batch_eval_metrics:
         raise ValueError("--batch_eval_metrics: the metrics are of all rows together, not of batches: leave it out")
     if args.load_best_model_at_end and args.eval_strategy == "no":

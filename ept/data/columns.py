@@ -11,21 +11,29 @@ from ept.data.rows import listed
 __all__ = [
     "Columns",
     "choose_columns",
+    "choose_pair_columns",
+    "choose_tagged_columns",
     "choose_writing_columns",
+    "element_of",
     "holds_lists",
+    "holds_tagged_words",
     "holds_text_to_write",
     "label_lists",
     "label_strings",
     "labels_in",
     "split_cell",
     "split_labels",
+    "tags_of",
     "texts_of",
+    "words_in",
+    "words_of",
 ]
 
-# What is guessed: a label column by these names, and, once it and a row number are set aside, a lone text column or
-# one of these pairs. Whatever else a file holds must be said.
+# What is guessed: a label column by these names, capitals or not, and, once it and a row number are set aside, a lone text
+# column or one of these pairs. Whatever else a file holds must be said.
 LABEL_NAMES = ("label", "labels")
-ROW_NUMBER_NAMES = ("idx", "id", "index")
+ROW_NUMBER_NAMES = ("idx", "id", "index", "", "Unnamed: 0")  # the last two are an index as pandas writes it
+WORD_NAMES, TAG_NAMES = ("tokens", "words"), ("ner_tags", "tags", "labels", "label")
 PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
     ("text1", "text2"),
@@ -65,7 +73,7 @@ def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
             raise ValueError(f"{source} has no column {name!r} (`Columns.{field}`); {there}")
     label = wanted.label
     if label is None:
-        candidates = [name for name in names if name in LABEL_NAMES]
+        candidates = [name for name in names if name.lower() in LABEL_NAMES]
         if len(candidates) != 1:
             raise ValueError(f"{source}: say which column is the label with `Columns.label`; {there}")
         label = candidates[0]
@@ -77,7 +85,11 @@ def choose_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
             )
     if wanted.text is not None:
         return replace(wanted, label=label)
-    rest = [name for name in names if name not in (label, wanted.text_pair, *ROW_NUMBER_NAMES, *LABEL_NAMES)]
+    rest = [
+        name
+        for name in names
+        if name.lower() not in LABEL_NAMES and name not in (label, wanted.text_pair, *ROW_NUMBER_NAMES)
+    ]
     if len(rest) == 1:
         return replace(wanted, text=rest[0], label=label)
     for text, pair in PAIRS:
@@ -104,6 +116,12 @@ def choose_writing_columns(table: Dataset, source: str, wanted: Columns) -> Colu
         return replace(wanted, text="messages")
     if text in names and label is None and ends_with_answer(table[0][text]):
         return wanted
+    return choose_pair_columns(table, source, wanted)
+
+
+def choose_pair_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
+    """Chooses as `choose_columns`, for texts and what is to be written: by themselves `prompt` and `completion`."""
+    names, text, label = table.column_names, wanted.text, wanted.label
     if text is None and "prompt" in names:
         text = "prompt"
     if label is None and "completion" in names:
@@ -115,6 +133,77 @@ def holds_text_to_write(table: Dataset) -> bool:
     """Tells whether a table has the columns of texts and answers, prompt and completion or messages, and none of labels."""
     names = set(table.column_names)
     return names.isdisjoint(LABEL_NAMES) and ({"prompt", "completion"} <= names or _has_messages(table))
+
+
+def choose_tagged_columns(table: Dataset, source: str, wanted: Columns) -> Columns:
+    """Chooses as `choose_columns`, for words and their labels: by themselves `tokens` or `words`, and `ner_tags` or `tags`."""
+    if wanted.text_pair is not None:
+        raise ValueError(f"{source}: labels of words are of one text, not of a pair: leave out `Columns.text_pair`")
+    names = table.column_names
+    text = wanted.text or next((name for name in WORD_NAMES if name in names), None)
+    label = wanted.label or next((name for name in TAG_NAMES if name in names), None)
+    return choose_columns(table, source, replace(wanted, text=text, label=label))
+
+
+def holds_tagged_words(table: Dataset, wanted: Columns) -> bool:
+    """Tells whether a table has a list of words in each row, and a list of as many labels."""
+    names = table.column_names
+    text = wanted.text or next((name for name in WORD_NAMES if name in names), None)
+    label = wanted.label or next((name for name in TAG_NAMES if name in names), None)
+    if (
+        text is None
+        or label is None
+        or not {text, label} <= set(names)
+        or not (holds_lists(table, text) and holds_lists(table, label))
+    ):
+        return False
+    words, tags = table[0][text], table[0][label]
+    return all(isinstance(word, str) for word in words) and len(words) == len(tags)
+
+
+def words_of(table: Dataset, source: str, column: str) -> list[list[str]]:
+    """Returns the words of each row. ValueError names the first row that has no list of them."""
+    return [words_in(cell, f"{source}, row {row}", column) for row, cell in enumerate(table[column], start=1)]
+
+
+def words_in(cell: Any, at: str, column: str) -> list[str]:
+    """Returns the words in a cell, a list of them; ValueError where it is none. `at` names the row."""
+    if not isinstance(cell, list):
+        problem = "missing" if cell is None else f"{type(cell).__name__} {cell!r}"
+        raise ValueError(
+            f'{at}: the text ({column!r}) must be a list of words, ["Ada", "wrote", …] in jsonl or parquet, and is {problem}'
+        )
+    for number, word in enumerate(cell, start=1):
+        if not isinstance(word, str) or not word.strip():
+            raise ValueError(
+                f"{at}: word {number} ({column!r}) is {'empty' if word is None or word == '' else repr(word)}: leave it out"
+            )
+    return cell
+
+
+def tags_of(table: Dataset, source: str, columns: Columns) -> list[list[str]]:
+    """Returns the label of each word as a word, by name where the table has names.
+
+    Raises:
+        ValueError: the first row that has no list of labels, or not as many as words.
+    """
+    column = columns.chosen_label
+    element, rows = element_of(table.features[column]), []
+    for row, (words, cell) in enumerate(zip(table[str(columns.text)], table[column], strict=True), start=1):
+        at = f"{source}, row {row}"
+        if not isinstance(cell, list) or None in cell or "" in cell:
+            problem = (
+                "is missing" if cell is None else "is missing for a word" if isinstance(cell, list) else f"is {cell!r}"
+            )
+            raise ValueError(
+                f'{at}: the label ({column!r}) {problem}: give a list with one label a word, such as ["O", "B-PER"]'
+            )
+        if isinstance(words, list) and len(words) != len(cell):
+            raise ValueError(
+                f"{at}: {len(words)} words ({columns.text!r}) and {len(cell)} labels ({column!r}): give one a word"
+            )
+        rows.append([element.int2str(int(tag)) if isinstance(element, ClassLabel) else str(tag) for tag in cell])
+    return rows
 
 
 def _has_messages(table: Dataset) -> bool:
@@ -137,6 +226,10 @@ def label_strings(table: Dataset, source: str, column: str) -> list[str]:
     for row, value in enumerate(table[column], start=1):
         if value is None or value == "":
             raise ValueError(f"{source}, row {row}: the label ({column!r}) is missing")
+        if isinstance(value, dict):
+            raise ValueError(
+                f"{source}, row {row}: the label ({column!r}) is an object, {value!r}: give a word or a number"
+            )
         has_name = isinstance(feature, ClassLabel) and value >= 0
         values.append(feature.int2str(value) if has_name else str(value))
     return values
@@ -144,7 +237,7 @@ def label_strings(table: Dataset, source: str, column: str) -> list[str]:
 
 def holds_lists(table: Dataset, column: str) -> bool:
     """Whether a column's cells are lists."""
-    return _element(table.features[column]) is not None
+    return element_of(table.features[column]) is not None
 
 
 def label_lists(table: Dataset, source: str, column: str) -> list[list[str]]:
@@ -153,7 +246,7 @@ def label_lists(table: Dataset, source: str, column: str) -> list[list[str]]:
     Raises:
         ValueError: the first row whose cell is no list of different labels, with its number.
     """
-    element, rows = _element(table.features[column]), []
+    element, rows = element_of(table.features[column]), []
     for row, cell in enumerate(table[column], start=1):
         labels = labels_in(cell, f"{source}, row {row}", column)
         rows.append([element.int2str(int(label)) for label in labels] if isinstance(element, ClassLabel) else labels)
@@ -198,6 +291,6 @@ def split_cell(cell: Any, separator: str | None) -> Any:
     return [part.strip() for part in str(cell).split(separator) if part.strip()]
 
 
-def _element(feature: Any) -> Any:
+def element_of(feature: Any) -> Any:
     """Returns the type of a list's elements; None for what is no list."""
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from datasets import ClassLabel, Dataset
 
-from ept.data.columns import holds_lists, label_lists, label_strings
+from ept.data.columns import Columns, element_of, holds_lists, label_lists, label_strings, tags_of
 from ept.data.rows import listed
 
 __all__ = ["LabelCounts", "Labels"]
@@ -24,10 +24,12 @@ class LabelCounts:
     Attributes:
         rows: the number of rows by label.
         several: whether a row may have several labels.
+        unit: what has a label, in the plural.
     """
 
     rows: dict[str, int]
     several: bool = False
+    unit: str = "rows"
 
     @classmethod
     def of(cls, table: Dataset, source: str, column: str) -> "LabelCounts":
@@ -36,6 +38,11 @@ class LabelCounts:
             lists = label_lists(table, source, column)
             return cls.merged(Counter(label for labels in lists for label in labels), several=True)
         return cls.merged(Counter(label_strings(table, source, column)))
+
+    @classmethod
+    def of_words(cls, table: Dataset, source: str, columns: Columns) -> "LabelCounts":
+        """Counts the labels of a table's words; ValueError names the first row where they are not one a word."""
+        return cls(Counter(tag for tags in tags_of(table, source, columns) for tag in tags), unit="words")
 
     @classmethod
     def merged(cls, rows: Mapping[str, int], *, several: bool = False) -> "LabelCounts":
@@ -76,7 +83,9 @@ class LabelCounts:
     def lines(self) -> list[str]:
         """Describes the classes with their rows, and warns of those that look like slips."""
         by_size = sorted(self.rows, key=lambda name: (-self.rows[name], name))
-        lines = [f"{len(by_size)} classes: " + _first(f"{_shown(name)} ({self.rows[name]} rows)" for name in by_size)]
+        lines = [
+            f"{len(by_size)} classes: " + _first(f"{_shown(name)} ({self.rows[name]} {self.unit})" for name in by_size)
+        ]
         alike = defaultdict(list)
         for name in by_size:
             alike[name.strip().casefold()].append(name)
@@ -87,10 +96,10 @@ class LabelCounts:
                     "alone: give them one name if they are one"
                 )
         single = [name for name in by_size if self.rows[name] == 1]
-        if len(single) == len(by_size):
+        if len(single) == len(by_size) and self.unit == "rows":
             lines.append("warning: every class has one row: is the column text to be written, or a row's name?")
         elif single:
-            lines.append(f"warning: of one row each are the classes {_first(map(_shown, single))}")
+            lines.append(f"warning: of one {self.unit[:-1]} each are the classes {_first(map(_shown, single))}")
         return lines
 
 
@@ -124,6 +133,16 @@ class Labels:
         if counts.are_values(kind):
             cls(None).encode(table, source, column)  # names the row that is no value
         return cls.of_counts(counts, source, column, kind)
+
+    @classmethod
+    def of_words(cls, table: Dataset, source: str, columns: Columns) -> "Labels":
+        """Reads the labels of a training file's words: the names that the table has, or those that occur."""
+        feature = element_of(table.features[columns.chosen_label])
+        if isinstance(feature, ClassLabel):
+            return cls(tuple(feature.names))
+        return cls.of_counts(
+            LabelCounts.of_words(table, source, columns), source, columns.chosen_label, "classification"
+        )
 
     @classmethod
     def of_counts(cls, counts: LabelCounts, source: str, column: str, kind: str | None = None) -> "Labels":
@@ -162,7 +181,7 @@ class Labels:
             raise ValueError(f"{source}: no row of {column!r} has a label: there is nothing to learn")
         if len(names) < 2 and not counts.several:
             raise ValueError(
-                f"{source}: every row of {column!r} has the label {names[0]!r}: there is nothing to tell apart"
+                f"{source}: every {counts.unit[:-1]} of {column!r} has the label {names[0]!r}: there is nothing to tell apart"
             )
         return cls(tuple(names), counts.several)
 
@@ -187,6 +206,14 @@ class Labels:
             return [_finite(value, f"{source}, row {row}") for row, value in enumerate(values, start=1)]
         number_of = self._numbers()
         return [self._number_of(value, number_of, f"{source}, row {row}") for row, value in enumerate(values, start=1)]
+
+    def encode_words(self, table: Dataset, source: str, columns: Columns) -> list[list[int]]:
+        """Returns the class number of each word of each row; ValueError names the first row that has another label."""
+        number_of = self._numbers()
+        return [
+            [self._number_of(tag, number_of, f"{source}, row {row}") for tag in tags]
+            for row, tags in enumerate(tags_of(table, source, columns), start=1)
+        ]
 
     def _numbers(self) -> dict[str, int]:
         """Returns the class numbers by name."""

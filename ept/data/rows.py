@@ -91,7 +91,7 @@ def _csv_rows(path: Path, header: bool) -> Iterator[Row]:
             if not fields:
                 continue  # a blank line
             if names is None:
-                names = fields if header else [str(i) for i in range(len(fields))]
+                names = [name.strip() for name in fields] if header else [str(i) for i in range(len(fields))]
                 if len(set(names)) < len(names):
                     raise ValueError(f"{path}: the header names a column twice: {listed(names)}")
                 if header:

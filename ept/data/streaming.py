@@ -8,7 +8,7 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +93,21 @@ class TokenStream(IterableDataset):
     Args:
         labels: None where the label column holds text to write.
         batch: rows of one update over all processes, which are sorted by length together.
+        encode: makes token rows of some rows with their numbers, with a ValueError for one that is wrong; by default texts
+            are tokenised, and labels as `labels` says.
         shortest: texts of fewer tokens are refused (a prompt that stands inside the text needs them).
     """
 
     def __init__(
         self, rows: RowStream, columns: Columns, labels: Labels | None, tokenizer: PreTrainedTokenizerBase,
         *, max_length: int | None, max_target_length: int, batch: int, shuffle_buffer: int, seed: int, shortest: int = 0,
+        encode: Callable[[list[tuple[int, dict[str, Any]]]], list[dict[str, Any]]] | None = None,
     ):  # fmt: skip
         self.rows, self.columns, self.labels, self.tokenizer = rows, columns, labels, tokenizer
         self.max_length, self.max_target_length, self.batch = max_length, max_target_length, batch
         self.shuffle_buffer = max(1, shuffle_buffer // batch) * batch  # whole batches
         self.seed, self.shortest = seed, shortest
+        self.encode = self._tokenise if encode is None else encode
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number in itertools.count():
@@ -131,6 +135,21 @@ class TokenStream(IterableDataset):
             yield from batch
 
     def _encode(self, numbered: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+        try:
+            token_rows = self.encode(numbered)
+        except StreamError:
+            raise
+        except ValueError as error:
+            raise StreamError(str(error)) from error
+        for (number, _), row in zip(numbered, token_rows, strict=True):
+            if len(row["input_ids"]) < self.shortest:
+                raise StreamError(
+                    f"{self.rows.source}, row {number}: {len(row['input_ids'])} tokens are too few for a prompt that stands "
+                    f"at column {self.shortest} (`prompt_start`): lower it, or leave the row out"
+                )
+        return token_rows
+
+    def _tokenise(self, numbered: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
         texts = [
             self._texts(numbered, name) for name in (self.columns.text, self.columns.text_pair) if name is not None
         ]
@@ -143,17 +162,10 @@ class TokenStream(IterableDataset):
             ]
         else:
             labels = self._labels(numbered, self.labels)
-        token_rows = [
+        return [
             dict(zip((*encoded, "labels"), values, strict=True))
             for values in zip(*encoded.values(), labels, strict=True)
         ]
-        for (number, _), row in zip(numbered, token_rows, strict=True):
-            if len(row["input_ids"]) < self.shortest:
-                raise StreamError(
-                    f"{self.rows.source}, row {number}: {len(row['input_ids'])} tokens are too few for a prompt that stands "
-                    f"at column {self.shortest} (`prompt_start`): lower it, or leave the row out"
-                )
-        return token_rows
 
     def _labels(self, numbered: list[tuple[int, dict[str, Any]]], labels: Labels) -> list[Any]:
         column = self.columns.chosen_label

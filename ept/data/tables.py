@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -26,10 +27,34 @@ def read_file(path: str | os.PathLike, *, header: bool = True) -> Dataset:
         try:
             table = Dataset.from_dict({name: [row[name] for row in rows] for name in (rows[0] if rows else [])})
         except (pyarrow.ArrowException, OverflowError) as error:
-            raise ValueError(f"{path}: a column holds values of different types or too large ({error})") from error
+            raise ValueError(
+                f"{path}: {_mixture(rows) or f'a column holds values that are too large ({error})'}"
+            ) from error
     if len(table) == 0:
         raise ValueError(f"{path} holds no rows{', only a header' if has_optional_header(path) else ''}: add some")
     return table
+
+
+def _mixture(rows: list[dict[str, Any]]) -> str | None:
+    """Says which column holds values of two types, and where; None where none does."""
+    for name in rows[0]:
+        first: tuple[int, Any] | None = None
+        for number, row in enumerate(rows, start=1):
+            value = row[name]
+            if value is None:
+                continue
+            if first is None:
+                first = number, value
+            elif _type_of(value) is not _type_of(first[1]):
+                return (
+                    f"the column {name!r} holds values of different types, {first[1]!r} (row {first[0]}) and {value!r} (row "
+                    f"{number}): write all as words, or all as numbers"
+                )
+    return None
+
+
+def _type_of(value: Any) -> type:
+    return float if type(value) is int else type(value)
 
 
 def read_hub(name: str, config: str | None, split: str) -> Dataset | None:

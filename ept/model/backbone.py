@@ -15,7 +15,7 @@ from ept.model.calls import Call, Decoding
 from ept.model.columns import insert
 from ept.model.generation import DecodingSteps, GenerationSettings
 from ept.model.hooks import entries_of, hook_layers
-from ept.model.inputs import Inputs
+from ept.model.inputs import Inputs, first_token
 from ept.model.layout import VISION_POSITIONS, InputPlan, continued, encoder, padded, with_vision_positions
 from ept.model.packing import Packing
 from ept.model.routing import Member, Routing
@@ -73,7 +73,13 @@ class Backbone:
     def lay_out_rows(self, inputs: Inputs, routing: Routing) -> InputPlan:
         """The model's arguments for rows of one example each."""
         pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
-        return padded(self.traits, inputs, routing, self.embed, pad)
+        plan = padded(self.traits, inputs, routing, self.embed, pad)
+        if self.traits.id_for_shape is None:
+            return plan
+        embeds = plan.arguments["inputs_embeds"]
+        return plan.with_arguments(
+            input_ids=torch.full(embeds.shape[:2], self.traits.id_for_shape, device=embeds.device)
+        )
 
     def start_of_text(
         self, inputs: Inputs, routing: Routing, settings: GenerationSettings
@@ -99,12 +105,15 @@ class Backbone:
         return InputPlan({name: value for name, value in arguments.items() if name not in counted}), decoding
 
     def _completed(self, inputs: Inputs, kwargs: dict[str, Any], *, packed: bool, cached: bool) -> Inputs:
-        """Fills in what a model that sees images would find by itself: token types, a mask, positions in images.
+        """Fills in what a model would find by itself: which token has global attention; beside images token types, a mask
+        and positions in images.
 
         They are found from the caller's columns, before the prompt's come between. Raises
         ValueError where these positions cannot be known.
         """
         traits = self.traits
+        if traits.sets_global_attention and "global_attention_mask" not in inputs.others:
+            inputs = inputs.with_others({"global_attention_mask": first_token(inputs)})
         if traits.placeholders and "token_type_ids" in traits.accepts and inputs.token_type_ids is None and not cached:
             zeros = torch.zeros(inputs.batch, inputs.length, dtype=torch.int64, device=inputs.device)
             inputs = inputs.with_(token_type_ids=zeros)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ept.backbone.traits import PER_TOKEN, Traits
 from ept.model.columns import taken
 
-__all__ = ["Inputs", "check_inputs", "mask_by_last_token", "take_per_token"]
+__all__ = ["Inputs", "check_inputs", "first_token", "mask_by_last_token", "take_per_token"]
 
 # Arguments that would have to be changed with the prompt, and are not.
 UNSUPPORTED = {
@@ -193,6 +193,16 @@ def _check_columns(traits: Traits, inputs: Inputs) -> None:
                 f"{name} is {tuple(tensor.shape)}, but the text is {(batch, length)}: give one entry per text token, "
                 "none for the prompt"
             )
+
+
+def first_token(inputs: Inputs) -> Tensor:
+    """[batch, L] 1 at each row's first text token, else 0."""
+    first = torch.zeros(inputs.batch, inputs.length, dtype=torch.int64, device=inputs.device)
+    if inputs.attention_mask is None:
+        first[:, 0] = 1
+        return first
+    text = inputs.attention_mask != 0
+    return (text & (text.cumsum(1) == 1)).to(torch.int64)
 
 
 def mask_by_last_token(input_ids: Tensor, pad: int | None) -> Tensor | None:

@@ -164,6 +164,10 @@ class Packing:
             )
         if "position_ids" not in self.traits.accepts:
             raise ValueError(f"{name} takes no position_ids, by which packed examples are told apart: one per row")
+        if self.traits.id_for_shape is not None:
+            raise ValueError(
+                f"{name} counts positions by columns, where examples are packed, too: give one example per row"
+            )
         if self._way is None:
             self._way = self._probe()
         if not self._way:

@@ -1,7 +1,7 @@
 """What a kind of task must know: the base class of `ept.tasks.kinds`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -31,12 +31,13 @@ class TaskKind(ABC):
         name: as in KINDS.
         asked_as: as in `--task` and in run.json; by default the name.
         evaluated: what an evaluation gives, "loss" or a metric; the first tells the best checkpoint.
-        label_form: "classification", "regression" or "multi_label", what `Labels.of` makes of the label column; None:
-            text to write.
+        label_form: "classification", "regression" or "multi_label", what `Labels.of` makes of the label column; "words": a
+            label for each word, as `Labels.of_words` reads them; None: text to write.
         has_head: whether the backbone has a head that is trained.
         writes_text: whether predictions are texts that the model generates.
         can_stream: whether a TokenStream can make its rows.
         reads_one_text: whether a row has one text, or a conversation in its place, and no second.
+        reads_words: whether a row has one text, or a list of words in its place, and no second.
 
     Attributes:
         reads_chat: whether texts are messages of a conversation, which a chat template writes.
@@ -50,6 +51,7 @@ class TaskKind(ABC):
     writes_text: ClassVar[bool] = False
     can_stream: ClassVar[bool] = True
     reads_one_text: ClassVar[bool] = False
+    reads_words: ClassVar[bool] = False
 
     def __init_subclass__(cls, **settings: Any):
         super().__init_subclass__(**settings)
@@ -66,6 +68,11 @@ class TaskKind(ABC):
         if self.label_names is None:
             raise ValueError(f"{self.name} has no label names: give them")
         return list(self.label_names)
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether `records` has all classes' probabilities."""
+        return self.label_names is not None
 
     @property
     def recorded_words(self) -> list[str] | None:
@@ -151,7 +158,11 @@ class TaskKind(ABC):
         """Encodes a table's rows; returns them with labels, what predictions are judged by, and sentences on what was cut."""
         truth, labels = self.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
         data, cut = self.tokens(table, source, columns, tokenizer, limit, labels)
-        return data, truth, [f"{cut} of {len(data)} rows were cut to {limit} tokens"] if cut else []
+        remarks = [f"{cut} of {len(data)} rows were cut to {limit} tokens"] if cut else []
+        empty = sum(not text.strip() for text in table[columns.text])
+        if empty:
+            remarks.append(f"warning: {empty} of {len(data)} rows have an empty text ({columns.text!r})")
+        return data, truth, remarks
 
     def count_tokens(self, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> list[int]:
         """Counts the tokens of each row's texts, uncut."""
@@ -186,6 +197,17 @@ class TaskKind(ABC):
 
         return tokenize(table, source, columns, tokenizer, limit, labels)
 
+    def stream_encoder(
+        self,
+        source: str,
+        columns: "Columns",
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        max_target_length: int,
+    ) -> Callable[[list[tuple[int, dict[str, Any]]]], list[dict[str, Any]]] | None:
+        """Returns what encodes rows of a stream, each with its number for the errors; None: as a TokenStream does itself."""
+        return None
+
     def packed(self, rows: Any, room: int, apart: int) -> Any:
         """Packs several encoded rows into each of at most `room` tokens, of which every one takes `apart` more.
 
@@ -208,8 +230,8 @@ class TaskKind(ABC):
         """Computes the loss on encoded rows with labels; None for a kind whose evaluation reports none."""
         return None
 
-    def from_trainer(self, predictions: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """Turns predictions that transformers' Trainer collected into what `predictor` gives."""
+    def from_trainer(self, predictions: Any, tokenizer: PreTrainedTokenizerBase, labels: Any = None) -> Any:
+        """Turns predictions that transformers' Trainer collected, beside the rows' labels, into what `predictor` gives."""
         return predictions
 
     @abstractmethod

@@ -5,26 +5,48 @@ they are judged and how a line of them reads. A new kind is a new class and a ro
 `ept.training.trainer.TRAINERS`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from ept.backbone.loading import architecture_of, load_causal, load_classifier, load_seq2seq, read_config
+from ept.backbone.loading import (
+    architecture_of,
+    load_causal,
+    load_classifier,
+    load_seq2seq,
+    load_token_classifier,
+    read_config,
+)
+from ept.backbone.traits import IGNORE_INDEX
+from ept.console import say
 from ept.data.chats import is_chat
 from ept.files.run_record import RUN_NAME
 from ept.tasks.continuation import ContinuationCollator, candidates, contexts
 from ept.tasks.glue import BenchmarkTask, Rows
 from ept.tasks.kind import TaskKind, Texts
 from ept.tasks.metrics import Answers
-from ept.tasks.predicting import Predictor, answer_loss, answer_predictor, score_predictor, text_predictor
-from ept.tasks.writing import ExchangeCollator, encode_exchanges, packed, read_chat, read_pair, read_question
+from ept.tasks.predicting import (
+    Predictor,
+    answer_loss,
+    answer_predictor,
+    score_predictor,
+    text_predictor,
+    word_predictor,
+)
+from ept.tasks.tagging import encode_words, spans_of
+from ept.tasks.writing import Exchange, ExchangeCollator, encode_exchanges, packed, read_chat, read_pair, read_question
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +62,7 @@ __all__ = [
     "MultiLabel",
     "Regression",
     "Text2Text",
+    "TokenClassification",
     "asked_kind",
     "default_kind",
     "kind_of_adapter",
@@ -190,11 +213,109 @@ class Regression(_Headed):
         yield from ({"value": value} for value in predictions.flatten().tolist())
 
 
+class TokenClassification(_Headed):
+    """A head with logits for each token, of which the first of every word says the word's label, see `ept.tasks.tagging`."""
+
+    name = "token_classification"
+    evaluated = ("entity_f1", "entity_precision", "entity_recall", "word_accuracy", "loss")
+    label_form = "words"
+    can_stream = False
+    reads_words = True
+
+    @property
+    def gives_probabilities(self) -> bool:
+        return False  # they are of words, and not of a row
+
+    def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+        if architecture_of(read_config(name_or_path)) == "seq2seq":
+            raise ValueError(f"{name_or_path} is an encoder-decoder, which labels no words: take an encoder")
+        if head == "mean":
+            raise ValueError(
+                "`head=mean` gives one label a row, and token_classification labels each word: leave it out"
+            )
+        model = load_token_classifier(name_or_path, len(self.words), dtype=dtype)
+        model.config.id2label = dict(enumerate(self.words))
+        model.config.label2id = {name: number for number, name in enumerate(self.words)}
+        return model
+
+    @classmethod
+    def adapts(cls, model_class: str, problem_type: str | None) -> bool:
+        return model_class.endswith("ForTokenClassification")
+
+    @classmethod
+    def saved_label_names(cls, settings: dict[str, Any], record: dict[str, Any], config_file: str) -> list[str] | None:
+        return Classification.saved_label_names(settings, record, config_file)
+
+    def benchmark_values(self, task: BenchmarkTask, predictions: Any, rows: Rows) -> list[float]:
+        raise ValueError(f"{task.name} has one label a row, which {self.name} does not judge")
+
+    @classmethod
+    def choose_columns(cls, table: "Dataset", source: str, wanted: "Columns") -> "Columns":
+        from ept.data.columns import choose_tagged_columns  # `datasets`, which it imports, is optional
+
+        return choose_tagged_columns(table, source, wanted)
+
+    def encode_table(
+        self,
+        table: "Dataset",
+        source: str,
+        columns: "Columns",
+        tokenizer: PreTrainedTokenizerBase,
+        limit: int | None,
+        max_target_length: int,
+    ) -> tuple["Dataset", list[Any], list[str]]:
+        """As `TaskKind.encode_table`; a row is judged by the labels of the words that are left of it."""
+        from datasets import Dataset
+
+        from ept.data.columns import words_of
+        from ept.data.labels import Labels
+
+        words = words_of(table, source, str(columns.text))
+        labels = Labels(self.label_names).encode_words(table, source, columns)
+        rows, cut = encode_words(tokenizer, words, labels, limit)
+        truth = [[self.words[label] for label in row["labels"] if label != IGNORE_INDEX] for row in rows]
+        remarks = (
+            [f"{cut} of {len(rows)} rows were cut to {limit} tokens; words after them are not judged"] if cut else []
+        )
+        return Dataset.from_list(rows), truth, remarks
+
+    def encode_texts(self, tokenizer: PreTrainedTokenizerBase, texts: Texts, limit: int | None) -> list[dict[str, Any]]:
+        rows = [text.split() if isinstance(text, str) else text for (text,) in texts]
+        encoded, cut = encode_words(tokenizer, rows, None, limit)
+        if cut:
+            say(f"{cut} texts were cut to {limit} tokens: the words after them get no label")
+        return encoded
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
+        return DataCollatorForTokenClassification(tokenizer)
+
+    def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
+        return word_predictor(model, tokenizer)
+
+    def from_trainer(self, predictions: Any, tokenizer: PreTrainedTokenizerBase, labels: Any = None) -> list[list[int]]:
+        chosen = torch.as_tensor(predictions).argmax(-1)
+        return [row[mark != IGNORE_INDEX].tolist() for row, mark in zip(chosen, torch.as_tensor(labels), strict=True)]
+
+    def answers(self, predictions: Any, truth: list[Any]) -> Answers:
+        return Answers(truth, [[self.words[number] for number in row] for row in predictions])
+
+    def lines(self, predictions: list[list[int]]) -> Iterator[str]:
+        """The label of each word with spaces between."""
+        yield from (" ".join(self.words[number] for number in row) for row in predictions)
+
+    def records(self, predictions: list[list[int]]) -> Iterator[dict[str, Any]]:
+        """Yields the `labels` of the words, and the `entities` among them: label, first word, first word after it."""
+        for row in predictions:
+            labels = [self.words[number] for number in row]
+            entities = [{"label": label, "start": start, "end": end} for label, start, end in spans_of(labels)]
+            yield {"labels": labels, "entities": entities}
+
+
 class Text2Text(TaskKind):
     """An encoder-decoder that writes the label, or any text."""
 
     name = "text2text"
-    evaluated: ClassVar[tuple[str, ...]] = ("loss", "exact_match")
+    evaluated: ClassVar[tuple[str, ...]] = ("loss", "exact_match", "token_f1")
     label_form = None
     writes_text = True
 
@@ -218,6 +339,12 @@ class Text2Text(TaskKind):
         truth = rows.known_labels()
         return [task.read_word(text, label) for text, label in zip(predictions, truth, strict=True)]
 
+    @classmethod
+    def choose_columns(cls, table: "Dataset", source: str, wanted: "Columns") -> "Columns":
+        from ept.data.columns import choose_pair_columns  # `datasets`, which it imports, is optional
+
+        return choose_pair_columns(table, source, wanted)
+
     def targets(
         self, table: "Dataset", source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_target_length: int
     ) -> tuple[list[Any], list[Any]]:
@@ -231,7 +358,11 @@ class Text2Text(TaskKind):
     def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
         return text_predictor(model, tokenizer, max_new_tokens)
 
-    def from_trainer(self, predictions: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    def loss(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Any, batch_size: int) -> float | None:
+        """Takes the mean over the tokens to be written."""
+        return answer_loss(model, rows, self.collator(tokenizer, model), batch_size)
+
+    def from_trainer(self, predictions: Any, tokenizer: PreTrainedTokenizerBase, labels: Any = None) -> list[str]:
         if predictions.ndim == 3:  # with predict_with_generate=False, the logits of the given text
             predictions = predictions.argmax(-1)
         ids = torch.as_tensor(predictions)
@@ -254,8 +385,6 @@ class CausalText2Text(Text2Text):
 
     name = "causal_text2text"
     asked_as = Text2Text.name
-    evaluated = ("loss", "exact_match", "token_f1")
-    can_stream = False
     reads_one_text = True
 
     def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
@@ -303,13 +432,7 @@ class CausalText2Text(Text2Text):
         """As `TaskKind.encode_table`; a row holds text and answer, and its labels the answer's tokens alone."""
         from datasets import Dataset
 
-        exchanges = []
-        for number, row in enumerate(table, start=1):
-            place, text = f"{source}, row {number}", row[columns.text]
-            if columns.label is None:
-                exchanges.append(read_chat(tokenizer, text, f"{place}: {columns.text!r}"))
-            else:
-                exchanges.append(read_pair(tokenizer, text, row[columns.label], place))
+        exchanges = self._exchanges(enumerate(table, start=1), source, columns, tokenizer)
         rows, cut, cut_answers = encode_exchanges(tokenizer, exchanges, limit, max_target_length)
         remarks = [f"{cut} of {len(rows)} texts were cut to their last {limit} tokens"] if cut else []
         if cut_answers:
@@ -318,6 +441,36 @@ class CausalText2Text(Text2Text):
                 "their end"
             )
         return Dataset.from_list(rows), [exchange.reference for exchange in exchanges], remarks
+
+    def stream_encoder(
+        self,
+        source: str,
+        columns: "Columns",
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        max_target_length: int,
+    ) -> Callable[[list[tuple[int, dict[str, Any]]]], list[dict[str, Any]]]:
+        longest = self.target_limit(max_length, max_target_length)
+        limit = self.text_limit(tokenizer, max_length, longest)
+
+        def encode(numbered: list[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+            return encode_exchanges(tokenizer, self._exchanges(numbered, source, columns, tokenizer), limit, longest)[0]
+
+        return encode
+
+    @staticmethod
+    def _exchanges(
+        numbered: Iterable[tuple[int, Any]], source: str, columns: "Columns", tokenizer: PreTrainedTokenizerBase
+    ) -> list[Exchange]:
+        """Reads rows with their numbers, for the errors."""
+        exchanges = []
+        for number, row in numbered:
+            place, text = f"{source}, row {number}", row.get(columns.text)
+            if columns.label is None:
+                exchanges.append(read_chat(tokenizer, text, f"{place}: {columns.text!r}"))
+            else:
+                exchanges.append(read_pair(tokenizer, text, row.get(columns.label), place))
+        return exchanges
 
     def encode_texts(self, tokenizer: PreTrainedTokenizerBase, texts: Texts, limit: int | None) -> list[dict[str, Any]]:
         asked = [read_question(tokenizer, row[0], "a text", in_chat=self.reads_chat) for row in texts]
@@ -333,10 +486,6 @@ class CausalText2Text(Text2Text):
 
     def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
         return answer_predictor(model, tokenizer, max_new_tokens)
-
-    def loss(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Any, batch_size: int) -> float | None:
-        """Takes the mean over the answers' tokens."""
-        return answer_loss(model, rows, self.collator(tokenizer, model), batch_size)
 
 
 class Continuation(TaskKind):
@@ -422,7 +571,8 @@ class Continuation(TaskKind):
 
 
 KINDS: dict[str, type[TaskKind]] = {
-    kind.name: kind for kind in (Classification, MultiLabel, Regression, Text2Text, CausalText2Text, Continuation)
+    kind.name: kind
+    for kind in (Classification, MultiLabel, Regression, TokenClassification, Text2Text, CausalText2Text, Continuation)
 }
 ASKED = tuple(dict.fromkeys(kind.asked_as for kind in KINDS.values()))
 
@@ -456,7 +606,7 @@ def kind_of_adapter(settings: dict[str, Any], record: dict[str, Any], config_fil
     model_class = settings.get("base_model_class") or ""
     if record.get("task") == Text2Text.name and CausalText2Text.adapts(model_class, None):
         return CausalText2Text(reads_chat=record.get("reads_chat") is True)
-    for kind in (Text2Text, Continuation, Regression, MultiLabel, Classification):
+    for kind in (Text2Text, Continuation, Regression, MultiLabel, TokenClassification, Classification):
         if kind.adapts(model_class, settings.get("problem_type")):
             return kind(kind.saved_label_names(settings, record, config_file))
     raise ValueError(

@@ -5,6 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
+from ept.tasks.tagging import spans_of
+
 __all__ = ["METRICS", "Answers", "is_better_higher", "metrics_of"]
 
 
@@ -12,8 +14,8 @@ class Answers(NamedTuple):
     """What is judged.
 
     Attributes:
-        truth, predicted: class numbers, scores, texts, or lists of zeros and ones (a one for each class of a row that
-            has several), one a row.
+        truth, predicted: class numbers, scores, texts, lists of zeros and ones (a one for each class of a row that has
+            several), or lists of the words' labels, one a row.
         num_classes: how many classes there are; 0 where rows have none.
         averaged: the classes over whose F1 the mean is taken where there are more than two; None: those that occur.
         groups: the group of each row, for exact match; None: every row is its own.
@@ -113,6 +115,27 @@ def _words(text: str) -> list[str]:
     return [word for word in plain.split() if word not in ("a", "an", "the")]
 
 
+def _word_accuracy(answers: Answers) -> float:
+    """The share of words whose label is right."""
+    rows = zip(answers.truth, answers.predicted, strict=True)
+    rights = [truth == predicted for row in rows for truth, predicted in zip(*row, strict=True)]
+    return sum(rights) / len(rights) if rights else 0.0
+
+
+def _of_entities(score: Callable[[int, int, int], float]) -> Callable[[Answers], float]:
+    """A score of spans (`ept.tasks.tagging`): of how many are right, in the truth, and predicted; 0 where there are none."""
+
+    def scored(answers: Answers) -> float:
+        right = true = predicted = 0
+        for rows in zip(answers.truth, answers.predicted, strict=True):
+            true_spans, predicted_spans = (set(spans_of(row)) for row in rows)
+            right += len(true_spans & predicted_spans)
+            true, predicted = true + len(true_spans), predicted + len(predicted_spans)
+        return score(right, true, predicted)
+
+    return scored
+
+
 METRICS: dict[str, Callable[[Answers], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
@@ -124,4 +147,10 @@ METRICS: dict[str, Callable[[Answers], float]] = {
     "mse": _mean_squared_error,
     "exact_match": _exact_match,
     "token_f1": _token_f1,
+    "entity_f1": _of_entities(
+        lambda right, true, predicted: 2 * right / (true + predicted) if true + predicted else 0.0
+    ),
+    "entity_precision": _of_entities(lambda right, true, predicted: right / predicted if predicted else 0.0),
+    "entity_recall": _of_entities(lambda right, true, predicted: right / true if true else 0.0),
+    "word_accuracy": _word_accuracy,
 }

@@ -4,7 +4,7 @@ A predictor is a function from some unpadded rows to their predictions; `predict
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,16 @@ __all__ = [
     "predict",
     "score_predictor",
     "text_predictor",
+    "word_predictor",
     "written_answers",
 ]
 
 Row = dict[str, Any]
-Predictor = Callable[[list[Row]], Tensor | list[str]]
+Predictor = Callable[[list[Row]], Tensor | list[Any]]
 
 
 @torch.no_grad()
-def predict(predictor: Predictor, rows: Any, batch_size: int, description: str | None = None) -> Tensor | list[str]:
+def predict(predictor: Predictor, rows: Any, batch_size: int, description: str | None = None) -> Tensor | list[Any]:
     """Predicts all rows; returns the predictions in the rows' order. A description shows a progress bar.
 
     Args:
@@ -114,6 +115,23 @@ def answer_loss(model: nn.Module, rows: Any, collate: Callable[[list[Row]], Any]
         total += float(model(**_on_device(model, batch)).loss) * here
         tokens += here
     return total / tokens
+
+
+def word_predictor(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Predictor:
+    """Returns a predictor of each word's class number, of a model that labels tokens; rows say by labels where words begin."""
+    logits = logits_predictor(model, tokenizer)
+
+    def words(rows: list[Row]) -> list[list[int]]:
+        # The padding's side decides in which columns a row's tokens are.
+        chosen, left = cast(Tensor, logits(rows)).argmax(-1), tokenizer.padding_side == "left"
+        classes = []
+        for row, here in zip(rows, chosen, strict=True):
+            length = len(row["labels"])
+            tokens = here[-length:] if left else here[:length]
+            classes.append([int(n) for n, mark in zip(tokens, row["labels"], strict=True) if mark != IGNORE_INDEX])
+        return classes
+
+    return words
 
 
 def score_predictor(model: nn.Module, collate: ContinuationCollator) -> Predictor:

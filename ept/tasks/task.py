@@ -17,7 +17,7 @@ from ept.data.streaming import RowStream
 from ept.tasks.fitting_text import fit_texts
 from ept.tasks.glue import BenchmarkTask, Rows
 from ept.tasks.kind import TaskKind
-from ept.tasks.kinds import KINDS, Classification, MultiLabel, Regression
+from ept.tasks.kinds import KINDS, Classification, MultiLabel, Regression, TokenClassification
 from ept.tasks.metrics import is_better_higher
 
 __all__ = ["Split", "Task"]
@@ -80,6 +80,11 @@ class Task:
         if kind_class is not None and kind_class.label_form is None:
             return cls(kind_class.of_texts(table, columns), columns)
         column, label_form = columns.chosen_label, None if kind_class is None else kind_class.label_form
+        if label_form == TokenClassification.label_form:
+            labels = Labels.of_words(table, source, columns)
+            for line in LabelCounts.of_words(table, source, columns).lines():
+                say(f"{source}: {line}")
+            return cls(TokenClassification(labels.names), columns)
         table = split_labels(table, columns)
         if stream is not None and label_form != Regression.label_form:
             counts = stream.label_counts(columns)  # one pass over all rows: a class may come late
@@ -175,7 +180,7 @@ class Task:
             predictions = evaluated.predictions
             if isinstance(predictions, tuple):
                 predictions = predictions[0]
-            return self.metrics(self.kind.from_trainer(predictions, tokenizer), split)
+            return self.metrics(self.kind.from_trainer(predictions, tokenizer, evaluated.label_ids), split)
 
         return compute
 

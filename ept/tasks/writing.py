@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 
+MARK = "\ue000"  # of Unicode's private use, so that no text holds it
 OPEN_PACKS = 100  # packed rows that are still tried for another one; more cost time and save little
 
 
@@ -38,7 +39,7 @@ class Exchange(NamedTuple):
     Attributes:
         context: the pieces of text before the answer, each with whether it is learned.
         answer: the piece that is learned last, in a conversation with what the template writes after it; None: none.
-        reference: the answer as the row holds it.
+        reference: the text that is to be written, without what the template writes after it.
         begins: whether the tokenizer's first token comes before all; a chat template writes its own.
     """
 
@@ -96,19 +97,36 @@ def _exchange(
             f"{place}: the last message is the {messages[-1]['role']}'s: end with an answer of the assistant"
         )
     whole, end, pieces = _written(tokenizer, messages), 0, []
+    closing = _after(tokenizer, messages, len(messages) - 1)
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or number < learned_from:
             continue
-        before = _written(tokenizer, messages[:number], asks=True) if number else ""
-        after = _written(tokenizer, messages[: number + 1])
-        if not (after.startswith(before) and whole.startswith(after) and len(before) >= end):
+        asked = _written(tokenizer, messages[:number], asks=True) if number else ""
+        # A template may write thoughts in the last answer alone: what counts is the text as it stands in the whole.
+        after = _after(tokenizer, messages, number)
+        stands = whole.startswith(asked) and whole.endswith(after) and after.startswith(closing)
+        if not (stands and end <= len(asked) <= len(whole) - len(after)):
+            if message is messages[-1]:
+                raise ValueError(
+                    f"{place}: the chat template does not write message {number + 1} as it begins an answer that is asked "
+                    "for: give the tokenizer a template that does"
+                )
             raise ValueError(
                 f"{place}: the chat template writes message {number + 1} otherwise once another follows: give each answer "
                 "as a row of its own, with the messages before it as prompt and the answer as completion"
             )
-        pieces += [(whole[end : len(before)], False), (after[len(before) :], True)]
-        end = len(after)
-    return Exchange(pieces[:-1], pieces[-1][0], messages[-1]["content"], begins=False)
+        answer_end = len(whole) - len(after) + len(closing)
+        pieces += [(whole[end : len(asked)], False), (whole[len(asked) : answer_end], True)]
+        end = answer_end
+    answer = pieces[-1][0]
+    return Exchange(pieces[:-1], answer, answer[: len(answer) - len(closing)], begins=False)
+
+
+def _after(tokenizer: PreTrainedTokenizerBase, messages: list[Message], number: int) -> str:
+    """Returns what the chat template writes after the content of a message; the mark itself where it leaves that out."""
+    marked = [*messages[:number], {**messages[number], "content": MARK}, *messages[number + 1 :]]
+    text = _written(tokenizer, marked)
+    return text.partition(MARK)[2] if text.count(MARK) == 1 else MARK
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, asks: bool = False) -> str:

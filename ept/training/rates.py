@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -28,6 +29,10 @@ LEARNING_RATE = 0.005
 RATES = {"prompt": 0.09, "up": 0.018, "down": 0.001, "deep": 0.005, "head": 0.005}
 PROMPT_LEARNING_RATE, DOWN_LEARNING_RATE = RATES["prompt"], RATES["down"]
 DEEP_LEARNING_RATE, HEAD_LEARNING_RATE = RATES["deep"], RATES["head"]
+
+# transformers rounds the share up to whole steps: a run of more than 20 steps has 20 to 40 lines, a shorter one all its steps.
+LOGGED_SHARE = 1 / 40
+EVAL_STEPS = 500  # transformers' default of both, which an evaluation keeps
 
 
 def _own_rate(part: str, what: str) -> Any:
@@ -70,6 +75,13 @@ class EPTArguments:
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "The learning rates' schedule."})
     warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps; below 1 it is a share of all steps."})
+    logging_steps: float = field(
+        default=LOGGED_SHARE,
+        metadata={
+            "help": "Steps between two lines of the log; below 1 a share of all steps. By default a run logs its loss 20 to "
+            "40 times, and a short one every step."
+        },
+    )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
@@ -77,6 +89,13 @@ class EPTArguments:
             "choices": ["group_by_length", "random", "sequential", "batch_rebalance"],
         },
     )
+
+    def __post_init__(self) -> None:
+        args: Any = self
+        if args.eval_steps is None and self.logging_steps < 1:
+            args.eval_steps = EVAL_STEPS  # transformers would evaluate as often as it logs
+        args.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns without a GPU
+        super().__post_init__()  # type: ignore[misc]  # of transformers' arguments, into which this is mixed
 
     def rates(self) -> dict[str, float]:
         """Each part's peak learning rate by its name: "prompt", "up", "down", "deep" and "head"."""

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerState
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -27,7 +27,15 @@ from ept.files.hub import hub_errors, upload
 from ept.model.model import EPTModel
 from ept.sharding import load_optimizer_state, whole_optimizer_state
 from ept.tasks.continuation import ContinuationCollator, label_scores
-from ept.tasks.kinds import CausalText2Text, Classification, Continuation, MultiLabel, Regression, Text2Text
+from ept.tasks.kinds import (
+    CausalText2Text,
+    Classification,
+    Continuation,
+    MultiLabel,
+    Regression,
+    Text2Text,
+    TokenClassification,
+)
 from ept.tasks.predicting import written_answers
 from ept.tasks.writing import prompt_of
 from ept.training.checkpoints import last_checkpoint
@@ -56,6 +64,7 @@ class _EPTTrainerMixin(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._has_rates_by_part = False
         self._rates_now: dict[str, float] = {}  # by part, when transformers last asked for the learning rate
+        self._evaluations: dict[int, dict[str, float]] = {}  # metrics on `eval_dataset` by step of this training
         super().__init__(*args, **kwargs)
         if not isinstance(self.model, EPTModel):
             raise TypeError(
@@ -124,6 +133,11 @@ class _EPTTrainerMixin(Trainer):
             resume_from_checkpoint = last_checkpoint(self._directory)
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self._directory} holds no whole checkpoint to resume from: train from the start")
+        if isinstance(resume_from_checkpoint, str) and self.args.logging_steps < 1:
+            # The checkpoint's number of steps, which transformers takes in any case; it warns where they differ.
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            self.args.logging_steps = state.logging_steps
+        self._evaluations = {}
         with self._stop.on_sigterm():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -155,6 +169,7 @@ class _EPTTrainerMixin(Trainer):
         return torch.utils.data.SequentialSampler(eval_dataset)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """transformers' `evaluate`, with the gate's state where the adapter has a gate."""
         # A data loader draws a seed: kept apart, evaluating more or less often does not change the training, and a
         # run that resumes past an evaluation has the random state of one that evaluated.
         with torch.random.fork_rng(devices=[]):
@@ -163,7 +178,21 @@ class _EPTTrainerMixin(Trainer):
         health = gate_health(self.model.gate_weights())
         if health:
             self.log(health)
-        return metrics | health
+        metrics |= health
+        if not args and not kwargs.keys() - {"ignore_keys"}:
+            self._evaluations[self.state.global_step] = metrics
+        return metrics
+
+    def final_metrics(self) -> dict[str, float]:
+        """Returns the metrics on `eval_dataset` of the weights that a training ended with.
+
+        It evaluates where the training did not evaluate these weights itself.
+        """
+        step, best = self.state.global_step, self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None:
+            step = int(best.rpartition("-")[2])
+        metrics = self._evaluations.get(step)
+        return self.evaluate() if metrics is None else metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Its presence says that a checkpoint is whole: it must not be there while an old checkpoint is written over.
@@ -405,6 +434,7 @@ TRAINERS: dict[str, type[_EPTTrainerMixin]] = {
     Classification.name: EPTTrainer,
     MultiLabel.name: EPTTrainer,
     Regression.name: EPTTrainer,
+    TokenClassification.name: EPTTrainer,
     Text2Text.name: EPTSeq2SeqTrainer,
     CausalText2Text.name: EPTWritingTrainer,
     Continuation.name: EPTContinuationTrainer,
