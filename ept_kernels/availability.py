@@ -1,8 +1,11 @@
 """Whether the Triton kernels can run, and what impl="auto" therefore takes. Imports without Triton."""
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
 import logging
+from collections.abc import Iterator
 
 import torch
 
@@ -12,6 +15,19 @@ logger = logging.getLogger("ept_kernels")
 
 OLDEST_TRITON = (3, 6)  # the oldest whose compiled kernels have passed; its interpreter fails, 3.7's does not
 OLDEST_GPU = (8, 0)  # bfloat16 and acquire / release atomics in hardware
+
+_launches_nothing = contextvars.ContextVar("_launches_nothing", default=False)
+
+
+@contextlib.contextmanager
+def nothing_is_launched() -> Iterator[None]:
+    """Inside, impl="triton" is taken on any device: for fake tensors, whose operators have shapes and launch nothing."""
+    before = _launches_nothing.set(True)
+    try:
+        yield
+    finally:
+        _launches_nothing.reset(before)
+
 
 _announced: set[tuple[str, str | None]] = set()
 
@@ -66,7 +82,7 @@ def resolve(impl: str, device: torch.device) -> str:
 
 @torch.compiler.assume_constant_result
 def _resolved(impl: str, device: torch.device) -> str:
-    if impl == "triton":
+    if impl == "triton" and not _launches_nothing.get():
         reason = _why_not_on_gpu(device) if device.type == "cuda" else why_no_triton(device)
         if reason is not None:
             raise RuntimeError(f'impl="triton" cannot run: {reason}. Use impl="torch"')

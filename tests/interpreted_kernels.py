@@ -163,6 +163,7 @@ def test_what_is_refused_says_so():
 
 
 def test_eager_calls_and_the_operator_are_one(monkeypatch):
+    from ept_kernels.common import operators
     from ept_kernels.prompt_embed import triton_op
 
     def results(case):
@@ -178,7 +179,8 @@ def test_eager_calls_and_the_operator_are_one(monkeypatch):
     case = make_case(10)
     name, eager = results(case)
     assert name == "PromptEmbedBackward"
-    monkeypatch.setattr(triton_op, "is_eager", lambda *tensors: False)
+    for module in (operators, triton_op):
+        monkeypatch.setattr(module, "is_eager", lambda *tensors: False)
     name, operator = results(case)
     assert name == "GeneratedBackwardFor_ept_kernels_prompt_embed_defaultBackward"
     for one, other in zip(eager, operator, strict=True):

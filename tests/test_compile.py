@@ -1,12 +1,17 @@
 """torch.compile traces a whole pass behind EPT as one graph, without asking the device, and gives what eager mode gives."""
 
+import json
+
 import pytest
 import torch
 import transformers as hf
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
 from ept import EPTConfig
+from ept.cli import train
 from tiny_models import backbone, ids, padded, wrapped
+from tiny_text import reviews, save_model, write_csv
 
 MODELS = {
     "bert": hf.AutoModelForSequenceClassification,
@@ -22,6 +27,7 @@ PRESETS = {
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -95,3 +101,45 @@ def test_a_compiled_model_without_fullgraph_gives_the_same_loss():
     model = wrapped(backbone("bert", hf.AutoModelForSequenceClassification)).train()
     batch = dict(input_ids=ids(2, 6), labels=torch.tensor([0, 1]))
     torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--torch_compile_backend", "eager"],
+        pytest.param(["--torch_compile", "true", "--torch_compile_mode", "reduce-overhead"], marks=pytest.mark.full),
+    ],
+)
+def test_the_command_line_trains_a_compiled_model_to_eager_modes_losses(words, tmp_path, capsys):
+    """Batches of several lengths and a smaller one at the end of the epoch, in two compilations at most."""
+    save_model(tmp_path / "bert", pooling=True, num_hidden_layers=1)  # a head without dropout
+    rows = [(text * (1 + i % 4), label) for i, (text, label) in enumerate(reviews(18))]
+    write_csv(tmp_path / "train.csv", rows)
+    losses = []
+    for name, more in (("eager", []), ("compiled", words)):
+        train.run([str(word) for word in (
+            "--model_name_or_path", tmp_path / "bert", "--train_file", tmp_path / "train.csv", "--output_dir", tmp_path / name,
+            "--num_train_epochs", 1, "--per_device_train_batch_size", 4, "--logging_steps", 1, "--use_cpu", "--disable_tqdm",
+            "true", "--save_strategy", "no", "--token_dropout", 0, *more,  # compiled code draws other random numbers
+        )])  # fmt: skip
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert len(losses[0]) == 5
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+    assert "padded to multiples of 30 tokens" in "".join(
+        capsys.readouterr()
+    )  # 60, which the prompt's 4 rows leave of 64
+
+
+def test_a_compiled_forward_writes_eager_modes_tokens_into_a_static_cache():
+    model = wrapped(backbone("llama", MODELS["llama"], num_hidden_layers=1), PRESETS["input"])
+    model.base_model.generation_config.eos_token_id = None
+    settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    text, mask = padded([ids(1, 5, seed=1), ids(1, 3, seed=2)], "left")
+    want = model.generate(text, mask, **settings)
+    counter = CompileCounter()
+    model.base_model.forward = torch.compile(model.base_model.forward, backend=counter, dynamic=True)
+    got = model.generate(text, mask, cache_implementation="static", **settings)
+    assert torch.equal(got, want)
+    assert 1 <= counter.frame_count <= 2  # the text, and each new token

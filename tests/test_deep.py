@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
+from bench.kernels.kernel_traffic import OperationCounter
 from ept import EPTConfig, EPTModel, get_ept_model
 from ept.backbone.layers import layers_of, why_no_updates
 from ept.layer.layer import EPTLayer
@@ -587,3 +588,22 @@ def test_why_a_backbone_cannot_have_them_is_said(make, said):
     with pytest.raises(ValueError, match=f"{said}.*set deep_layers=0"):
         get_ept_model(base, EPTConfig.deep())
     get_ept_model(base, all_parts())
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_all_layers_take_three_operations_each_forward_and_six_backward_in_plain_torch(hidden_dtype):
+    """Beside casts: 3n + 2 and 6n + 4 for n layers, since D/h and W·h are made once for all of them."""
+    n = 4
+    config = EPTConfig.deep(deep_layers=n, token_dropout=0.0, impl="torch", embed_scale=1.0)
+    layer = EPTLayer(config, 32)
+    layer.deep_scale.fill_(3.0)
+    hidden = torch.randn(2, 5, 32).to(hidden_dtype).requires_grad_()
+    with OperationCounter() as forward:
+        updates, states = layer.layer_updates(), hidden
+        for number in range(n):
+            states = updates.apply(number, states)
+    gradient = torch.ones_like(states)
+    with OperationCounter() as backward:
+        torch.autograd.grad(states, [hidden, layer.deep_down, layer.deep_up], gradient)
+    counts = [counter.operations.total() - counter.operations["_to_copy"] for counter in (forward, backward)]
+    assert counts[0] <= 3 * n + 2 and counts[1] <= 6 * n + 4, (forward.operations, backward.operations)

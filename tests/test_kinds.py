@@ -96,3 +96,21 @@ def test_written_texts_are_read_from_ids_and_from_logits_with_what_is_ignored_le
     logits = np.zeros((1, 2, len(words)))
     logits[0, 0, ids[0, 0]] = logits[0, 1, ids[0, 1]] = 1.0
     assert Text2Text().from_trainer(logits, words) == ["the film"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_batch_of_every_kind_can_be_padded_to_a_multiple_with_its_labels(name):
+    """As for compiled training; what is padding is masked, and no label."""
+    labels_of_row = {"token_classification": lambda n: [0] * n, "text2text": lambda n: [5] * (n + 1)}
+    labels_of_row |= {"causal_text2text": lambda n: [-100, *[5] * (n - 1)]}
+    labels_of_row |= {"multi_label": lambda n: [0.0, 1.0], "regression": lambda n: 0.5}
+    labels = labels_of_row.get(name, lambda n: 1)
+    rows = [{"input_ids": list(range(5, 5 + n)), "attention_mask": [1] * n, "labels": labels(n)} for n in (3, 9)]
+    kind = KINDS[name](["dull", "great"])
+    batch = kind.collator(tokenizer("t5"), torch.nn.Module(), 8)([dict(row) for row in rows])
+    width = batch["input_ids"].shape[1]
+    assert width == 16 and batch["attention_mask"].sum() >= 12
+    assert not batch["attention_mask"][:, 12:].any()
+    if batch["labels"].dim() == 2 and name != "multi_label":
+        assert batch["labels"].shape[1] == 16
+        assert (batch["labels"][:, 12:] == -100).all()

@@ -8,7 +8,7 @@ import transformers as hf
 
 from ept import EPTConfig, get_ept_model
 from ept.cli import main
-from ept.inspect.memory import gpu_memory, plan_step
+from ept.inspect.memory import gpu_memory, largest_batch, plan_step
 from ept.inspect.storages import StorageCounter
 from tiny_models import CONFIGS, VOCAB, all_parts, ids
 
@@ -53,6 +53,41 @@ def test_the_predicted_peak_is_that_of_a_real_step(name, checkpointing):
     assert planned["peak"] == sum(planned[part] for part in ("weights", "adapter", "activations", "logits"))
     if name == "llama":
         assert planned["logits"] >= BATCH * LENGTH * VOCAB * 4  # the loss is computed in fp32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_default_presets_updates_keep_a_layers_states_as_they_are_and_q_numbers_a_token(dtype):
+    config = hf.BertConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=5, num_attention_heads=2, pad_token_id=0
+    )  # fmt: skip
+    settings, batch, length = EPTConfig(), 4, 48
+    columns = length + settings.prompt_length
+
+    def of_a_layer(settings, **more):
+        activations = []
+        for config.num_hidden_layers in (3, 5):
+            plan = plan_step(config, settings, batch=batch, length=length, dtype=dtype, **more)
+            activations.append(plan["activations"] - 4 * plan["trained"])  # without their gradients
+        return (activations[1] - activations[0]) / 2
+
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    states, numbers = batch * columns * 64 * size, batch * columns * settings.token_rank * 4
+    bare = of_a_layer(EPTConfig.input_only(prompt_length=settings.prompt_length))
+    assert of_a_layer(settings, kernels=True) - bare == pytest.approx(states + numbers, rel=0.05)
+    in_torch = states + numbers * (2 if dtype == "float32" else 1)  # torch's own silu keeps what it reads, too
+    assert of_a_layer(settings) - bare == pytest.approx(in_torch, rel=0.05)
+
+
+def test_the_largest_batch_fits_and_one_more_by_a_twentieth_does_not():
+    def peak(rows):
+        return plan_step(CONFIGS["bert"](), EPTConfig(), batch=rows, length=20)["peak"]
+
+    room = peak(40) + 10
+    rows = largest_batch(peak, room)
+    assert peak(rows) <= room < peak(int(rows * 1.05) + 1)
+    assert largest_batch(lambda rows: 100 * rows, 99) == 0 and largest_batch(lambda rows: 100 * rows, 150) == 1
+    bent = lambda rows: max(100 * rows, 150 * rows - 1000)  # noqa: E731
+    assert 38 <= largest_batch(bent, 5000) <= 40  # of 40, by a chord that lies above the bend
 
 
 def test_checkpointing_saves_activations_and_half_precision_halves_the_weights():
@@ -107,6 +142,9 @@ def test_the_command_prints_a_table_and_says_what_fits(tmp_path, capsys):
         (dtype, ck) for dtype in ("float32", "bfloat16", "8bit", "4bit") for ck in (False, True)
     ]
     assert len(table) == 9 and all(row["fits"] for row in rows) and table[0].split()[-2:] == ["fits", "24GB"]
+    assert plan("--model", file, "--dtype", "float32", "--gpu", "2GB", "--length", 16, "--largest_batch", "true") == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert table[0].endswith("largest batch") and all(row["largest_batch"] > 32 for row in json.loads(last)["rows"])
     assert plan("--model", file, "--dtype", "float32", "--gpu", "1GB", "--batch", 4, "--length", 16) == 0
     # A gigabyte is set aside for the driver's context, so that nothing fits into one.
     assert not any(row["fits"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"])
@@ -118,6 +156,7 @@ def test_the_command_prints_a_table_and_says_what_fits(tmp_path, capsys):
         (("--gpu", "abacus"), "--gpu abacus is unknown: give its memory (24GB), or one of t4,"),
         (("--length", 64, "--preset", "input"), "length 64 does not fit: the model has positions for 60 tokens"),
         (("--task", "text2text"), "a distilbert writes no text: use the task classification"),
+        (("--largest_batch", "true"), "--largest_batch asks what a --gpu holds: give it"),
         (("--batch", 0), "--batch 0 must be at least 1"),
         (("--model", "./nowhere"), "./nowhere: no such directory or file"),
     ],

@@ -25,10 +25,12 @@ ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
 }
 
-ONE, TWO, FSDP2 = (
+ONE, TWO, FSDP2, FOUR, FSDP2_OF_FOUR = (
     dict(kind="ddp", processes=1, batch=4),
     dict(kind="ddp", processes=2, batch=2),
     dict(kind="fsdp2", processes=2, batch=2),
+    dict(kind="ddp", processes=4, batch=1),
+    dict(kind="fsdp2", processes=4, batch=1),
 )
 RUNS = [
     {"name": "one"} | ONE,
@@ -46,6 +48,8 @@ RUNS = [
     {"name": "one, then fsdp2", "resume": True} | FSDP2,
     {"name": "fsdp2, then two", "steps": 3} | FSDP2,
     {"name": "fsdp2, then two", "resume": True} | TWO,
+    {"name": "four, then fsdp2 of four", "steps": 3} | FOUR,
+    {"name": "four, then fsdp2 of four", "resume": True} | FSDP2_OF_FOUR,
     {"name": "one lost of two", "signal": [1, 4, SIGKILL], "ends": [1, -SIGKILL]} | TWO,
     {"name": "one lost of two", "resume": True} | TWO,
     {"name": "SIGTERM to one of two", "signal": [1, 3, SIGTERM], "ends": [143, 143]} | TWO,

@@ -185,8 +185,12 @@ def test_the_parameter_groups_hold_each_trained_tensor_once_at_its_rate(make):
 def test_the_trainers_arguments_reach_the_groups(tmp_path):
     model = get_ept_model(backbone("bert", SEQ), all_parts())
     run = trainer(model, tmp_path, prompt_learning_rate=0.5, up_learning_rate=0.25, down_learning_rate=0.125)
-    rates = [group["lr"] for group in run.create_optimizer().param_groups]
-    assert rates == [0.5, 0.25, 0.125, HEAD_LEARNING_RATE, HEAD_LEARNING_RATE]
+    groups = run.create_optimizer().param_groups
+    assert [group["lr"] for group in groups] == [0.5, 0.25, 0.125, HEAD_LEARNING_RATE]
+    head = [p for name, p in model.base_model.named_parameters() if p.requires_grad]  # weights and biases
+    assert {id(p) for p in groups[3]["params"]} == {id(p) for p in head} and len(head) > 1
+    run = trainer(model, tmp_path, weight_decay=0.1)
+    assert [group["weight_decay"] for group in run.create_optimizer().param_groups] == [0.0, 0.1, 0.1, 0.1, 0.0]
 
 
 PRESETS = {"default": EPTConfig(), "input": EPTConfig.input_only(), "paper": EPTConfig.paper()}
@@ -202,13 +206,53 @@ PRESETS = {"default": EPTConfig(), "input": EPTConfig.input_only(), "paper": EPT
 )
 def test_one_learning_rate_moves_every_part_in_fixed_ratios(preset, rates, tmp_path):
     model = get_ept_model(backbone("bert", SEQ), PRESETS[preset])
-    assert [group["lr"] for group in parameter_groups(model)] == rates
+    groups = parameter_groups(model)
+    assert [group["lr"] for group in groups] == rates
     for factor in (0.0, 0.5, 100.0):
         scaled = [group["lr"] for group in parameter_groups(model, learning_rate=factor * LEARNING_RATE)]
         assert scaled == pytest.approx([factor * rate for rate in rates])
         run = trainer(model, tmp_path, learning_rate=factor * LEARNING_RATE, prompt_learning_rate=0.25)
-        groups = run.create_optimizer().param_groups
-        assert [group["lr"] for group in groups] == pytest.approx([0.25, *scaled[1:]])
+        rate_of = {id(p): group["lr"] for group in run.create_optimizer().param_groups for p in group["params"]}
+        expected = [(p, rate) for group, rate in zip(groups, [0.25, *scaled[1:]], strict=True) for p in group["params"]]
+        assert [rate_of[id(p)] for p, _ in expected] == pytest.approx([rate for _, rate in expected])
+
+
+def test_parts_of_one_rate_and_decay_are_one_group_of_the_optimiser(tmp_path):
+    model = get_ept_model(backbone("bert", SEQ), EPTConfig())
+    groups = trainer(model, tmp_path).create_optimizer().param_groups
+    assert [group["parts"] for group in groups] == [["prompt"], ["deep", "head"]]  # at the default rates, without decay
+    separate = parameter_groups(model)
+    assert [id(p) for group in groups for p in group["params"]] == [
+        id(p) for group in separate for p in group["params"]
+    ]
+    assert [group["parts"] for group in separate] == [["prompt"], ["deep"], ["head"], ["head"]]
+
+
+def test_a_checkpoint_whose_parts_are_in_other_groups_goes_on(tmp_path):
+    """One of before the groups were merged has a group for each part; the run ends with the same weights."""
+
+    def run(steps):
+        torch.manual_seed(0)
+        model = get_ept_model(backbone("bert", SEQ), EPTConfig())
+        return trainer(model, tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)
+
+    whole = run(4)
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    optimizer, schedule = (torch.load(checkpoint / f"{name}.pt") for name in ("optimizer", "scheduler"))
+    start, groups = 0, []
+    for part in parameter_groups(whole.model):
+        indices = list(range(start, start := start + len(part["params"])))
+        groups.append(optimizer["param_groups"][0 if part["parts"] == ["prompt"] else 1] | {"params": indices})
+        del groups[-1]["parts"]
+    by_group = {name: [schedule[name][min(i, 1)] for i in range(4)] for name in ("base_lrs", "_last_lr", "lr_lambdas")}
+    torch.save(optimizer | {"param_groups": groups}, checkpoint / "optimizer.pt")
+    torch.save(schedule | by_group, checkpoint / "scheduler.pt")
+    again = run(4)
+    again.train(str(checkpoint))
+    for (name, want), got in zip(whole.model.ept.named_parameters(), again.model.ept.parameters(), strict=True):
+        assert torch.equal(got, want), name
+    assert again.optimizer.param_groups[1]["parts"] == ["deep", "head"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

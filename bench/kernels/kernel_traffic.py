@@ -1,4 +1,5 @@
-"""Operations and bytes of one EPT layer, forward and backward: eager torch, torch.compile and the Triton kernels.
+"""Operations and bytes of the input stage and of a layer's update, forward and backward: eager torch, torch.compile and
+the Triton kernels.
 
     python -m bench.kernels.kernel_traffic          # batch 32, length 256, s 60, r 30, K 4, h 8, N 256, bf16, on the CPU
 
@@ -9,17 +10,22 @@ Ours: ept_kernels.traffic, the bytes that have to cross the memory bus; launches
 
 import collections
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ept_kernels import prompt_embed
+from ept_kernels import layer_update, prompt_embed
+from ept_kernels.layer_update import traffic as layer_traffic
 from ept_kernels.prompt_embed import traffic
 
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "expand", "slice", "unsqueeze", "detach", "alias", "permute", "select",
          "squeeze", "split", "_reshape_alias", "as_strided", "unbind"}  # fmt: skip
 SHAPE = traffic.Shapes(batch=32, length=256, d=768, s=60, n=256, r=30, k=4, h=8, weight_bytes=2)
+LAYER = layer_traffic.Shapes(batch=32, columns=256, d=768, q=4)
 
 
 class OperationCounter(TorchDispatchMode):
@@ -53,26 +59,38 @@ def arguments(x: traffic.Shapes, dtype=torch.bfloat16, q: int = 0):
     return ids, mask, torch.randn(1000, x.d, dtype=dtype), *weights
 
 
-def eager(x: traffic.Shapes, impl: str) -> list[tuple[int, int]]:
-    args, counts = arguments(x), []
+def input_stage(x: traffic.Shapes, impl: str) -> tuple[Callable[..., Tensor], tuple[Any, ...], list[Tensor]]:
+    """A call of prompt_embed, its arguments, and those that are trained."""
+    args = arguments(x)
+    return lambda *args: prompt_embed(*args, scale=1.0, impl=impl), args, list(args[3:])
+
+
+def of_a_layer(x: layer_traffic.Shapes, impl: str) -> tuple[Callable[..., Tensor], tuple[Any, ...], list[Tensor]]:
+    """The same of layer_update, with hidden states in bf16 and weights in fp32, which have h in them, as in a model."""
+    hidden = torch.randn(x.batch, x.columns, x.d).bfloat16().requires_grad_()
+    args = (hidden, torch.randn(x.q, x.d).requires_grad_(), torch.randn(x.q, x.d).requires_grad_())
+    return lambda *args: layer_update(*args, impl=impl), args, list(args)
+
+
+def eager(function: Callable[..., Tensor], args: tuple[Any, ...], trained: list[Tensor]) -> list[tuple[int, int]]:
+    counts = []
     with OperationCounter() as counter:
-        out = prompt_embed(*args, scale=1.0, impl=impl)
+        out = function(*args)
     counts.append((counter.operations.total(), counter.bytes))
     grad = torch.randn_like(out)
     with OperationCounter() as counter:
-        torch.autograd.grad(out, args[3:], grad)
+        torch.autograd.grad(out, trained, grad)
     counts.append((counter.operations.total(), counter.bytes))
     return counts
 
 
-def compiled(x: traffic.Shapes, impl: str) -> list[int]:
+def compiled(function: Callable[..., Tensor], args: tuple[Any, ...], trained: list[Tensor]) -> list[int]:
     from torch._inductor.utils import run_and_get_code
 
-    args = arguments(x)
-    function = torch.compile(lambda *args: prompt_embed(*args, scale=1.0, impl=impl))
+    fast = torch.compile(function)
 
     def step():
-        torch.autograd.grad(function(*args).sum(), args[3:])
+        torch.autograd.grad(fast(*args).sum(), trained)
 
     _, codes = run_and_get_code(step)
     return [kernel_calls(code) for code in codes]
@@ -85,17 +103,21 @@ def kernel_calls(code: str) -> int:
 
 
 def main():
-    x, megabyte = SHAPE, 1e6
-    print(f"torch {torch.__version__}, {x}")
-    for impl in ("reference", "torch"):
-        for name, (operations, size) in zip(("forward", "backward"), eager(x, impl), strict=True):
-            print(f'eager impl="{impl}" {name:8}: {operations:3} operations, {size / megabyte:6.1f} MB')
-    for impl in ("reference", "torch"):
-        print(f'torch.compile impl="{impl}" (forward, backward): {compiled(x, impl)} kernel calls')
-    for way in (traffic.forward, traffic.backward):
-        print(
-            f"kernels {way.__name__:8}: {way(x).launches} launches, {way(x).total / megabyte:6.1f} MB, {way(x).memory}"
-        )
+    print(f"torch {torch.__version__}")
+    stages: list[tuple[str, Any, Any, Any]] = [
+        ("input", SHAPE, input_stage, traffic), ("layer", LAYER, of_a_layer, layer_traffic)
+    ]  # fmt: skip
+    for name, x, stage, predicted in stages:
+        print(f"{name}: {x}")
+        for impl in ("reference", "torch"):
+            for way, (operations, size) in zip(("forward", "backward"), eager(*stage(x, impl)), strict=True):
+                print(f'eager impl="{impl}" {way:8}: {operations:3} operations, {size / 1e6:6.1f} MB')
+        for impl in ("reference", "torch"):
+            print(f'torch.compile impl="{impl}" (forward, backward): {compiled(*stage(x, impl))} kernel calls')
+        for kernel in (predicted.forward, predicted.backward):
+            cost = kernel(x)
+            print(f"kernels {kernel.__name__:8}: {cost.launches} launches, {cost.total / 1e6:6.1f} MB, {cost.memory}")
+    x = SHAPE
     for d in (768, 4096):
         for q in (0, 24):
             y = traffic.Shapes(**{**vars(x), "d": d, "q": q, "weight_bytes": 4})

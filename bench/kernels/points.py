@@ -87,7 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def points_of_presets(small: bool = False) -> list[Point]:
-    """Both stems at the presets' sizes as impl="auto" computes them, and beside them the floor and eager torch.
+    """Both stems at the presets' sizes as impl="auto" computes them, and beside them the floor, eager torch and LoRA.
 
     In bf16 at d = 768 (25 MB of embeddings read and written) and d = 4096 (268 MB); `small`: in fp32 at tiny sizes.
     """
@@ -102,6 +102,8 @@ def points_of_presets(small: bool = False) -> list[Point]:
         for adapters in (0, 2 if small else 32):
             axis = f"{adapters} adapters" if adapters else "deep preset"
             chosen += [Point("layer_update", impl, axis, deep, adapters) for impl in ("auto", "torch")]
+        # PEFT's LoRA on projections of the same states; what torch.compile makes of the update is in `points`.
+        chosen.append(Point("embedding_step", PEERS[-1], "deep preset", sizes_of_peer(deep, PEERS[-1])))
         chosen.append(Point("embedding_step", FLOOR, "default preset", sizes_of_peer(sizes["default preset"], FLOOR)))
     return chosen
 

@@ -1,4 +1,4 @@
-"""What `ept plan` predicts beside what a training step really takes, on the CPU.
+"""What `ept plan` predicts beside what a training step really takes with the default preset, on the CPU.
 
     python -m bench.steps.plan_memory [--only bert-base] [--batch 8] [--length 128]
 
@@ -92,7 +92,7 @@ def measure(name: str, dtype: str, checkpointing: bool, batch: int, length: int)
     before = _resident("VmRSS")
     backbone, per_token = build(name, dtype)
     backbone.config.use_cache = False
-    model = get_ept_model(backbone, EPTConfig.input_only()).train()
+    model = get_ept_model(backbone, EPTConfig()).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter_groups(model), fused=True)
@@ -144,7 +144,7 @@ def main() -> int:
                 measured = json.loads(process.stdout.splitlines()[-1])
                 planned = plan_step(
                     config,
-                    EPTConfig.input_only(),
+                    EPTConfig(),
                     batch=args.batch,
                     length=args.length,
                     dtype=dtype,
@@ -153,7 +153,13 @@ def main() -> int:
                 off = planned["peak"] / measured["peak"] - 1
                 worst = max(worst, abs(off))
                 row = {"model": name, "dtype": dtype, "checkpointing": checkpointing, "batch": args.batch}
-                row |= {"length": args.length, "predicted": planned, "measured": measured, "off": off} | machine
+                row |= {
+                    "length": args.length,
+                    "preset": "default",
+                    "predicted": planned,
+                    "measured": measured,
+                    "off": off,
+                } | machine
                 with open(RESULTS, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(

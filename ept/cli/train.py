@@ -103,6 +103,7 @@ def _prepare(options: TrainOptions) -> _Training:
         source.check_backbone(backbone)
     config = ept_config(options.adapter, backbone, checkpoint)
     max_length = input_limit(backbone, tokenizer, config.prompt_length, options.columns.max_seq_length)
+    max_length, multiple = _few_lengths(max_length) if args.torch_compile else (max_length, None)
     splits = {
         name: data.task.encode(table, source, tokenizer, max_length, options.columns.max_target_length)
         for name, (table, source) in data.tables.items()
@@ -121,7 +122,9 @@ def _prepare(options: TrainOptions) -> _Training:
         check_same_adapter(checkpoint, model)
     _complete_arguments(options, data.task, max_length, resumes=checkpoint is not None)
     check_training_options(args, data.task, splits)
-    trainer = _trainer(model, options, data.task, splits, tokenizer)
+    trainer = _trainer(
+        model, options, data.task, splits, data.task.kind.collator(tokenizer, model, multiple), tokenizer
+    )
     model.gate_weights()  # an implementation that cannot run here says so
     check_optimizer(trainer)
     if checkpoint is None and options.run.overwrite_output_dir and args.should_save:
@@ -131,6 +134,23 @@ def _prepare(options: TrainOptions) -> _Training:
     model.print_trainable_parameters()
     say(f"learning rates: {trainer.rates_in_words()}")
     return _Training(trainer, data.task, checkpoint, splits.get("test"), _record(options, data.task, model, max_length))
+
+
+COMPILED_STEP = 32  # tokens between the lengths of compiled batches, about: few lengths, and little padding for a GPU
+
+
+def _few_lengths(max_length: int | None) -> tuple[int | None, int]:
+    """Returns the most tokens of a text and what its padded length is a multiple of, for a compiled model.
+
+    A captured step is one of a length, so that few lengths may occur; and no padded text may be longer than the limit.
+    """
+    if max_length is None:
+        return None, COMPILED_STEP
+    lengths = -(-max_length // COMPILED_STEP)
+    multiple = max_length // lengths
+    cut = f", and cut to {lengths * multiple}" if lengths * multiple < max_length else ""
+    say(f"compiled: texts are padded to multiples of {multiple} tokens{cut}")
+    return lengths * multiple, multiple
 
 
 def _packed(task: Task, train: Split, model: EPTModel, max_length: int | None) -> Any:
@@ -251,7 +271,12 @@ def _complete_arguments(options: TrainOptions, task: Task, max_length: int | Non
 
 
 def _trainer(
-    model: EPTModel, options: TrainOptions, task: Task, splits: dict[str, Split], tokenizer: PreTrainedTokenizerBase
+    model: EPTModel,
+    options: TrainOptions,
+    task: Task,
+    splits: dict[str, Split],
+    collator: Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Any:
     validation, patience = splits.get("validation"), options.run.early_stopping_patience
     trainer_class: Any = TRAINERS[task.kind.name]
@@ -260,7 +285,7 @@ def _trainer(
         options.training,
         train_dataset=splits["train"].data,
         eval_dataset=None if validation is None else validation.data,
-        data_collator=task.kind.collator(tokenizer, model),
+        data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=None if validation is None else task.compute_metrics(validation, tokenizer),
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],

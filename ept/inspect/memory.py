@@ -5,9 +5,11 @@ tensors (shapes and dtypes, no data), while a dispatch mode counts the storages 
 for a frozen backbone, what attention keeps, and what activation checkpointing saves is right for any architecture.
 """
 
+import contextlib
 import copy
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +28,9 @@ from ept.config import EPTConfig
 from ept.inspect.quantised import quantise
 from ept.inspect.storages import StorageCounter
 from ept.model.model import EPTModel
+from ept_kernels.availability import nothing_is_launched
 
-__all__ = ["BYTES", "DTYPES", "GPUS", "UNUSABLE_BYTES", "UNUSABLE_SHARE", "gpu_memory", "plan_step"]
+__all__ = ["BYTES", "DTYPES", "GPUS", "UNUSABLE_BYTES", "UNUSABLE_SHARE", "gpu_memory", "largest_batch", "plan_step"]
 
 # How the frozen weights are kept: bits per weight of the linear layers. Below 16 the rest is bfloat16.
 DTYPES = {"float32": 32, "bfloat16": 16, "float16": 16, "8bit": 8, "4bit": 4}
@@ -63,6 +66,7 @@ def plan_step(
     task: str | None = None,
     dtype: str = "float32",
     checkpointing: bool = False,
+    kernels: bool = False,
 ) -> dict[str, Any]:
     """Predicts the bytes of one training step of the model of `config` behind EPT; no weight is loaded or made.
 
@@ -73,6 +77,7 @@ def plan_step(
         task: "text2text" (labels are tokens) or "classification"; None: text2text where the model writes text.
         dtype: of the frozen weights, one of `DTYPES`.
         checkpointing: whether each layer's activations are computed again in the backward pass.
+        kernels: whether EPT's own part runs as Triton kernels, as on a GPU, or in plain torch.
 
     Returns:
         `weights` (frozen, and a head); `adapter` (what is trained, and Adam's two moments); `activations` and `logits`
@@ -85,6 +90,7 @@ def plan_step(
         raise ValueError(f"dtype {dtype!r} is unknown: one of {', '.join(DTYPES)}")
     if batch < 1 or length < 1 or (target_length is not None and target_length < 1):
         raise ValueError(f"batch {batch}, length {length} and target_length {target_length} must be at least 1")
+    ept_config = dataclasses.replace(ept_config, embed_scale=1.0, impl="triton" if kernels else "torch")
     model = _without_weights(config, ept_config, task, dtype, checkpointing)
     rows = model.ept_config.prompt_length
     room = max_text_tokens(model.base_model, rows)
@@ -92,7 +98,22 @@ def plan_step(
         raise ValueError(
             f"length {length} does not fit: the model has positions for {room} tokens beside the prompt's {rows}"
         )
-    return _run_on_fakes(model, batch, length, target_length or length)
+    with nothing_is_launched() if kernels else contextlib.nullcontext():
+        return _run_on_fakes(model, batch, length, target_length or length)
+
+
+def largest_batch(peak: Callable[[int], int], room: float) -> int:
+    """Returns rows at which `peak(rows)` bytes stay within `room`, the most by a line through two rows; 0 if one is too many.
+
+    A peak is the largest of sums that each grow in proportion to the rows, so its chords lie above it: where the line
+    was too flat, what a chord says fits.
+    """
+    one, two = peak(1), peak(2)
+    if two > room:
+        return int(one <= room)
+    rows = 2 + int((room - two) / (two - one))
+    at_rows = peak(rows)
+    return rows if at_rows <= room else 2 + int((room - two) * (rows - 2) / (at_rows - two))
 
 
 def _run_on_fakes(model: EPTModel, batch: int, length: int, target_length: int) -> dict[str, Any]:
@@ -139,7 +160,6 @@ def _without_weights(
         model = auto_class.from_config(config, dtype=stored)
         if bits < 16:
             quantise(model, bits)
-        ept_config = dataclasses.replace(ept_config, embed_scale=1.0, impl="torch")
         wrapped = EPTModel(model, ept_config)
     if checkpointing:
         if not model.supports_gradient_checkpointing:

@@ -51,10 +51,13 @@ def _plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
 
 
 class ContinuationCollator:
-    """Batches of contexts (`input_ids`) and class numbers (`labels`) as token ids with the label's tokens as targets."""
+    """Batches of contexts (`input_ids`) and class numbers (`labels`) as token ids with the label's tokens as targets.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, label_ids: list[list[int]]):
-        self.pad_token_id, self.label_ids = tokenizer.pad_token_id, label_ids
+    Rows are padded to a multiple of `multiple` tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, label_ids: list[list[int]], multiple: int = 1):
+        self.pad_token_id, self.label_ids, self.multiple = tokenizer.pad_token_id, label_ids, multiple
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         return self.continued([(row["input_ids"], self.label_ids[int(row["labels"])]) for row in rows])
@@ -62,6 +65,7 @@ class ContinuationCollator:
     def continued(self, pairs: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         """Makes `input_ids`, `attention_mask` and `labels` [rows, L], padded on the right, of contexts and continuations."""
         width = max(len(context) + len(ids) for context, ids in pairs)
+        width = -(-width // self.multiple) * self.multiple
         batch = {
             "input_ids": torch.full((len(pairs), width), self.pad_token_id),
             "attention_mask": torch.zeros(len(pairs), width, dtype=torch.int64),

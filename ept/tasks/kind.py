@@ -216,9 +216,9 @@ class TaskKind(ABC):
         """
         raise ValueError(f"packing is for causal models that write (text2text), not for {self.asked_as}: leave it out")
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
-        """Returns what makes a padded batch of encoded rows."""
-        return padding_collator(model, tokenizer)
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, multiple: int | None = None) -> Any:
+        """Returns what makes a padded batch of encoded rows; with `multiple`, to a multiple of so many tokens."""
+        return padding_collator(model, tokenizer, multiple)
 
     # ------------------------------------------------------------------ predictions
 

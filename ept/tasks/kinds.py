@@ -286,8 +286,8 @@ class TokenClassification(_Headed):
             say(f"{cut} texts were cut to {limit} tokens: the words after them get no label")
         return encoded
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
-        return DataCollatorForTokenClassification(tokenizer)
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, multiple: int | None = None) -> Any:
+        return DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple)
 
     def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
         return word_predictor(model, tokenizer)
@@ -352,8 +352,8 @@ class Text2Text(TaskKind):
 
         return list(table[column]), tokenize_targets(table, source, column, tokenizer, max_target_length)
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
-        return DataCollatorForSeq2Seq(tokenizer)
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, multiple: int | None = None) -> Any:
+        return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple)
 
     def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
         return text_predictor(model, tokenizer, max_new_tokens)
@@ -476,8 +476,8 @@ class CausalText2Text(Text2Text):
         asked = [read_question(tokenizer, row[0], "a text", in_chat=self.reads_chat) for row in texts]
         return encode_exchanges(tokenizer, asked, limit, 0)[0]
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
-        return ExchangeCollator(tokenizer.pad_token_id)
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, multiple: int | None = None) -> Any:
+        return ExchangeCollator(tokenizer.pad_token_id, multiple or 1)
 
     def packed(self, rows: Any, room: int, apart: int) -> Any:
         from datasets import Dataset
@@ -553,8 +553,8 @@ class Continuation(TaskKind):
         rows = self.encode_texts(tokenizer, list(zip(*texts, strict=True)), limit)
         return Dataset.from_list(rows).add_column("labels", labels), 0
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
-        return ContinuationCollator(tokenizer, candidates(tokenizer, self.words))
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, multiple: int | None = None) -> Any:
+        return ContinuationCollator(tokenizer, candidates(tokenizer, self.words), multiple or 1)
 
     def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
         return score_predictor(model, self.collator(tokenizer, model))

@@ -157,9 +157,14 @@ class PaddingCollator(DataCollatorWithPadding):
         return dict(batch)
 
 
-def padding_collator(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
-    """Returns the collator for a model with a head, an EPTModel or one of the compared methods'."""
-    collate = PaddingCollator(tokenizer)
+def padding_collator(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, multiple: int | None = None
+) -> PaddingCollator:
+    """Returns the collator for a model with a head, an EPTModel or one of the compared methods'.
+
+    With `multiple` rows are padded to a multiple of so many tokens.
+    """
+    collate = PaddingCollator(tokenizer, pad_to_multiple_of=multiple)
     peft = getattr(model, "active_peft_config", None)
     if peft is not None and peft.is_prompt_learning and isinstance(
         model.base_model, MeanPoolingForSequenceClassification

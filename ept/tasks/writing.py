@@ -236,13 +236,15 @@ def _one_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class ExchangeCollator:
-    """Makes a batch of encoded rows, packed or not, padded on the right."""
+    """Makes a batch of encoded rows, packed or not, padded on the right to a multiple of `multiple` tokens."""
 
-    def __init__(self, pad_token_id: int):
+    def __init__(self, pad_token_id: int, multiple: int = 1):
+        self.multiple = multiple
         self.padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX, "position_ids": 0}
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
+        width = -(-width // self.multiple) * self.multiple
         return {
             name: torch.tensor([[*row[name], *[value] * (width - len(row[name]))] for row in rows])
             for name, value in self.padding.items()

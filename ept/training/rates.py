@@ -19,8 +19,9 @@ __all__ = [
     "EPTArguments",
     "EPTSeq2SeqTrainingArguments",
     "EPTTrainingArguments",
-    "group_names",
+    "merged",
     "parameter_groups",
+    "regrouped",
 ]
 
 # In units of the embeddings' RMS (docs/method.md), found on MiniLM with the three tasks of `make compare`. The rate that
@@ -146,7 +147,7 @@ def parameter_groups(
     """The optimiser's groups, in this order: the prompt, what starts at zero, what feeds it, the updates where every
     layer has its own, and the head.
 
-    The rates are those of `EPTArguments`. The prompt and biases have no weight decay.
+    The rates are those of `EPTArguments`. The prompt and biases have no weight decay. "parts" names a group's rate.
 
     Raises:
         ValueError: the adapter is folded.
@@ -159,14 +160,50 @@ def parameter_groups(
     }  # fmt: skip
     rates = _rates(learning_rate, given)
     return [
-        {"params": parameters, "lr": rates[name], "weight_decay": weight_decay if decays else 0.0}
+        {"params": parameters, "lr": rates[name], "weight_decay": weight_decay if decays else 0.0, "parts": [name]}
         for name, decays, parameters in _groups(model)
     ]
 
 
-def group_names(model: EPTModel) -> list[str]:
-    """The name of the rate of each of the optimiser's groups, in order."""
-    return [name for name, _, _ in _groups(model)]
+def merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`parameter_groups` with neighbours of one rate and weight decay in one group: an optimiser's call takes each in turn.
+
+    The parameters keep their order. "parts" names the rates that a group has.
+    """
+    result: list[dict[str, Any]] = []
+    for group in groups:
+        before = result[-1] if result else {}
+        if all(before.get(name) == group[name] for name in ("lr", "weight_decay")):
+            before["params"] = [*before["params"], *group["params"]]
+            before["parts"] = list(dict.fromkeys([*before["parts"], *group["parts"]]))
+        else:
+            result.append(dict(group))
+    return result
+
+
+def regrouped(
+    optimizer_state: dict[str, Any], schedule_state: dict[str, Any], groups: list[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the saved state of an optimiser and of its schedule for these groups of the same parameters.
+
+    A checkpoint may have them in more groups, or in fewer. Each group takes the settings that its first parameter had.
+    """
+    saved = optimizer_state["param_groups"]
+    group_of_parameter = [i for i, group in enumerate(saved) for _ in group["params"]]
+    if len(group_of_parameter) != sum(len(group["params"]) for group in groups):
+        return optimizer_state, schedule_state  # the optimiser's own message says what does not fit
+    start, sources, param_groups = 0, [], []
+    for group in groups:
+        end = start + len(group["params"])
+        sources.append(group_of_parameter[start])
+        param_groups.append(saved[sources[-1]] | {"params": list(range(start, end)), "parts": group["parts"]})
+        start = end
+    by_group = {
+        name: [value[i] for i in sources]
+        for name, value in schedule_state.items()
+        if isinstance(value, list) and len(value) == len(saved)
+    }
+    return optimizer_state | {"param_groups": param_groups}, schedule_state | by_group
 
 
 def _groups(model: EPTModel) -> list[tuple[str, bool, list[nn.Parameter]]]:

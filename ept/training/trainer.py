@@ -44,8 +44,9 @@ from ept.training.rates import (
     EPTArguments,
     EPTSeq2SeqTrainingArguments,
     EPTTrainingArguments,
-    group_names,
+    merged,
     parameter_groups,
+    regrouped,
 )
 from ept.training.sampling import LengthGroupedByEpoch, check_tokenised, knows_lengths
 from ept.training.stopping import StopOnSignal
@@ -86,17 +87,20 @@ class _EPTTrainerMixin(Trainer):
                 check_tokenised(part, name, self.data_collator)
         if self.args.label_smoothing_factor:
             _check_label_smoothing(self.model)
+        if self.args.torch_compile:
+            # One compilation for all batches and lengths; by itself torch compiles the first of them alone.
+            self.accelerator.state.dynamo_plugin.dynamic = True
         self._stop = StopOnSignal()
         self.add_callback(self._stop)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Makes the optimiser that `args.optim` names, over `parameter_groups`."""
+        """Makes the optimiser that `args.optim` names, over `parameter_groups`: those of one rate and decay together."""
         if self.optimizer is None:
             model_here: Any = self.model  # not a PreTrainedModel, but asked for its modules alone
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model_here)
             rates = {f"{part}_learning_rate": rate for part, rate in self.args.rates().items()}
             groups = parameter_groups(self.model, **rates, weight_decay=self.args.weight_decay)
-            self.optimizer = optimizer_class(groups, **settings)
+            self.optimizer = optimizer_class(merged(groups), **settings)
             for group in self.optimizer.param_groups:
                 group["initial_lr"] = group["lr"]  # as most schedules note it, but not all
             self._has_rates_by_part = True
@@ -106,15 +110,15 @@ class _EPTTrainerMixin(Trainer):
     def rates_in_words(self) -> str:
         """The peak learning rate of each part that is trained."""
         rates = self.args.rates()
-        return ", ".join(f"{name} {rates[name]:g}" for name in dict.fromkeys(group_names(self.model)))
+        parts = [part for group in parameter_groups(self.model) for part in group["parts"]]
+        return ", ".join(f"{part} {rates[part]:g}" for part in dict.fromkeys(parts))
 
     def _get_learning_rate(self) -> float:
         """Returns `learning_rate` where its schedule is; transformers takes the first group's, which is the prompt's."""
         if not self._has_rates_by_part:
             return super()._get_learning_rate()
         groups = self._optimizer_and_schedule()[0].param_groups
-        names = [f"{name}_learning_rate" for name in group_names(self.model)]
-        self._rates_now = {name: float(group["lr"]) for name, group in zip(names, groups, strict=True)}
+        self._rates_now = {f"{part}_learning_rate": float(group["lr"]) for group in groups for part in group["parts"]}
         group = max(groups, key=lambda group: group.get("initial_lr", 0.0))
         peak = group.get("initial_lr", 0.0)  # an optimiser from an older checkpoint may lack it
         return float(self.args.learning_rate * group["lr"] / peak) if peak else super()._get_learning_rate()
@@ -318,6 +322,7 @@ class _EPTTrainerMixin(Trainer):
                 )
         optimizer, schedule = self._optimizer_and_schedule()
         state, schedule_state = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+        state, schedule_state = regrouped(state, schedule_state, optimizer.param_groups)
         load_optimizer_state(optimizer, state)
         schedule.load_state_dict(schedule_state)
 

@@ -8,6 +8,7 @@ interpreter, an emulator) they run one at a time, because both keep the state of
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import threading
@@ -84,7 +85,12 @@ _one_at_a_time = threading.RLock()
 
 def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The context of a launch: the tensor's GPU is the current device, or no other thread launches on the CPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else _one_at_a_time
+    return device_of(tensor.device)
+
+
+def device_of(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """`launching_on` by the device itself."""
+    return torch.cuda.device(device) if device.type == "cuda" else _one_at_a_time
 
 
 def launch_mode() -> str:
@@ -93,6 +99,36 @@ def launch_mode() -> str:
     if mode not in LAUNCH_MODES:
         raise ValueError(f"EPT_LAUNCH={mode!r} is unknown: choose one of {', '.join(map(repr, LAUNCH_MODES))}")
     return mode
+
+
+@dataclasses.dataclass
+class Recording:
+    """What a thread launches: compiled kernels with their programs and all arguments; the counters that it takes."""
+
+    launches: list[tuple[Any, int, tuple[Any, ...]]] = dataclasses.field(default_factory=list)
+    counters: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+_of_thread = threading.local()  # `recording`, while this thread records
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Recording]:
+    """Yields what this thread launches inside."""
+    _of_thread.recording = recording = Recording()
+    try:
+        yield recording
+    finally:
+        _of_thread.recording = None
+
+
+def launch(kernel: Any, programs: int, *args: Any, **flags: Any) -> None:
+    """Launches `kernel` on a grid of `programs`. Takes run-time arguments by position, the compiler's by name."""
+    compiled = kernel[(programs,)](*args, **flags)
+    recording = getattr(_of_thread, "recording", None)
+    if recording is not None:
+        constants = (flags[name] for name in kernel.arg_names[len(args) :])
+        recording.launches.append((compiled, programs, (*args, *constants)))
 
 
 class Counters:
@@ -115,24 +151,36 @@ class Counters:
     @contextlib.contextmanager
     def take(self, size: int, device: torch.device) -> Iterator[Tensor]:
         """`size` int32 zeros or more for a launch on the current stream. Enter `launching_on` first."""
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        size = -(-size // self.SIZE) * self.SIZE
-        key = (device, stream, size)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            yield self._for_capture(size, device)
-            return
-        with self._lock:
-            if key not in self.of_stream:
-                self.of_stream[key] = self._zeros(size, device)
-                self._fill_reserve(device)
-            buffer = self.of_stream[key]
+        buffer = self.buffer(size, device)
         try:
             yield buffer
         except BaseException:
-            with self._lock:
-                if self.of_stream.get(key) is buffer:
-                    del self.of_stream[key]
+            self.drop(buffer)
             raise
+
+    def buffer(self, size: int, device: torch.device) -> Tensor:
+        """`take` without its end: `drop` the buffer where the launch raises."""
+        size = divided_up(size, self.SIZE) * self.SIZE
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            buffer = self._for_capture(size, device)
+        else:
+            stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+            key = (device, stream, size)
+            with self._lock:
+                if key not in self.of_stream:
+                    self.of_stream[key] = self._zeros(size, device)
+                    self._fill_reserve(device)
+                buffer = self.of_stream[key]
+        recording = getattr(_of_thread, "recording", None)
+        if recording is not None:
+            recording.counters.append(buffer)
+        return buffer
+
+    def drop(self, buffer: Tensor) -> None:
+        """Its counts are in doubt: the next launch gets another one."""
+        with self._lock:
+            for key in [key for key, kept in self.of_stream.items() if kept is buffer]:
+                del self.of_stream[key]
 
     def _for_capture(self, size: int, device: torch.device) -> Tensor:
         with self._lock:

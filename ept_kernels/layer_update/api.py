@@ -5,9 +5,10 @@ from torch import Tensor
 
 from ..availability import resolve
 from ..common.dtypes import widest
+from ..common.operators import Call, Calls
 from . import eager, reference
 from .arguments import Settings, Update
-from .checks import check_update
+from .checks import check_update, check_values
 
 __all__ = ["layer_update"]
 
@@ -48,9 +49,13 @@ def layer_update(
         IndexError: an index names no adapter (checked on CPU, where it costs nothing; on a GPU "triton" gives NaN there).
     """
     impl = resolve(impl, hidden.device)
-    check_update(hidden, down, up, hidden_scale, activation, adapter_index)
+    scales = hidden_scale if isinstance(hidden_scale, Tensor) else None
+    settings = (activation, None if scales is not None else hidden_scale)
+    arguments = (hidden, down, up, hidden_scale, activation, adapter_index)
+    call = _calls.checked((hidden, down, up, adapter_index, scales), settings, *arguments)
+    check_values(hidden_scale, adapter_index, len(down))
     if impl == "triton":
-        return _launch(hidden, down, up, hidden_scale, activation, adapter_index)
+        return _launch(Update(hidden, down, up, adapter_index), hidden_scale, activation, call)
     with torch.autocast(hidden.device.type, enabled=False):
         if impl == "torch":
             return eager.layer_update(hidden, down, up, hidden_scale, activation, adapter_index)
@@ -63,19 +68,14 @@ def layer_update(
         return reference.layer_update_by_row(*wide, adapter_index).to(hidden.dtype)
 
 
-def _launch(
-    hidden: Tensor,
-    down: Tensor,
-    up: Tensor,
-    hidden_scale: float | Tensor,
-    activation: str,
-    adapter_index: Tensor | None,
-) -> Tensor:
+_calls = Calls(check_update)
+
+
+def _launch(update: Update, hidden_scale: float | Tensor, activation: str, call: Call | None) -> Tensor:
     """layer_update by the kernels."""
     from . import triton_op
 
     if not isinstance(hidden_scale, Tensor):
-        update = Update(hidden, down, up, adapter_index)
-        return triton_op.layer_update(update, Settings(float(hidden_scale), activation))
-    scales = hidden_scale.detach().to(hidden.device)
-    return triton_op.layer_update(Update(hidden, down, up, adapter_index, scales), Settings(activation=activation))
+        return triton_op.layer_update(update, Settings(float(hidden_scale), activation), call)
+    scales = hidden_scale.detach().to(update.hidden.device)
+    return triton_op.layer_update(update._replace(scales=scales), Settings(activation=activation), call)

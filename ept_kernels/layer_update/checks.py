@@ -26,7 +26,7 @@ def check_update(
     activation: str,
     adapter_index: Tensor | None,
 ) -> None:
-    """All arguments; values of tensors only where reading them costs nothing."""
+    """All arguments, but for the values of tensors."""
     check_activation(activation)
     if hidden.dim() != 3:
         raise ValueError(f"hidden must be [batch, columns, d], not {tuple(hidden.shape)}")
@@ -35,7 +35,7 @@ def check_update(
     check_shape("up", up, tuple(down.shape))
     check_trained(hidden.device, hidden=hidden, down=down, up=up)
     if adapter_index is not None:
-        _check_index(adapter_index, len(hidden), len(down))
+        _check_index(adapter_index, len(hidden))
         check_same_device("adapter_index", adapter_index, hidden=hidden)
     if isinstance(hidden_scale, Tensor):
         _check_scales(hidden_scale, None if adapter_index is None else len(down), hidden)
@@ -43,17 +43,26 @@ def check_update(
         check_scale("hidden_scale", hidden_scale, MEANING)
 
 
-def _check_index(adapter_index: Tensor, batch: int, adapters: int) -> None:
-    if adapter_index.is_floating_point() or adapter_index.is_complex() or adapter_index.dtype == torch.bool:
-        raise TypeError(f"adapter_index must hold integers, one for each batch row, not {describe(adapter_index)}")
-    check_shape("adapter_index", adapter_index, (batch,))
-    if batch and has_readable_values(adapter_index):
-        low, high = adapter_index.min().item(), adapter_index.max().item()
+def check_values(hidden_scale: float | Tensor, adapter_index: Tensor | None, adapters: int) -> None:
+    """The values of tensors where reading them costs nothing."""
+    if adapter_index is not None and adapter_index.numel() and has_readable_values(adapter_index):
+        low, high = (value.item() for value in adapter_index.aminmax())
         if low < -1 or high >= adapters:
             raise IndexError(
                 f"adapter_index holds {low if low < -1 else high}, but the adapters have numbers 0 … {adapters - 1}: "
                 "use those, or -1 for a row that stays as it is"
             )
+    if isinstance(hidden_scale, Tensor) and has_readable_values(hidden_scale):
+        for value in hidden_scale.aminmax():
+            scale = value.item()
+            if not 0 < scale < math.inf:
+                check_scale("hidden_scale", scale, MEANING)
+
+
+def _check_index(adapter_index: Tensor, batch: int) -> None:
+    if adapter_index.is_floating_point() or adapter_index.is_complex() or adapter_index.dtype == torch.bool:
+        raise TypeError(f"adapter_index must hold integers, one for each batch row, not {describe(adapter_index)}")
+    check_shape("adapter_index", adapter_index, (batch,))
 
 
 def _check_scales(hidden_scale: Tensor, adapters: int | None, hidden: Tensor) -> None:
@@ -71,7 +80,3 @@ def _check_scales(hidden_scale: Tensor, adapters: int | None, hidden: Tensor) ->
         raise TypeError(f"hidden_scale must be a number or a floating-point tensor, not {describe(hidden_scale)}")
     if hidden_scale.dim() > 0:
         check_same_device("hidden_scale", hidden_scale, hidden=hidden)
-    if has_readable_values(hidden_scale):
-        for scale in (hidden_scale.min().item(), hidden_scale.max().item()):
-            if not 0 < scale < math.inf:
-                check_scale("hidden_scale", scale, MEANING)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.dtypes import at_least_fp32, widest
 from ..common.eager import add_bottleneck, multiply_onto
-from ..common.operators import is_eager
+from ..common.operators import is_traced
 from ..common.reference import ACTIVATIONS
 
 
@@ -55,7 +55,7 @@ def _rounded_update(
     """`add_bottleneck` in `dtype`, rounded once to the dtype of x."""
     if x.dtype == dtype:
         return add_bottleneck(x, down, up, activation, skipped)
-    if torch.is_grad_enabled() and is_eager(x, down, up):
+    if torch.is_grad_enabled() and not is_traced():
         return _RoundedUpdate.apply(x, down, up, activation, skipped)
     return add_bottleneck(x.to(dtype), down, up, activation, skipped).to(x.dtype)
 

@@ -35,6 +35,7 @@ from ..common.triton_launch import (
     compute_dtype,
     counters,
     divided_up,
+    launch,
     launching_on,
     power_of_two,
     tile_of,
@@ -154,7 +155,8 @@ def backward(
     tiling = Tiling.of(update)
     u = torch.empty_like(z) if weight_grad else z.new_empty(0)
     with launching_on(grad_out):
-        hidden_kernel[(tiling.items,)](
+        launch(
+            hidden_kernel, tiling.items,
             grad_out, update.down, update.up, update.adapter_index, z, u, grads.hidden,
             batch, columns, tiling.tiles, update.adapters, INPUT_GRAD=input_grad, WEIGHT_GRAD=weight_grad,
             ACTIVATION=settings.activation, **tiling.flags(update),
@@ -178,7 +180,8 @@ def _launch_weights(
     shares = max(1, min(PROGRAMS // (slices * adapters), MOST_SHARES, groups * tiles // STEPS, tiles))
     partial = z.new_empty(adapters * shares, 2 * q, d)
     with counters.take(adapters * slices, grad_out.device) as counter:
-        weights_kernel[(slices * shares * adapters,)](
+        launch(
+            weights_kernel, slices * shares * adapters,
             update.hidden, grad_out, update.adapter_index, update.scales, z, u, partial, grads.down, grads.up, counter,
             batch, columns, groups, tiles, adapters, shares, *update.hidden.stride()[:2], settings.hidden_scale,
             D=d, Q=q, Q_TILE=q_tile, BOTH_TILE=both_tile, BLOCK_D=block_d, TOKENS=TOKEN_TILE,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.triton_device import activate
-from ..common.triton_launch import compute_dtype, divided_up, launching_on, power_of_two, triton_dtype
+from ..common.triton_launch import compute_dtype, divided_up, launch, launching_on, power_of_two, triton_dtype
 from .arguments import Settings, Update
 from .triton_rows import add_outer, locate, project
 
@@ -92,7 +92,8 @@ def forward(update: Update, settings: Settings, save: bool) -> Results:
     batch, columns, _ = out.shape
     tiling = Tiling.of(update)
     with launching_on(out):
-        forward_kernel[(tiling.items,)](
+        launch(
+            forward_kernel, tiling.items,
             update.hidden, update.down, update.up, update.adapter_index, update.scales, out, z,
             batch, columns, tiling.tiles, update.adapters, *update.hidden.stride()[:2], settings.hidden_scale,
             SAVE=save, SCALES=kind_of_scale(update), ACTIVATION=settings.activation, **tiling.flags(update),

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..availability import resolve
 from ..common.dtypes import at_least_fp32, cast, widest
+from ..common.operators import Calls
 from . import eager, reference
 from .arguments import Settings, Text, TextWeights, Weights
-from .checks import check_ids, check_mask, check_positions, check_prompt, check_start, check_text
+from .checks import check_id_values, check_ids, check_mask, check_positions, check_prompt, check_start, check_text
 
 __all__ = ["prompt_embed", "prompt_embed_inputs", "reconstruct_prompt", "text_update"]
 
@@ -70,7 +71,6 @@ def prompt_embed(
         TypeError, ValueError: an argument has the wrong dtype, shape, device or value; the message names it.
         IndexError: an id lies outside the vocabulary (checked on CPU, where it costs nothing).
     """
-    check_ids(input_ids, embedding_weight)
     table = embedding_weight.detach() if embedding_weight.requires_grad else embedding_weight
     return _input_of_backbone(
         Text(input_ids, table, attention_mask),
@@ -174,18 +174,18 @@ def text_update(
 def _input_of_backbone(text: Text, weights: Weights, settings: Settings, impl: str) -> Tensor:
     """P* joined with the updated text, [batch, s + L, d] in the dtype of the text's source."""
     impl = resolve(impl, weights.prompt.device)
-    check_prompt(weights, settings)
-    of_text = weights.of_text(settings.lowrank_update)
-    check_text(text, weights.prompt.shape[1], weights.of_text(lowrank_update=True), settings.activation)
-    check_mask(text)
-    check_start(settings.prompt_start, text.shape[1])
-    if of_text.lowrank_a is None and of_text.token_down is None:
+    call = _calls.checked((*text, *weights), settings, text, weights, settings)
+    if text.ids is not None:
+        check_id_values(text.ids, len(text.source))
+    updates_by_position = settings.lowrank_update and weights.lowrank_a is not None
+    if not updates_by_position and weights.token_down is None:
         text = text._replace(mask=None)  # nothing asks where the text stands
     if impl == "triton":
         from . import triton_op
 
-        out, _ = triton_op.prompt_embed(text, weights, settings)
+        out, _ = triton_op.prompt_embed(text, weights, settings, call)
         return out
+    of_text = weights.of_text(settings.lowrank_update)
     functions, source_dtype = _functions(impl), text.source.dtype
     with torch.autocast(text.source.device.type, enabled=False):
         if impl == "torch" and of_text.lowrank_a is not None:
@@ -195,6 +195,19 @@ def _input_of_backbone(text: Text, weights: Weights, settings: Settings, impl: s
         embeds = text.source if text.ids is None else F.embedding(text.ids, text.source)
         embeds = functions.text_update(embeds.to(dtype), _positions(text, impl), cast(of_text, dtype), settings)
         return reference.insert_prompt(prompt_star.to(source_dtype), embeds.to(source_dtype), settings.prompt_start)
+
+
+def _check(text: Text, weights: Weights, settings: Settings) -> None:
+    """All arguments, but for the ids' values."""
+    if text.ids is not None:
+        check_ids(text.ids, text.source)
+    check_prompt(weights, settings)
+    check_text(text, weights.prompt.shape[1], weights.of_text(lowrank_update=True), settings.activation)
+    check_mask(text)
+    check_start(settings.prompt_start, text.shape[1])
+
+
+_calls = Calls(_check)
 
 
 def _positions(text: Text, impl: str) -> Tensor | None:

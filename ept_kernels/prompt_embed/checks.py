@@ -17,7 +17,7 @@ from .arguments import Settings, Text, TextWeights, Weights
 
 
 def check_ids(input_ids: Tensor, embedding_weight: Tensor) -> None:
-    """Ids [batch, L] and E [vocab, d]; the ids' values where reading them costs nothing."""
+    """Ids [batch, L] and E [vocab, d], but for the ids' values."""
     if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.dim() != 2:
         raise TypeError(f"input_ids must be a 2-d int64 or int32 tensor [batch, length], not {describe(input_ids)}")
     if embedding_weight.dim() != 2 or not embedding_weight.is_floating_point():
@@ -26,8 +26,12 @@ def check_ids(input_ids: Tensor, embedding_weight: Tensor) -> None:
             "pass quantised or computed embeddings to prompt_embed_inputs"
         )
     check_same_device("embedding_weight", embedding_weight, input_ids=input_ids)
+
+
+def check_id_values(input_ids: Tensor, vocab: int) -> None:
+    """The ids' values where reading them costs nothing."""
     if input_ids.numel() and has_readable_values(input_ids):
-        low, high, vocab = input_ids.min().item(), input_ids.max().item(), len(embedding_weight)
+        low, high = (value.item() for value in input_ids.aminmax())
         if low < 0 or high >= vocab:
             raise IndexError(
                 f"input_ids holds {low if low < 0 else high}, but the vocabulary has ids 0 … {vocab - 1}: "

@@ -42,6 +42,7 @@ from ..common.triton_launch import (
     column_tile,
     counters,
     divided_up,
+    launch,
     launching_on,
     power_of_two,
     tile_of,
@@ -127,14 +128,16 @@ def backward(
     sizes = (batch, length, s, n, covered)
     with launching_on(grad_out), counters.take(max(blocks, weights_slices), grad_out.device) as counter:
         flags = backend_flags(dtype)
-        reduce_kernel[(blocks * slices + text_tiles * da_parts,)](
+        launch(
+            reduce_kernel, blocks * slices + text_tiles * da_parts,
             grad_out, grad_gate, *weights, *kept, *between, partial, grads.source, counter,
             *sizes, settings.prompt_start, settings.scale, settings.embed_scale, blocks * slices, text_tiles,
             BLOCK_D=block_d, UNROLL_BY=UNROLL, GATE_GRAD=grad_gate is not None and k > 0, INPUT_GRAD=input_grad,
             num_warps=NUM_WARPS, **common, **flags,
         )  # fmt: skip
         partial = new_empty(shares + fusion, b_rank + 2 * q, d)
-        weights_kernel[(weights_slices * (1 + shares) + position_items,)](
+        launch(
+            weights_kernel, weights_slices * (1 + shares) + position_items,
             text.ids, text.source, grad_out, *weights, *kept, *between, partial, counter, *grads.weights,
             *sizes, text_slots, settings.prompt_start, text.source.stride(-2), settings.scale, settings.embed_scale,
             shares, da_parts, weights_slices, weights_slices * shares, GATHER=text.ids is not None, BLOCK_D=weights_d,

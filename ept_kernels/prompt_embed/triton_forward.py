@@ -40,6 +40,7 @@ from ..common.triton_launch import (
     compute_dtype,
     counters,
     divided_up,
+    launch,
     launch_mode,
     launching_on,
     power_of_two,
@@ -201,8 +202,9 @@ def forward(text: Text, weights: Weights, settings: Settings, save: bool) -> Res
     mask = text.mask if text.mask is None or text.mask.dtype != torch.bool else text.mask.view(torch.uint8)
     with launching_on(out), counters.take(3 + 2 * blocks, out.device) as counter:
 
-        def launch(role: str, programs: int) -> None:
-            forward_kernel[(programs,)](
+        def launch_role(role: str, programs: int) -> None:
+            launch(
+                forward_kernel, programs,
                 text.ids, text.source, mask, *weights, out, *kept, gate, partial, counter,
                 batch, length, s, weights.positions, settings.prompt_start,
                 text.source.stride(-2), settings.scale, settings.embed_scale, text_tiles, *items.values(),
@@ -215,11 +217,11 @@ def forward(text: Text, weights: Weights, settings: Settings, save: bool) -> Res
             )  # fmt: skip
 
         if launch_mode() == "single":
-            launch(ALL, sum(items.values()))
+            launch_role(ALL, sum(items.values()))
         else:
             for role, programs in items.items():
                 if programs:
-                    launch(role, programs)
+                    launch_role(role, programs)
     return results
 
 

@@ -10,12 +10,15 @@ Saved for the backward beside the inputs, in bytes (4 per number, 8 in float64):
 there is a mask, batch·L·q for the token-conditioned update, s·(2·(r + K·h) + K + 2) for the prompt.
 """
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..common.operators import is_eager, schema_of, unflatten
+from ..common.operators import Call, apply, is_eager, schema_of, unflatten
+from ..common.triton_launch import launch_mode
+from ..common.triton_repeat import repeat
 from . import triton_backward, triton_forward
 from .arguments import Settings, Text, Weights
 from .triton_forward import Kept
@@ -65,27 +68,47 @@ def _(*flat: Any) -> Flat:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Flat) -> None:
     text, weights, settings, _ = unflatten(inputs, *FORWARD)
     out, _, *kept = output
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
+    _keep(ctx, text, weights, kept, settings, out.shape, None)
+
+
+def _keep(
+    ctx: Any,
+    text: Text,
+    weights: Weights,
+    kept: Sequence[Tensor],
+    settings: Settings,
+    out_shape: torch.Size,
+    call: Call | None,
+) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(text.ids, text.source, *weights, *kept)
-    ctx.settings, ctx.out_shape = settings, out.shape
+    ctx.settings, ctx.out_shape, ctx.call = settings, out_shape, call
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_gate: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_gate: Tensor | None, *_: Any) -> list[Tensor | None]:
+    """The gradients of the fields of Text and Weights, for those that need one."""
     ids, source, *tensors = ctx.saved_tensors
-    weights, kept = unflatten(tensors, Weights, Kept)
-    text, settings = Text(ids, source, None), ctx.settings
+    settings = ctx.settings
     grad_out = source.new_zeros(ctx.out_shape) if grad_out is None else grad_out.contiguous()
     grad_gate = None if grad_gate is None else grad_gate.contiguous()
     _, input_grad, _, *needed = ctx.needs_input_grad
     # Where somebody means to go backward through this, the operator is what refuses it.
     if not torch.is_grad_enabled() and is_eager(grad_out, grad_gate):
-        flat = triton_backward.backward(grad_out, grad_gate, text, weights, kept, settings, input_grad).flat
+        saved = (grad_out, grad_gate, ids, source, *tensors)
+        flat = _backward_launches(saved, source.stride(), settings, input_grad, ctx.call)
     else:
-        flat = prompt_embed_backward_op(*text, *weights, *kept, *settings, input_grad, grad_out, grad_gate)
+        flat = prompt_embed_backward_op(ids, source, None, *tensors, *settings, input_grad, grad_out, grad_gate)
     *weight_grads, source_grad = flat
     of_weights = [grad if need else None for grad, need in zip(weight_grads, needed, strict=False)]
-    return None, source_grad if input_grad else None, None, *of_weights, *[None] * len(settings), None
+    return [None, source_grad if input_grad else None, None, *of_weights]
+
+
+def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, *grads), *_REST
+
+
+_REST = (None,) * (len(Settings._fields) + len(SAVE))  # of the operator's arguments
 
 
 def _refuse_double_backward(ctx: Any, *grads: Any) -> NoReturn:
@@ -97,29 +120,76 @@ prompt_embed_backward_op.register_autograd(_refuse_double_backward)
 
 
 class PromptEmbed(torch.autograd.Function):
-    """prompt_embed_op for eager calls."""
+    """prompt_embed_op for eager calls: the fields of Text and of Weights, then settings and Call."""
 
     @staticmethod
-    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
-        output = _flat_results(triton_forward.forward(*unflatten(flat, *FORWARD)))
-        _setup_context(ctx, flat, output)
-        return output[0], output[1]
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        text, weights, settings, call = unflatten(args, Text, Weights)
+        out, gate, *kept = _forward_launch(text, weights, settings, True, call)
+        _keep(ctx, text, weights, kept, settings, out.shape, call)
+        return out, gate
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *_gradients(ctx, *grads), None, None
 
 
-def prompt_embed(text: Text, weights: Weights, settings: Settings) -> tuple[Tensor, Tensor]:
-    """X [batch, s + L, d] and the gate [s, K]."""
+def _forward_launch(text: Text, weights: Weights, settings: Settings, save: bool, call: Call) -> Sequence[Tensor]:
+    def function(*tensors: Any) -> Sequence[Tensor]:
+        text, weights = unflatten(tensors, Text, Weights)
+        return _flat_results(triton_forward.forward(text, weights, settings, save))
+
+    return repeat(call, ("forward", save, launch_mode()), function, *text, *weights)
+
+
+def _backward_launches(
+    saved: Sequence[Tensor | None],
+    source_strides: tuple[int, ...],
+    settings: Settings,
+    input_grad: bool,
+    call: Call | None,
+) -> Sequence[Tensor]:
+    """`saved` is the gradients of X and the gate, then what `_keep` saved."""
+
+    def function(*tensors: Any) -> Sequence[Tensor]:
+        grad_out, grad_gate, ids, source, *rest = tensors
+        weights, kept = unflatten(rest, Weights, Kept)
+        text = Text(ids, source, None)
+        return triton_backward.backward(grad_out, grad_gate, text, weights, kept, settings, input_grad).flat
+
+    if call is None:
+        return function(*saved)
+    # What is saved may have been packed and unpacked, and come back with other strides.
+    key = ("backward", source_strides, input_grad, saved[1] is None)
+    return repeat(call, key, function, *saved)
+
+
+def prompt_embed(text: Text, weights: Weights, settings: Settings, call: Call | None = None) -> tuple[Tensor, Tensor]:
+    """X [batch, s + L, d] and the gate [s, K].
+
+    `call` is that of the public function. Without it the tensors go through the operator.
+    """
+    if call is None or not call.contiguous:
+        text, weights = _row_major(text), weights.contiguous()
+    save = torch.is_grad_enabled() and _asks_for_gradients(text.source, weights)
+    if call is None:
+        out, gate, *_ = prompt_embed_op(*text, *weights, *settings, save)
+    elif save:
+        out, gate = apply(PromptEmbed, *text, *weights, settings, call)
+    else:
+        out, gate, *_ = _forward_launch(text, weights, settings, save, call)
+    return out, gate
+
+
+def _row_major(text: Text) -> Text:
     ids, source, mask = text
     if ids is None or source.stride(-1) != 1:
         source = source.contiguous()
-    text = Text(None if ids is None else ids.contiguous(), source, None if mask is None else mask.contiguous())
-    weights = weights.contiguous()
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (source, *weights))
-    if not is_eager(*text, *weights):
-        out, gate, *_ = prompt_embed_op(*text, *weights, *settings, save)
-    elif save:
-        out, gate = PromptEmbed.apply(*text, *weights, *settings, save)
-    else:
-        out, gate, _ = triton_forward.forward(text, weights, settings, save)
-    return out, gate
+    return Text(None if ids is None else ids.contiguous(), source, None if mask is None else mask.contiguous())
+
+
+def _asks_for_gradients(source: Tensor, weights: Weights) -> bool:
+    for t in (source, *weights):  # noqa: SIM110  any(…) takes twice the time
+        if t is not None and t.requires_grad:
+            return True
+    return False

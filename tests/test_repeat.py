@@ -1,0 +1,171 @@
+"""Repeated launches: later calls hand the compiled kernels what the first call's binder handed them.
+
+A driver that compiles and launches nothing stands in for a GPU, so what is compared is each launch's arguments.
+"""
+
+import itertools
+
+import pytest
+import torch
+from kernel_compiler import compiling_for
+
+triton = pytest.importorskip("triton")
+from ept_kernels import layer_update, prompt_embed  # noqa: E402
+from ept_kernels.layer_update import triton_backward as layer_backward  # noqa: E402
+from ept_kernels.layer_update import triton_forward as layer_forward  # noqa: E402
+from ept_kernels.prompt_embed import triton_backward, triton_forward  # noqa: E402
+
+KERNELS = [
+    triton_forward.forward_kernel, triton_backward.reduce_kernel, triton_backward.weights_kernel,
+    layer_forward.forward_kernel, layer_backward.hidden_kernel, layer_backward.weights_kernel,
+]  # fmt: skip
+
+
+class Compiled:
+    """Stands in for a compiled kernel, which takes seconds to make; `run` is what launches."""
+
+    function = packed_metadata = None
+
+    def __init__(self, launches):
+        self._launches = launches
+
+    def launch_metadata(self, *args):
+        return None
+
+    def run(self, programs, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        self._launches.append((programs, args))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What the compiled kernels are called with: programs and arguments, launch by launch."""
+    launches = []
+
+    def compile_kernel(kernel, key, signature, device, *rest):
+        compiled = kernel.device_caches[device][0][key] = Compiled(launches)
+        return compiled
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "_do_compile", compile_kernel)
+    with compiling_for("sm_90") as kernels:
+        yield launches, kernels
+    for kernel in KERNELS:
+        kernel.device_caches.clear()  # of what was not compiled
+
+
+def weight(*shape):
+    return torch.randn(shape).requires_grad_()
+
+
+def all_parts(mask_dtype=torch.int64):
+    d, ids = 32, torch.randint(10, (2, 6))
+    weights = [weight(3, d), weight(8, 4), weight(4, d), weight(2, 3, d), weight(2, 3, d), weight(2, d)]
+    tokens = {"token_down": weight(4, d), "token_up": weight(4, d)}
+    table, mask = torch.randn(10, d).bfloat16(), torch.ones(2, 6).to(mask_dtype)
+    inputs = [ids, mask, table, *weights, *tokens.values()]
+    return inputs, lambda: prompt_embed(ids, mask, table, *weights, scale=0.5, impl="triton", **tokens)
+
+
+def prompt_alone():
+    ids, table, prompt = torch.randint(10, (2, 6)), torch.randn(10, 32), weight(3, 32)
+    return [ids, table, prompt], lambda: prompt_embed(ids, None, table, prompt, *[None] * 5, scale=1.0, impl="triton")
+
+
+def layer(index=None):
+    stack = () if index is None else (3,)
+    hidden, down = torch.randn(2, 5, 32).bfloat16().requires_grad_(), weight(*stack, 4, 32)
+    up = weight(*stack, 4, 32)
+    inputs = [hidden, down, up] + ([] if index is None else [index])
+    return inputs, lambda: layer_update(hidden, down, up, hidden_scale=2.0, adapter_index=index, impl="triton")
+
+
+def step(inputs, call, launched):
+    """The launches of a forward, then of its backward, in words, and all tensors that have a name."""
+    out = call()
+    named = {f"input {i}": t for i, t in enumerate(inputs)} | {"result": out}
+    named |= {f"kept {i}": t for i, t in enumerate(out.grad_fn.saved_tensors) if t is not None}
+    forward = in_words(launched, named)
+    launched.clear()
+    named["gradient"] = torch.ones_like(out)
+    leaves = list({id(t): t for t in inputs if t.requires_grad}.values())
+    grads = torch.autograd.grad(out, leaves, named["gradient"], retain_graph=True)
+    named |= {f"gradient {i}": t for i, t in enumerate(grads)}
+    return forward, in_words(launched, named), named
+
+
+def in_words(launched, named):
+    """Each argument: a number as it is, a tensor by its name, or as scratch. Then the scratch: addresses, and bytes."""
+    words, scratch = [], []
+    names = {t.data_ptr(): name for name, t in named.items() if t.numel()}
+    for programs, args in launched:
+        words.append(["programs", programs])
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                scratch += [(arg.data_ptr(), arg.nbytes)] if arg.numel() and arg.data_ptr() not in names else []
+                arg = arg.data_ptr()
+            elif type(arg) is int and arg > 1 << 32:
+                scratch += [(arg, None)] if arg not in names else []
+            words[-1].append(names.get(arg, "scratch") if type(arg) is int and arg > 1 << 32 else arg)
+    return words, scratch
+
+
+CASES = {
+    "all parts": all_parts,
+    "a mask of bools": lambda: all_parts(torch.bool),
+    "the prompt alone": prompt_alone,
+    "a layer": layer,
+    "several adapters": lambda: layer(index=torch.tensor([0, 2])),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_later_calls_launch_what_the_first_one_launched_on_their_own_tensors(case, launches):
+    launched, kernels = launches
+    steps = []
+    for repeated in (False, True, True):
+        launched.clear(), kernels.clear()
+        steps.append(step(*CASES[case](), launched))
+        assert (len(kernels) == 0) is repeated  # Triton's binder launched nothing
+    for way in (0, 1):
+        first, *later = (result[way] for result in steps)
+        for words, scratch in later:
+            assert words == first[0]
+            sizes = [size for _, size in first[1]]
+            spans = sorted({(start, start + size) for (start, _), size in zip(scratch, sizes, strict=True)})
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_what_triton_compiles_another_kernel_for_goes_through_its_binder(launches):
+    _, kernels = launches
+    weights = weight(4, 32), weight(4, 32)
+    storage = torch.randn(2 * 5 * 32 + 1)
+
+    def call(start):
+        kernels.clear()
+        layer_update(storage[start : start + 320].view(2, 5, 32), *weights, impl="triton")
+        return len(kernels)
+
+    assert [call(start) for start in (0, 0, 1, 1, 0)] == [1, 0, 1, 1, 0]
+    triton.knobs.runtime.launch_enter_hook.add(print)
+    try:
+        assert call(0) == 1  # a profiler sees it
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(print)
+    assert call(0) == 0
+    with pytest.raises(ValueError, match="down must be"):
+        layer_update(torch.randn(2, 5, 33), *weights, impl="triton")
+
+
+def test_a_result_of_a_repeated_call_is_a_new_tensor_each_time(launches):
+    _, call = layer()
+    outs = [call() for _ in range(3)]
+    assert len({out.data_ptr() for out in outs}) == 3
+    assert all(out.grad_fn is not None for out in outs)
+
+
+def test_one_tensor_passed_twice_and_two_of_its_shape_are_told_apart(launches):
+    launched, _ = launches
+    hidden, down, up = torch.randn(2, 5, 32), weight(4, 32), weight(4, 32)
+    for pair in ((down, down), (down, up), (up, down)):
+        layer_update(hidden, *pair, impl="triton")
+        addresses = [a if isinstance(a, int) else a.data_ptr() for a in launched.pop()[1][1:3]]
+        assert addresses == [t.data_ptr() for t in pair]
