@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,7 +61,9 @@ def test_a_stage_with_tasks_of_glue_asks_for_their_directory_and_a_missing_model
     assert "paper_search has tasks of GLUE: give the directory of its files (--glue DIRECTORY)" in refused(
         ["paper_search"]
     )
-    monkeypatch.setattr(language_models.importlib.util, "find_spec", lambda name: None)
+    # Of this module alone: transformers keeps for good what it once found missing.
+    without = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(language_models, "importlib", without)
     monkeypatch.setattr(study, "read", lambda stage: [])
     monkeypatch.setattr(study, "load_task", lambda name, glue: None)
     monkeypatch.setattr(language_models, "cache", lambda: language_models.Path("absent"))
