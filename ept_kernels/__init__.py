@@ -3,6 +3,7 @@
 from .availability import IMPLEMENTATIONS
 from .common.reference import ACTIVATIONS as _FUNCTIONS
 from .layer_update import layer_update
+from .prompt_columns import prompt_columns
 from .prompt_embed import (
     insert_prompt,
     prompt_embed,
@@ -19,6 +20,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "insert_prompt",
     "layer_update",
+    "prompt_columns",
     "prompt_embed",
     "prompt_embed_inputs",
     "reconstruct_prompt",

@@ -24,6 +24,7 @@ from kernel_cases import covering_cases, too_far
 from layer_cases import AXES, double, errors, layer_case, run
 
 from ept_kernels import layer_update
+from ept_kernels.common import triton_rows
 from ept_kernels.common.triton_launch import Counters
 from ept_kernels.layer_update import traffic, triton_backward, triton_forward
 from ept_kernels.layer_update.arguments import Settings, Update
@@ -188,16 +189,18 @@ def times(name: str, size: tuple[int, int, int]) -> dict:
 def tune(name: str, size: tuple[int, int, int]) -> dict:
     """Microseconds with other sizes of tiles than the kernels take."""
     inputs, rows = Inputs(size), {}
-    kept = triton_forward.PER_THREAD, triton_forward.warps_of
+    kept = triton_rows.PER_THREAD, triton_rows.warps_of
     for numbers, warps in itertools.product((16, 32, 64), (2, 4, 8, 16)):
-        triton_forward.PER_THREAD, triton_forward.warps_of = numbers, lambda tile_d, warps=warps: warps
+        triton_rows.PER_THREAD, triton_rows.warps_of = numbers, lambda tile_d, warps=warps: warps
+        triton_forward.warps_of = triton_rows.warps_of
         if numbers * 32 * warps < triton_forward.power_of_two(size[2]):
             continue
         row = (inputs.forward(), inputs.backward(weight_grad=False))
         key = f"{numbers} per thread, {warps} warps"
         rows[key] = [round(1e6 * x, 2) for x in row]
         print(name, key, rows[key], flush=True)
-    triton_forward.PER_THREAD, triton_forward.warps_of = kept
+    triton_rows.PER_THREAD, triton_rows.warps_of = kept
+    triton_forward.warps_of = triton_rows.warps_of
     names = ("TOKEN_TILE", "COLUMN_TILE", "STEPS", "MOST_SHARES")
     kept = [getattr(triton_backward, constant) for constant in names]
     for values in (

@@ -55,8 +55,19 @@ def test_error_is_at_most_twice_that_of_the_plain_formula(seed, axes):
         assert not buffer.any()
 
 
-@pytest.mark.parametrize("shape", [dict(), dict(s=20, n=40, d=70, length=40)])
-@pytest.mark.parametrize("parts", PARTS)
+SMALL = dict(s=3, n=4, d=20, length=3)  # one tile of everything
+SEVERAL = dict(s=18, n=34, d=40, length=18)  # two or more, the last of them not full
+
+
+# Each shape and each part in the short form, and all of their pairs in the long one.
+ROLES = [
+    pytest.param(parts, shape, marks=[] if (shape is SEVERAL) == (parts in ("paper", "none")) else [pytest.mark.full])
+    for parts in PARTS
+    for shape in (SMALL, SEVERAL)
+]
+
+
+@pytest.mark.parametrize(("parts", "shape"), ROLES)
 def test_roles_one_after_another_give_the_same_bits(monkeypatch, parts, shape):
     for mask in (True, False):
         case = make_case(0, parts=parts, e=0.5, **shape)
@@ -69,7 +80,7 @@ def test_roles_one_after_another_give_the_same_bits(monkeypatch, parts, shape):
 
 
 def test_two_runs_give_the_same_bits():
-    case = make_case(1, s=20, n=40, d=70, length=40)
+    case = make_case(1, **SEVERAL | dict(n=18, d=34), batch=1)
     first, second = (run(case, "triton", torch.float32) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -77,7 +88,7 @@ def test_two_runs_give_the_same_bits():
 
 @pytest.mark.parametrize("parts", ["paper", "spaces", "lowrank", "none"])
 def test_reconstruct_prompt_and_its_gate_have_gradients(parts):
-    case = {name: value for name, value in make_case(2, parts=parts, s=20, n=40, d=70).items() if name != "input_ids"}
+    case = {name: value for name, value in make_case(2, parts=parts, **SEVERAL).items() if name != "input_ids"}
     for name in ("attention_mask", "embedding_weight"):
         del case[name]
     results = {}
@@ -113,22 +124,30 @@ def test_every_axis_of_the_matrix_is_in_its_short_form():
 
 
 @pytest.mark.parametrize(
-    ("mask", "token"),
-    [(True, True), (False, False), *(pytest.param(m, not m, marks=pytest.mark.full) for m in (True, False))],
+    ("mask", "token", "embeds"),
+    [
+        (True, True, False),
+        (False, False, True),
+        *(
+            pytest.param(m, t, e, marks=pytest.mark.full)
+            for m, t, e in ((True, False, False), (False, True, False), (True, True, True))
+        ),
+    ],
 )
-def test_opcheck(mask, token):
+def test_opcheck(mask, token, embeds):
     from ept_kernels.prompt_embed.triton_op import prompt_embed_op
 
-    case = make_case(4)
+    case = make_case(4, **SMALL, batch=2)
     weights = [case[n] for n in ("prompt", "lowrank_a", "lowrank_b", "space_down", "space_up", "gate_weight")]
     weights += [case["token_down"], case["token_up"]] if token else [None, None]
     weights = [None if w is None else w.requires_grad_() for w in weights]
     mask = case["attention_mask"] if mask else None
-    args = (mask, *weights, 1.0, 0.5, "silu", 1, True, True, True)
-    torch.library.opcheck(prompt_embed_op, (case["input_ids"], case["embedding_weight"], *args))
-    if token and mask is not None:
-        embeds = case["embedding_weight"][case["input_ids"]].requires_grad_()
-        torch.library.opcheck(prompt_embed_op, (None, embeds, *args))
+    starts = torch.tensor([3, 1]) if token else None
+    args = (mask, starts, *weights, 1.0, 0.5, "silu", 1, True, True, True)
+    text = (None, case["embedding_weight"][case["input_ids"]].requires_grad_())
+    torch.library.opcheck(
+        prompt_embed_op, (*(text if embeds else (case["input_ids"], case["embedding_weight"])), *args)
+    )
 
 
 def test_compile_traces_one_graph_for_all_lengths():
@@ -143,7 +162,7 @@ def test_compile_traces_one_graph_for_all_lengths():
     del case["input_ids"], case["attention_mask"]
     case["prompt"].requires_grad_()
     frames = None
-    for batch, length in ((7, 19), (11, 31), (13, 40)):  # no size twice: torch takes equal sizes for the same one
+    for batch, length in ((7, 9), (8, 11)):  # no size twice: torch takes equal sizes for the same one
         ids, mask = torch.randint(50, (batch, length)), torch.rand(batch, length) > 0.3
         out = compiled(ids, mask, case)
         out.sum().backward()
@@ -176,7 +195,7 @@ def test_eager_calls_and_the_operator_are_one(monkeypatch):
         with torch.no_grad():
             return out.grad_fn.name(), [out, *first, again, prompt_embed(**case, impl="triton")]
 
-    case = make_case(10)
+    case = make_case(10, **SMALL)
     name, eager = results(case)
     assert name == "PromptEmbedBackward"
     for module in (operators, triton_op):
@@ -212,7 +231,7 @@ def test_autocast_does_not_reach_inside():
 
 def test_threads_that_launch_at_once_get_what_one_gets():
     """Forward and backward in four threads that start together, with sizes that share one buffer of counters."""
-    cases = [make_case(seed, s=20, n=40, d=70, length=40, batch=2) for seed in range(4)]
+    cases = [make_case(seed, **SMALL, batch=1) for seed in range(4)]
     want = [run(case, "triton", torch.float32) for case in cases]
     start = threading.Barrier(len(cases))
 
@@ -242,7 +261,7 @@ def test_traffic_is_what_the_model_says(masked, q):
     from ept_kernels.prompt_embed import traffic, triton_backward, triton_forward
 
     x = traffic.Shapes(
-        batch=7, length=37, d=140, s=20, n=40, r=5, k=3, h=2, q=q, masked=masked, source_bytes=4
+        batch=3, length=19, d=40, s=18, n=34, r=5, k=3, h=2, q=q, masked=masked, source_bytes=4
     )  # fmt: skip
     sizes = dict(s=x.s, n=x.n, r=x.r, k=x.k, h=x.h, q=max(q, 1), d=x.d, length=x.length, batch=x.batch)
     case = make_case(8, parts="all" if q else "paper", **sizes)

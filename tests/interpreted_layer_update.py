@@ -61,7 +61,7 @@ def test_every_axis_of_the_matrix_is_in_its_short_form():
 
 @pytest.mark.parametrize("adapters", [None, 3])
 def test_two_runs_and_a_call_without_gradients_give_the_same_bits(adapters):
-    case = plain_case(1, adapters=adapters)
+    case = plain_case(1, adapters=adapters, sizes=dict(batch=3, columns=19, d=36, q=2))
     first, second = (run(case, "triton") for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -69,7 +69,7 @@ def test_two_runs_and_a_call_without_gradients_give_the_same_bits(adapters):
 
 
 def test_a_row_of_a_mixed_batch_has_the_bits_of_the_row_alone():
-    case = plain_case(2, adapters=3, sizes=dict(batch=4, columns=20, d=40, q=5))
+    case = plain_case(2, adapters=3, sizes=dict(batch=4, columns=18, d=40, q=2))
     case["adapter_index"] = torch.tensor([2, -1, 0, 2])
     out = layer_update(**case, impl="triton")
     for row, adapter in enumerate([2, -1, 0, 2]):
@@ -110,11 +110,14 @@ def operator_arguments(case):
     return (*tensors, case.get("adapter_index"), scales, number, case["activation"], True)
 
 
-@pytest.mark.parametrize(("adapters", "scale"), [(None, "number"), (None, "tensor"), (2, "by adapter")])
+@pytest.mark.parametrize(
+    ("adapters", "scale"),
+    [(None, "number"), (2, "by adapter"), pytest.param(None, "tensor", marks=pytest.mark.full)],
+)
 def test_opcheck(adapters, scale):
     from ept_kernels.layer_update.triton_op import layer_update_op
 
-    case = plain_case(5, shape="odd", adapters=adapters, scale=scale)
+    case = plain_case(5, adapters=adapters, scale=scale, sizes=dict(batch=3, columns=2, d=7, q=2))
     torch.library.opcheck(layer_update_op, operator_arguments(case))
 
 
@@ -128,7 +131,7 @@ def test_compile_traces_one_graph_for_all_lengths(adapters):
 
     compiled = torch.compile(run_once, fullgraph=True, dynamic=True, backend=graphs)
     frames = None
-    for batch, columns in ((7, 19), (5, 9), (3, 11)):  # no size twice: torch takes equal sizes for the same one
+    for batch, columns in ((7, 5), (8, 6)):  # no size twice: torch takes equal sizes for the same one
         case = plain_case(6, adapters=adapters, sizes=dict(batch=batch, columns=columns, d=24, q=4))
         up = case["up"].requires_grad_()
         out = compiled(case)
@@ -154,7 +157,7 @@ def test_eager_calls_and_the_operator_are_one(monkeypatch):
     from ept_kernels.common import operators
     from ept_kernels.layer_update import triton_op
 
-    case = plain_case(8, adapters=2)
+    case = plain_case(8, adapters=2, sizes=dict(batch=2, columns=3, d=20, q=2))
     eager = run(case, "triton")
     for module in (operators, triton_op):
         monkeypatch.setattr(module, "is_eager", lambda *tensors: False)
@@ -203,11 +206,11 @@ def test_traffic_is_what_the_model_says(adapters):
     from ept_kernels.layer_update import traffic, triton_backward, triton_forward
     from ept_kernels.layer_update.arguments import Settings, Update
 
-    case = plain_case(12, adapters=adapters, sizes=dict(batch=3, columns=21, d=140, q=5))
+    case = plain_case(12, adapters=adapters, sizes=dict(batch=3, columns=21, d=70, q=2))
     if adapters:
         case["adapter_index"] = torch.tensor([2, 0, 2])
     update = Update(case["hidden"], case["down"], case["up"], case.get("adapter_index"))
-    x = traffic.Shapes(batch=3, columns=21, d=140, q=5, adapters=adapters or 1, hidden_bytes=4)
+    x = traffic.Shapes(batch=3, columns=21, d=70, q=2, adapters=adapters or 1, hidden_bytes=4)
     with counted_accesses() as (loads, stores):
         out, z = triton_forward.forward(update, Settings(), save=True)
     predicted = traffic.forward(x).memory

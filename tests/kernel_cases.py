@@ -14,8 +14,8 @@ SHAPES = {
     "one": dict(s=1, n=1, r=1, k=1, h=1, q=1, d=8, length=1, batch=1),
     "odd": dict(s=5, n=21, r=3, k=3, h=2, q=5, d=33, length=37, batch=3),
     "no text": dict(s=17, n=20, r=6, k=2, h=3, q=2, d=40, length=0, batch=2),
-    "tiles": dict(s=33, n=40, r=17, k=5, h=7, q=18, d=100, length=35, batch=3),
-    "long": dict(s=16, n=32, r=16, k=4, h=4, q=16, d=64, length=80, batch=11),
+    "tiles": dict(s=17, n=34, r=17, k=5, h=7, q=18, d=68, length=18, batch=3),
+    "long": dict(s=16, n=16, r=16, k=4, h=4, q=16, d=32, length=34, batch=9),
 }
 SWITCHES = {"on": {}, "no update": dict(lowrank_update=False), "no fusion": dict(fusion=False)}
 
@@ -47,7 +47,10 @@ def kernel_case(seed, *, shape, dtype, source_dtype, parts, mask, start, activat
         del case["embedding_weight"]
     else:
         case["input_ids"] = case["input_ids"].to([torch.int64, torch.int32][seed % 2])
-    where = dict(first=0, second=min(1, sizes["length"]), last=sizes["length"])[start]
+    by_row = torch.randint(
+        sizes["length"] + 1, (sizes["batch"],), generator=g, dtype=[torch.int64, torch.int32][seed % 2]
+    )
+    where = {"first": 0, "second": min(1, sizes["length"]), "last": sizes["length"], "by row": by_row}[start]
     return case | SWITCHES[switch] | dict(activation=activation, prompt_start=where)
 
 
@@ -61,7 +64,7 @@ DTYPES = [
     (torch.float16, torch.float32),
 ]
 AXES = dict(
-    shape=tuple(SHAPES), dtypes=DTYPES, parts=tuple(PARTS), mask=MASKS, start=("first", "second", "last"),
+    shape=tuple(SHAPES), dtypes=DTYPES, parts=tuple(PARTS), mask=MASKS, start=("first", "second", "last", "by row"),
     activation=ACTIVATIONS, switch=tuple(SWITCHES), inputs=(False, True), e=(1.0, 0.055),
 )  # fmt: skip
 
@@ -161,7 +164,8 @@ def fenced_buffers():
     kept = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def fence(wanted: torch.Tensor) -> torch.Tensor:
-        poison = float("nan") if wanted.is_floating_point() else torch.iinfo(wanted.dtype).max
+        has_nan = wanted.is_floating_point() or wanted.dtype == torch.bool  # which is true then
+        poison = float("nan") if has_nan else torch.iinfo(wanted.dtype).max
         whole = torch.full((wanted.numel() + 2 * FENCE,), poison, dtype=wanted.dtype)
         buffers.append((whole, whole.clone()))
         return whole[FENCE : FENCE + wanted.numel()].view(wanted.shape)

@@ -24,7 +24,7 @@ MAX_INSTRUCTIONS = 4_000_000  # some ten times what a right launch of these shap
 class Mistake:
     """`old` becomes `new` in one file. `never`: why no schedule can show it, for those that are never caught.
 
-    A mistake in layer_update's files is looked for in its launches, any other in the input stage's.
+    A mistake in a stem's own files is looked for in its launches, any other in the input stage's.
     """
 
     name: str
@@ -39,11 +39,12 @@ C = "common/triton_device.py"
 F = "prompt_embed/triton_forward.py"
 FP, FT = (F.replace(".py", role) for role in ("_prompt.py", "_text.py"))
 L = "layer_update/triton_backward.py"
+S, P = "prompt_embed/triton_by_row.py", "prompt_columns/triton_forward.py"
 BR, BW = (f"prompt_embed/triton_backward_{launch}.py" for launch in ("reduce", "weights"))
 BARRIER = "        )\n    tl.debug_barrier()"
 WAIT = "    if AMD:\n        lanes"
 RESET = "    if last:\n        tl.store(counter, 0)"
-TICKET = 'tl.atomic_add(counter + TICKET, 1, sem="relaxed") if ROLE == "all" else'
+TICKET = 'tl.atomic_add(counter + TICKET, 1, sem="relaxed") if WAITS else'
 FINISH = "    if arrive(arrived, parts, AMD):\n        finish"
 PARTIAL = "partial + (block * parts + part) * ROWS * PARTIAL"
 STRIDE = "* (num_rows + length) + prompt_start + rows"
@@ -69,7 +70,7 @@ MISTAKES = [
     Mistake("counters set back one program early", F, DONE, DONE.replace("total - 1", "total - 2")),
     Mistake("flag before its data", FP, FINISH, FINISH.replace("finish", "release(flag, AMD)\n        finish")),
     Mistake("prompt does not wait", F, 'if MIXES and ROLE == "all":', "if False:"),
-    Mistake("text does not wait for its slots", F, 'if MASK and ROLE == "all":', "if False:"),
+    Mistake("text does not wait for its slots", F, 'if MASK == "slots" and ROLE == "all":', "if False:"),
     Mistake("text waits for one row too few", F, "wait(counter + ORDERED, batch)", "wait(counter + ORDERED, batch - 1)"),
     Mistake("stride of X without the prompt", FP, STRIDE, STRIDE.replace("(num_rows + length)", "length")),
     Mistake("stride of the partial sums", FP, PARTIAL, PARTIAL.replace("* PARTIAL", "* (PARTIAL - 1)")),
@@ -80,24 +81,35 @@ MISTAKES = [
             "if arrive(counter + wanted * SLICES + part, 1, AMD):"),
     Mistake("layer: one share of dD and dW not added", L, "in tl.range(0, shares, loop", "in tl.range(0, shares - 1, loop"),
     Mistake("layer: arrivals of adapters in one counter", L, "counter + wanted * SLICES + part", "counter + part"),
+    Mistake("stack: the first adapter's low-rank pair for all rows", S, "own_b = lowrank_b + safe * R * D", "own_b = lowrank_b"),
+    Mistake("stack: text before a program's columns not counted", S, "position = before + tl.cumsum", "position = tl.cumsum"),
+    Mistake("stack: text behind a prompt as if it had all rows", S, "column >= start, own, 0", "column >= start, num_rows, 0"),
+    Mistake("stack: stride of X without the prompt", S, "first_row = row * (num_rows + length)", "first_row = row * length"),
+    Mistake("columns: positions not counted on", P, "        before += tl.sum", "        before += 0 * tl.sum"),
+    Mistake("columns: first text token of the last chunk alone", P, "tl.minimum(start, tl.min(", "tl.minimum(length, tl.min("),
+    Mistake("columns: filling behind the prompt", P, "behind_start >= width - own", "behind_start < own"),
     Mistake("last program's count relaxed", F, DONE, DONE.replace("acq_rel", "relaxed"), "wave",
             "nothing is read after it, and the zeros it lets through are only read by the next launch"),
 ]  # fmt: skip
 
 
 def load(mistake: Mistake, folder: str):
-    """forward and backward of a copy of the package with the mistake in it."""
+    """forward and backward (None where there is none) of a copy of the package with the mistake in it."""
     package = Path(folder) / f"mistaken_{MISTAKES.index(mistake)}"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     source = package / mistake.file
     text = source.read_text(encoding="utf-8")
     assert mistake.old in text, f"{mistake.name}: {mistake.old!r} is no longer in {mistake.file}"
     source.write_text(text.replace(mistake.old, mistake.new), encoding="utf-8")
-    stem = f"{package.name}.{'layer_update' if mistake.file == L else 'prompt_embed'}"
+    folder_of_stem = mistake.file.partition("/")[0]
+    stem = f"{package.name}.{'prompt_embed' if folder_of_stem == 'common' else folder_of_stem}"
     sys.path.insert(0, folder)
     try:
-        forward = importlib.import_module(f"{stem}.triton_forward").forward
-        backward = importlib.import_module(f"{stem}.triton_backward").backward
+        forward = importlib.import_module(
+            f"{stem}.{'triton_by_row' if mistake.file == S else 'triton_forward'}"
+        ).forward
+        alone = mistake.file in (S, P)
+        backward = None if alone else importlib.import_module(f"{stem}.triton_backward").backward
     finally:
         sys.path.remove(folder)
     return forward, backward
@@ -118,7 +130,8 @@ def is_caught(mistake: Mistake, seed: int, folder_of: dict) -> bool:
 
     if mistake.name not in folder_of:
         folder_of[mistake.name] = load(mistake, tempfile.mkdtemp(dir=folder_of["folder"]))
-    launch = (_layer_launches if mistake.file == L else _input_launches)(*folder_of[mistake.name], seed)
+    launches = {L: _layer_launches, S: _stack_launches, P: _columns_launches}.get(mistake.file, _input_launches)
+    launch = launches(*folder_of[mistake.name], seed)
     try:
         with emulate(**schedule(seed, mistake.weak)):
             for got, expected in launch():
@@ -172,6 +185,47 @@ def _layer_launches(forward, backward, seed: int):
             yield out, want.detach()
         grads = backward(grad, update, z, settings, input_grad=True, weight_grad=True)
         yield from zip(grads, want_grads, strict=True)
+
+    return launch
+
+
+def _stack_launches(forward, backward, seed: int):
+    """The same of stacks of adapters, with text before the columns of some programs."""
+    from stack_cases import stack_case
+
+    from ept_kernels import prompt_embed
+    from ept_kernels.prompt_embed.arguments import Settings, Stack, Text
+
+    case = stack_case(
+        seed, shape="plain", dtype=torch.float32, source_dtype=torch.float32, lowrank="factors", token=True, text="holes",
+        start="by row", lengths=True, index=torch.int64, inputs=False, activation="silu", e=1.0,
+    )  # fmt: skip
+    case["adapter_index"], case["prompt_lengths"] = torch.tensor([2, 0, 1, 2]), torch.tensor([3, 1, 2])
+    want = prompt_embed(**case, impl="torch")
+    text = Text(case["input_ids"], case["embedding_weight"].contiguous(), case["attention_mask"], case["prompt_start"])
+    names = ("prompt", "lowrank_a", "lowrank_b", "token_down", "token_up", "adapter_index", "prompt_lengths")
+    stack = Stack(*(case[name].contiguous() for name in names))
+
+    def launch():
+        yield forward(text, stack, Settings(case["scale"])), want
+
+    return launch
+
+
+def _columns_launches(forward, backward, seed: int):
+    """The same of the columns of padded rows, of more than one chunk."""
+    from ept_kernels import prompt_columns
+    from ept_kernels.prompt_columns.arguments import Rows, Settings
+
+    g = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(2, 1300, generator=g) > 0.4).long()
+    mask[0, :100] = 0
+    lengths = torch.tensor([3, 5])
+    want = prompt_columns(mask, 5, prompt_lengths=lengths, impl="torch")
+
+    def launch():
+        got = forward(Rows(mask, lengths), Settings(5))
+        yield from zip(got[:3], want[:3], strict=True)
 
     return launch
 

@@ -3,6 +3,7 @@
 python tests/kernel_resources.py           # compiles everything and writes the table (about 10 minutes on one core)
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -20,15 +21,21 @@ TOKEN_RANKS = (0, 24)
 SIZES = dict(s=60, n=256, r=30, k=4, h=8, batch=2, length=64)  # kernels depend on r, k, h and d only, not on the rest
 LAYER_WIDTHS = (384, 768, 1024, 2048, 4096, 8192)
 LAYER_RANKS = (1, 4, 8, 16, 64)
+STACK_WIDTHS = (384, 768, 4096)
+STACK_RANKS = (0, 4, 24)
 HIGHER_IS_WORSE = ("registers", "shared", "spilled")
 
 
 def keys():
-    """One for each compilation: of the input stage, then of the layer's update."""
+    """One for each compilation: of the input stage, of the layer's update, of stacks of adapters, of padded columns."""
     for target, d, dtypes, q in itertools.product(TARGETS, WIDTHS, DTYPES, TOKEN_RANKS):
         yield f"{target} d={d} {dtypes} q={q}"
     for target, d, q in itertools.product(TARGETS, LAYER_WIDTHS, LAYER_RANKS):
         yield f"layer {target} d={d} bf16+fp32 q={q}"
+    for target, d, q, lowrank in itertools.product(TARGETS, STACK_WIDTHS, STACK_RANKS, ("factors", "table")):
+        yield f"{lowrank} {target} d={d} bf16+fp32 q={q}"
+    for target in TARGETS:
+        yield f"columns {target} d=0 bf16+fp32 q=0"
 
 
 def measure(key: str) -> dict[str, dict]:
@@ -36,7 +43,7 @@ def measure(key: str) -> dict[str, dict]:
     *stem, target, width, dtypes, rank = key.split()
     d, q = int(width.removeprefix("d=")), int(rank.removeprefix("q="))
     with compiling_for(target) as kernels:
-        (_launch_layer if stem else _launch_input)(d, q, *DTYPES[dtypes])
+        LAUNCHES[stem[0] if stem else "input"](d, q, *DTYPES[dtypes])
     return {kernel.metadata.name: jsonable(resources(kernel, target)) for kernel in kernels}
 
 
@@ -67,6 +74,36 @@ def _launch_layer(d: int, q: int, hidden_dtype: torch.dtype, dtype: torch.dtype)
     down, up = (torch.zeros(q, d, dtype=dtype, requires_grad=True) for _ in range(2))
     out = layer_update(Update(hidden, down, up), Settings(hidden_scale=2.0))
     out.backward(torch.zeros_like(out))
+
+
+def _launch_stack(lowrank: str, d: int, q: int, source_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    from ept_kernels import prompt_embed
+
+    adapters, (s, n, r, _, _, batch, length) = 3, SIZES.values()
+
+    def constant(*shape):
+        return torch.zeros(adapters, *shape, dtype=dtype)
+
+    ids, mask = torch.zeros(batch, length, dtype=torch.int64), torch.ones(batch, length, dtype=torch.int64)
+    a, b = (constant(n, r), constant(r, d)) if lowrank == "factors" else (constant(n, d), None)
+    prompt_embed(
+        ids, mask, torch.zeros(10, d, dtype=source_dtype), constant(s, d), a, b, None, None, None, scale=1.0,
+        token_down=constant(q, d) if q else None, token_up=constant(q, d) if q else None,
+        adapter_index=torch.zeros(batch, dtype=torch.int64), prompt_start=torch.zeros(batch, dtype=torch.int32), impl="triton",
+    )  # fmt: skip
+
+
+def _launch_columns(d: int, q: int, source_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    from ept_kernels import prompt_columns
+
+    mask = torch.ones(2, 64, dtype=torch.int64)
+    prompt_columns(mask, 8, labels=mask, prompt_lengths=torch.ones(2, dtype=torch.int64), impl="triton")
+
+
+LAUNCHES = {
+    "input": _launch_input, "layer": _launch_layer, "columns": _launch_columns,
+    "factors": functools.partial(_launch_stack, "factors"), "table": functools.partial(_launch_stack, "table"),
+}  # fmt: skip
 
 
 def jsonable(row: dict) -> dict:

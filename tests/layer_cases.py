@@ -10,10 +10,10 @@ SHAPES = {
     "odd": dict(batch=3, columns=19, d=7, q=5),
     "no rows": dict(batch=0, columns=5, d=16, q=4),
     "no columns": dict(batch=2, columns=0, d=16, q=4),
-    "wide": dict(batch=2, columns=9, d=1100, q=4),
-    "tiles": dict(batch=3, columns=18, d=100, q=9),
-    "many units": dict(batch=2, columns=17, d=20, q=64),
-    "long": dict(batch=3, columns=60, d=36, q=3),
+    "wide": dict(batch=2, columns=3, d=1030, q=4),
+    "tiles": dict(batch=3, columns=6, d=68, q=9),
+    "many units": dict(batch=2, columns=3, d=20, q=64),
+    "long": dict(batch=3, columns=35, d=36, q=3),
 }
 # dtype of the trained tensors, dtype of the hidden states
 DTYPES = (

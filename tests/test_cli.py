@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 import ept
 from ept import EPTConfig, EPTModel
 from ept.cli import main
-from ept.cli.errors import as_options
+from ept.cli.errors import as_options, bad_input_is_one_line
 from ept.cli.options import AdapterArguments
 from tiny_text import reviews, save_model, tokenizer, write_csv
 
@@ -67,6 +68,13 @@ def refused(capsys, argv) -> str:
     said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert stopped.value.code == 2 and len(said) == 1 and said[0].startswith(f"ept {argv[0]}: error: ")
     return said[0]
+
+
+def test_a_package_that_an_option_needs_is_named_in_its_librarys_words(capsys):
+    words = "The 'deepspeed>=0.9.3' distribution was not found and is required by this application."
+    with pytest.raises(SystemExit), bad_input_is_one_line("train"):
+        raise PackageNotFoundError(words)
+    assert capsys.readouterr().err == f"ept train: error: {words} Install it, or leave out the option that needs it\n"
 
 
 # ---------------------------------------------------------------------- the three commands

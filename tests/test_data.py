@@ -241,7 +241,7 @@ def test_numbers_that_could_be_classes_as_well_as_values_are_asked_about(labels,
 def test_the_counts_name_the_classes_and_what_looks_like_a_slip():
     said = LabelCounts({"positive": 6, "negative": 3, "positive ": 2, "Positive": 2, "meh": 1}).lines()
     assert said[0] == (
-        "5 classes: positive (6 rows), negative (3 rows), Positive (2 rows), 'positive ' (2 rows), meh (1 rows)"
+        "5 classes: positive (6 rows), negative (3 rows), Positive (2 rows), 'positive ' (2 rows), meh (1 row)"
     )
     assert "'positive', 'Positive', 'positive ' differ in capitals or in spaces" in said[1] and "meh" in said[2]
     assert len(said) == 3 and len(LabelCounts({"a": 2, "b": 3}).lines()) == 1

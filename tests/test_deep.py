@@ -34,7 +34,8 @@ def first_token():
 
 def by_hand(model, input_ids, dropout=None):
     """One row without padding: the backbone's output where each layer after the first updates what it reads."""
-    embeds = model._backbone.embed(Inputs(input_ids=input_ids), OneAdapter(Member(model.ept, [])))
+    routing = OneAdapter(Member(model.ept, []))
+    embeds = model._backbone.embed(Inputs(input_ids=input_ids), routing, routing.places(prompt_last=True))
     reader = model.base_model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     handles = []
     for i, layer in enumerate(layers_of(model.base_model)[1:]):

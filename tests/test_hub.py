@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers as hf
 from hub_stand_in import TOKEN, Hub, Repository, reach
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from test_peft_format import of_peft
 
 from ept import AutoEPTModel, EPTModel, EPTTrainer, EPTTrainingArguments, from_peft, get_ept_model, read_soft_prompt
@@ -215,6 +216,19 @@ def test_a_model_card_names_the_backbone_and_keeps_what_was_written(hub, model, 
     named.push_to_hub(NAME, token=TOKEN)
     again = ModelCard(hub.repositories[NAME].files()["README.md"].decode())
     assert again.text == card.text and again.data["license"] == "mit" and again.data["tags"][-1] == "film"
+
+
+def test_a_model_card_that_cannot_be_read_is_not_written_over(hub, model, monkeypatch):
+    model.push_to_hub(NAME, token=TOKEN)
+    hub.repositories[NAME].commit("main", {"README.md": b"Mine."})
+
+    def unreachable(*args, **kwargs):
+        raise LocalEntryNotFoundError("connection error, and nothing in the cache")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", unreachable)
+    with pytest.raises(ConnectionError, match="me/reviews cannot be written on the hub"):
+        model.push_to_hub(NAME, token=TOKEN)
+    assert hub.repositories[NAME].files()["README.md"] == b"Mine."
 
 
 def test_adapters_to_start_from_and_those_of_peft_are_read_from_the_hub(hub, model, backbone_dir, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
@@ -329,6 +330,13 @@ def test_a_deep_copy_is_a_model_of_its_own():
     other = copy.deepcopy(model)
     shake(other)
     assert not torch.equal(other(ids(1, 4)).last_hidden_state, model(ids(1, 4)).last_hidden_state)
+
+
+def test_a_model_made_by_another_models_class_is_of_that_class_and_is_pickled():
+    model = wrapped(backbone("bert"))
+    other = type(model)(backbone("bert"), all_parts())
+    assert type(other) is type(model)
+    assert type(pickle.loads(pickle.dumps(other))) is type(model)
 
 
 def test_disable_adapter_is_the_wrapped_model():

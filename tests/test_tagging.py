@@ -99,9 +99,10 @@ def test_predictions_are_a_label_a_word_from_lines_and_from_tables_alike(adapter
     ({"tokens": ["the", "film"], "ner_tags": None}, "row 3: the label ('ner_tags') is missing"),
 ])  # fmt: skip
 def test_rows_that_are_not_words_with_a_label_each_are_refused_before_training(row, message, place, tmp_path, capsys):
-    file = write(tmp_path / "rows.jsonl", [*sentences(2), row])
-    command = ["train", "--model_name_or_path", place / "bert", "--train_file", file, "--output_dir", tmp_path / "out"]
-    assert message in refused(capsys, command)
+    command = ["train", "--model_name_or_path", place / "bert", "--output_dir", tmp_path / "out", "--train_file"]
+    for number, rows in ((3, [*sentences(2), row]), (1, [row, *sentences(2)])):
+        file = write(tmp_path / "rows.jsonl", rows)
+        assert message.replace("row 3", f"row {number}") in refused(capsys, [*command, file])
 
 
 def test_what_goes_with_rows_alone_is_refused(place, tmp_path, capsys):

@@ -10,6 +10,7 @@ import sys
 
 import layer_cases
 import pytest
+import stack_cases
 import torch
 from kernel_cases import errors, kernel_case, run, source_dtype
 from kernel_mistakes import MISTAKES, TABLE, find_emulator, is_caught, schedule
@@ -33,12 +34,21 @@ CASES = {
     "main case": dict(shape="odd", source_dtype=torch.bfloat16, mask="right", parts="paper"),
     "bfloat16": dict(shape="odd", dtype=torch.bfloat16, source_dtype=torch.bfloat16, mask="left", activation="gelu"),
     "inputs_embeds": dict(shape="odd", inputs=True, mask="none", activation="relu"),
-    "wide": dict(shape="tiles", mask="left"),
+    "wide": dict(shape="tiles", mask="left", start="by row"),
     "no fusion": dict(shape="tiles", switch="no fusion", parts="lowrank", inputs=True),
     "spaces": dict(shape="no text", parts="spaces", start="first"),
     "tokens": dict(shape="long", parts="token", mask="right", inputs=True),
 }
 SHORT = {"main case": "wave", "inputs_embeds": True, "layer": "wave"}
+STACK_DEFAULTS = dict(
+    shape="plain", dtype=torch.float32, source_dtype=torch.float32, lowrank="factors", token=True, text="holes", start="by row",
+    lengths=True, index=torch.int64, inputs=False, activation="silu", e=0.5,
+)  # fmt: skip
+STACK_CASES = {
+    "stack": {},
+    "stack, bfloat16": dict(shape="many ranks", source_dtype=torch.bfloat16, text="positions"),
+    "stack, table": dict(shape="odd", lowrank="table", text="left", activation="gelu", inputs=True, index=torch.int32),
+}
 
 
 LAYER_DEFAULTS = dict(
@@ -58,6 +68,15 @@ def check(name, seeds, weak):
     if name in LAYER_CASES:
         case = layer_cases.layer_case(0, **LAYER_DEFAULTS | LAYER_CASES[name])
         compute, wrong = functools.partial(layer_cases.run, case, "triton"), layer_cases.errors
+    elif name in STACK_CASES:
+        case = stack_cases.stack_case(0, **STACK_DEFAULTS | STACK_CASES[name])
+
+        def compute():
+            return dict(out=stack_cases.run(case, "triton"))
+
+        def wrong(case, got):
+            return stack_cases.errors(case, got["out"])
+
     else:
         case = kernel_case(0, **DEFAULTS | CASES[name])
         compute, wrong = functools.partial(run, case, "triton", source_dtype(case)), errors
@@ -77,7 +96,7 @@ def test_any_schedule_gives_the_right_numbers_and_the_same_bits(name, weak):
 
 @pytest.mark.full
 @pytest.mark.parametrize("weak", [True, "wave"])
-@pytest.mark.parametrize("name", [*CASES, *LAYER_CASES])
+@pytest.mark.parametrize("name", [*CASES, *LAYER_CASES, *STACK_CASES])
 def test_many_schedules(name, weak):
     check(name, [*range(6), *range(12, 18)], weak)
 

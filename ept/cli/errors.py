@@ -7,6 +7,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from typing import NoReturn
 
 __all__ = ["as_options", "bad_input_is_one_line", "fail"]
@@ -42,6 +43,8 @@ def bad_input_is_one_line(command: str) -> Iterator[None]:
     """Ends the program with one line where bad input raises an error in the block; a missing package says what to install."""
     try:
         yield
+    except PackageNotFoundError as error:  # what transformers says of a package that one of its options needs
+        fail(command, f"{error.name} Install it, or leave out the option that needs it")
     except ModuleNotFoundError as error:
         fail(command, f"{error.name} is not installed: pip install 'ept[train]'")
     except BrokenPipeError:

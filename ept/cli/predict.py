@@ -73,7 +73,10 @@ def run(argv: list[str]) -> None:
         rows = iter(source)
         output.skip_done(rows)
         if output.done:
-            say(f"{options.output_file} holds {output.done} rows already, which are not done again")
+            say(
+                f"{options.output_file} holds {output.done} rows already, which are not done again "
+                "(--overwrite_output_file does them again)"
+            )
         if output.done == total:
             return
         model, tokenizer, kind = saved_adapter.load(place.model_name_or_path, dtype=place.dtype)

@@ -4,6 +4,7 @@ from typing import Any
 
 from huggingface_hub import get_token
 
+from ept.tasks.kinds import CausalText2Text
 from ept.tasks.task import Split, Task
 
 __all__ = ["check_training_options"]
@@ -22,8 +23,10 @@ def check_training_options(args: Any, task: Task, splits: dict[str, Split]) -> N
     if args.debug and any(option.value == "underflow_overflow" for option in args.debug):
         raise ValueError("--debug underflow_overflow cannot look at masks of true and false, which the model has")
     if args.label_smoothing_factor and task.kind.name not in ("classification", "text2text"):
+        of_causal = " of a causal model" if isinstance(task.kind, CausalText2Text) else ""
         raise ValueError(
-            f"--label_smoothing_factor is for classification and encoder-decoders, not for {task.kind.name}"
+            "--label_smoothing_factor is for classification and encoder-decoders, not for "
+            f"{task.kind.asked_as}{of_causal}"
         )
 
 

@@ -146,7 +146,7 @@ def choose_tagged_columns(table: Dataset, source: str, wanted: Columns) -> Colum
 
 
 def holds_tagged_words(table: Dataset, wanted: Columns) -> bool:
-    """Tells whether a table has a list of words in each row, and a list of as many labels."""
+    """Tells whether a table has a list of words in each row, and a list of labels."""
     names = table.column_names
     text = wanted.text or next((name for name in WORD_NAMES if name in names), None)
     label = wanted.label or next((name for name in TAG_NAMES if name in names), None)
@@ -157,8 +157,7 @@ def holds_tagged_words(table: Dataset, wanted: Columns) -> bool:
         or not (holds_lists(table, text) and holds_lists(table, label))
     ):
         return False
-    words, tags = table[0][text], table[0][label]
-    return all(isinstance(word, str) for word in words) and len(words) == len(tags)
+    return all(isinstance(word, str) for word in table[0][text] or ())
 
 
 def words_of(table: Dataset, source: str, column: str) -> list[list[str]]:

@@ -80,12 +80,13 @@ class LabelCounts:
             return kind == "regression" and not self.several
         return not self.is_whole and all(_number(label) is not None for label in self.rows)
 
+    def _count(self, name: str) -> str:
+        return f"1 {self.unit[:-1]}" if self.rows[name] == 1 else f"{self.rows[name]} {self.unit}"
+
     def lines(self) -> list[str]:
         """Describes the classes with their rows, and warns of those that look like slips."""
         by_size = sorted(self.rows, key=lambda name: (-self.rows[name], name))
-        lines = [
-            f"{len(by_size)} classes: " + _first(f"{_shown(name)} ({self.rows[name]} {self.unit})" for name in by_size)
-        ]
+        lines = [f"{len(by_size)} classes: " + _first(f"{_shown(name)} ({self._count(name)})" for name in by_size)]
         alike = defaultdict(list)
         for name in by_size:
             alike[name.strip().casefold()].append(name)
@@ -99,7 +100,7 @@ class LabelCounts:
         if len(single) == len(by_size) and self.unit == "rows":
             lines.append("warning: every class has one row: is the column text to be written, or a row's name?")
         elif single:
-            lines.append(f"warning: of one {self.unit[:-1]} each are the classes {_first(map(_shown, single))}")
+            lines.append(f"warning: classes with one {self.unit[:-1]} alone: {_first(map(_shown, single))}")
         return lines
 
 
@@ -223,7 +224,9 @@ class Labels:
     def _number_of(self, label: str, numbers: dict[str, int], at: str) -> int:
         number = numbers.get(label, numbers.get(_without_decimals(label)))
         if number is None:
-            raise ValueError(f"{at}: label {label!r} is not among the known labels {_first(self.names or ())}")
+            raise ValueError(
+                f"{at}: label {label!r} is not among the known labels {_first(map(_shown, self.names or ()))}"
+            )
         return number
 
 

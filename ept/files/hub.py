@@ -197,6 +197,8 @@ def _card_on_hub(repo_id: str, revision: str | None, token: str | bool | None) -
     api = HfApi(library_name="ept", library_version=__version__)
     try:
         file = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)
+    except LocalEntryNotFoundError:  # of the same family, and says that the hub does not answer: the card may be there
+        raise
     except EntryNotFoundError:
         return None
     return Path(file).read_text(encoding="utf-8")

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-import ept_kernels
 from ept.config import EPTConfig
+from ept.layer.constants import Constants, LayerUpdates
 from ept.parts import PartTensor
 
-__all__ = ["AdapterLayer", "LayerUpdates", "PromptShape"]
+__all__ = ["AdapterLayer", "PromptShape"]
 
 
 class PromptShape(NamedTuple):
@@ -17,25 +17,6 @@ class PromptShape(NamedTuple):
 
     length: int
     start: int
-
-
-class LayerUpdates(NamedTuple):
-    """The updates in the layers after the first: one entry a layer, in order (step 8 of docs/method.md).
-
-    down, up: D_l/h_l and W_l·h_l, [q, d_layer] each: in the hidden states' own size, so that the kernel need not know h_l.
-    """
-
-    down: tuple[Tensor, ...]
-    up: tuple[Tensor, ...]
-    activation: str
-    impl: str
-
-    def apply(self, number: int, hidden: Tensor) -> Tensor:
-        """Hidden states [batch, columns, d_layer] at the input of the layer `number` after the first, updated."""
-        if number >= len(self.down):
-            return hidden
-        down, up = self.down[number].to(hidden.device), self.up[number].to(hidden.device)
-        return ept_kernels.layer_update(hidden, down, up, activation=self.activation, impl=self.impl)
 
 
 class AdapterLayer(nn.Module):
@@ -73,15 +54,23 @@ class AdapterLayer(nn.Module):
         attention_mask: Tensor | None = None,
         embedding_weight: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        prompt_start: int | Tensor | None = None,
     ) -> Tensor:
-        """The backbone's input [batch, s + L, d] from `input_ids` and E, or from `inputs_embeds` [batch, L, d]."""
+        """The backbone's input [batch, s + L, d] from `input_ids` and E, or from `inputs_embeds` [batch, L, d].
+
+        `prompt_start` is the text column of the prompt, a number or [batch]; None: the layer's own.
+        """
 
     @abstractmethod
+    def constants(self, *, prompt: bool = True) -> Constants:
+        """What inference needs of the adapter; without `prompt` P* has no rows. In training mode its dropout is drawn."""
+
     def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor | None) -> Tensor:
         """[batch, n, d] embeddings of text that follows a cached prefix, updated for their positions [batch, n].
 
         -1 is padding. None is text without padding that starts at position 0.
         """
+        return self.constants(prompt=False).continue_text(None, None, inputs_embeds, text_positions)
 
     @abstractmethod
     def layer_updates(self) -> LayerUpdates | None:

@@ -9,15 +9,13 @@ import hashlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import ept_kernels
 from ept.config import EPTConfig
-from ept.layer.base import AdapterLayer, LayerUpdates
+from ept.layer.base import AdapterLayer
+from ept.layer.constants import Constants, LayerUpdates
 from ept.layer.layer import EPTLayer
 from ept.parts import PARTS, folded_tensors_of
-from ept_kernels import insert_prompt, text_positions
 
 __all__ = ["FoldedLayer", "fold_layer", "prompt_hash"]
 
@@ -55,34 +53,23 @@ class FoldedLayer(AdapterLayer):
         attention_mask: Tensor | None = None,
         embedding_weight: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        prompt_start: int | Tensor | None = None,
     ) -> Tensor:
-        """The backbone's input [batch, s + L, d], as EPTLayer.forward."""
         if inputs_embeds is None:
-            inputs_embeds = F.embedding(*self._ids_and_table(input_ids, embedding_weight))
-        positions = None if attention_mask is None else text_positions(attention_mask)
-        text = self.continue_text(inputs_embeds, positions)
-        return insert_prompt(self.prompt.to(text.dtype), text, self.prompt_start)
+            input_ids, embedding_weight = self._ids_and_table(input_ids, embedding_weight)
+        start = self.prompt_start if prompt_start is None else prompt_start
+        return self.constants().embed(input_ids, attention_mask, embedding_weight, inputs_embeds, start)
 
-    def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor | None) -> Tensor:
-        total = inputs_embeds.to(torch.promote_types(inputs_embeds.dtype, torch.float32))
-        if self.token_down is not None:
-            total = ept_kernels.text_update(
-                total, text_positions, None, None, scale=0.0, embed_scale=self.embed_scale,
-                token_down=self.token_down, token_up=self.token_up, activation=self.config.activation,
-            )  # fmt: skip
-        if self.text_update is not None:
-            beyond, length = len(self.text_update), inputs_embeds.shape[1]
-            if text_positions is None:
-                total = total + F.pad(self.text_update[:length], (0, 0, 0, max(0, length - beyond)))
-            else:  # one more row, of zeros, stands behind the last position and, as number -1, for padding
-                rows = F.pad(self.text_update, (0, 0, 0, 1))
-                total = total + rows[text_positions.clamp(-1, beyond)]
-        return total.to(inputs_embeds.dtype)
+    def constants(self, *, prompt: bool = True) -> Constants:
+        rows = self.prompt if prompt else self.prompt[:0]
+        token_up = None if self.token_down is None else self.token_up
+        return Constants.of_one(
+            rows, self.text_update, None, self.token_down, token_up, self.deep_down, self.deep_up,
+            1.0, self.embed_scale, self.config.activation, self.config.impl,
+        )  # fmt: skip
 
     def layer_updates(self) -> LayerUpdates | None:
-        if self.deep_down is None or self.deep_up is None:
-            return None
-        return LayerUpdates(self.deep_down.unbind(), self.deep_up.unbind(), self.config.activation, self.config.impl)
+        return self.constants(prompt=False).layer_updates()
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] and no gate weights [s, 0]: the gate is folded into P*."""

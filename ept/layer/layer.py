@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import ept_kernels
 from ept.config import EPTConfig
-from ept.layer.base import AdapterLayer, LayerUpdates
+from ept.layer.base import AdapterLayer
+from ept.layer.constants import Constants, LayerUpdates
 from ept.parts import PARTS, tensors_of
 from ept.sharding import whole
 
@@ -112,29 +113,39 @@ class EPTLayer(AdapterLayer):
         attention_mask: Tensor | None = None,
         embedding_weight: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        prompt_start: int | Tensor | None = None,
     ) -> Tensor:
-        """The backbone's input [batch, s + L, d] from `input_ids` and E, or from `inputs_embeds` [batch, L, d]."""
-        settings: dict[str, Any] = dict(prompt_start=self.prompt_start, lowrank_update=self.config.lowrank_update)
+        start = self.prompt_start if prompt_start is None else prompt_start
+        settings: dict[str, Any] = dict(prompt_start=start, lowrank_update=self.config.lowrank_update)
         settings |= self._prompt_settings() | self._token_settings()
         if inputs_embeds is not None:
             return ept_kernels.prompt_embed_inputs(inputs_embeds, attention_mask, *self._prompt_tensors(), **settings)
         ids, table = self._ids_and_table(input_ids, embedding_weight)
         return ept_kernels.prompt_embed(ids, attention_mask, table, *self._prompt_tensors(), **settings)
 
-    def continue_text(self, inputs_embeds: Tensor, text_positions: Tensor | None) -> Tensor:
+    def constants(self, *, prompt: bool = True) -> Constants:
+        rows = self.reconstruct()[0] if prompt else self.prompt[:0]
         a, b = (self.lowrank_a, self.lowrank_b) if self.config.lowrank_update else (None, None)
-        return ept_kernels.text_update(
-            inputs_embeds, text_positions, a, b,
-            scale=self.config.scale, embed_scale=self.embed_scale, **self._token_settings(),
+        token = self._token_settings()
+        down, up = self._deep()
+        return Constants.of_one(
+            rows, a, b, token["token_down"], token["token_up"], down, up,
+            self.config.scale, self.embed_scale, self.config.activation, self.config.impl,
         )  # fmt: skip
 
     def layer_updates(self) -> LayerUpdates | None:
-        if self.deep_down is None or self.deep_up is None or self.deep_scale is None:
+        down, up = self._deep()
+        if down is None or up is None:
             return None
-        # For all layers at once, and unbound: the gradient of an indexed tensor would be as large as all of them.
-        size = self.deep_scale[:, None, None]
-        down, up = self.deep_down / size, self._with_dropout(self.deep_up) * size
+        # Unbound, as the gradient of an indexed tensor would be as large as all of them.
         return LayerUpdates(down.unbind(), up.unbind(), self.config.activation, self.config.impl)
+
+    def _deep(self) -> tuple[Tensor | None, Tensor | None]:
+        """D/h and W·h [layers, q, d_layer], for all layers at once."""
+        if self.deep_down is None or self.deep_up is None or self.deep_scale is None:
+            return None, None
+        size = self.deep_scale[:, None, None]
+        return self.deep_down / size, self._with_dropout(self.deep_up) * size
 
     def reconstruct(self) -> tuple[Tensor, Tensor]:
         """P* [s, d] in the backbone's own size, and the gate's weights [s, K]; also where they are sharded."""

@@ -1,6 +1,7 @@
 """The wrapped model as a call runs it: how it is given its input, and what its hooks are told. Knows no adapter by name."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,15 @@ from ept.backbone.embeddings import is_plain, placeholder_columns, weight_of
 from ept.backbone.layers import LayerSites
 from ept.backbone.traits import Traits
 from ept.model.calls import Call, Decoding
-from ept.model.columns import insert
+from ept.model.columns import Places
 from ept.model.generation import DecodingSteps, GenerationSettings
+from ept.model.heads import heads_by_row
 from ept.model.hooks import entries_of, hook_layers
 from ept.model.inputs import Inputs, first_token
 from ept.model.layout import VISION_POSITIONS, InputPlan, continued, encoder, padded, with_vision_positions
 from ept.model.packing import Packing
 from ept.model.routing import Member, Routing
+from ept.model.stacks import Stacks
 
 __all__ = ["Backbone"]
 
@@ -32,12 +35,14 @@ class Backbone:
         traits: its facts.
         packing: lays out its packed rows.
         sites: where updates in its layers act; None while no adapter has any.
+        stacks: what is kept of the adapters from call to call.
     """
 
     model: PreTrainedModel
     traits: Traits
     packing: Packing
     sites: LayerSites | None
+    stacks: Stacks
 
     def lay_out(
         self, inputs: Inputs, routing: Routing, starts: Tensor | None, cache: Any, kwargs: dict[str, Any]
@@ -150,29 +155,20 @@ class Backbone:
         positions, _ = owner.get_rope_index(**{name: available[name] for name in names if name in available})
         return inputs.with_others({VISION_POSITIONS: positions.permute(1, 2, 0)})
 
-    def embed(self, inputs: Inputs, routing: Routing) -> Tensor:
-        """The model's input [batch, s + L, d]; placeholders of images stay as they are."""
+    def embed(self, inputs: Inputs, routing: Routing, places: Places) -> Tensor:
+        """The model's input [batch, S + L, d]; placeholders of images stay as they are."""
         embedding, placeholders = self.model.get_input_embeddings(), self.traits.placeholders
         by_ids = inputs.inputs_embeds is None and is_plain(embedding)
         ids = inputs.input_ids if by_ids else None
         embeds = None if by_ids else self._embeddings(inputs)
         table = weight_of(embedding) if by_ids else None
-        none = [None] * len(routing.members)
-        rows = zip(
-            routing.layers,
-            *(none if tensor is None else routing.split(tensor) for tensor in (ids, inputs.attention_mask, embeds)),
-            strict=True,
-        )
-        updated = routing.join(
-            [layer(own_ids, mask, embedding_weight=table, inputs_embeds=own) for layer, own_ids, mask, own in rows]
-        )
+        updated = routing.embed(ids, inputs.attention_mask, table, embeds, places)
         if not placeholders:
             return updated
         embeds = self._embeddings(inputs)
         kept = placeholder_columns(placeholders, embedding, embeds)
-        shape = routing.shared_shape
-        assert kept is not None and shape is not None  # rows of several shapes are embedded apart
-        return torch.where(insert(shape, kept, 0).unsqueeze(-1), insert(shape, embeds, 0).to(updated.dtype), updated)
+        assert kept is not None
+        return torch.where(places.insert(kept, 0).unsqueeze(-1), places.insert(embeds, 0).to(updated.dtype), updated)
 
     def _embeddings(self, inputs: Inputs) -> Tensor:
         """[batch, L, d] the text's embeddings without any update."""
@@ -180,23 +176,27 @@ class Backbone:
             return inputs.inputs_embeds
         return self.model.get_input_embeddings()(inputs.input_ids)
 
-    def call(self, routing: Routing, active: Member, decoding: Decoding | None = None) -> Call:
-        """What the hooks are to know of a call whose rows are routed so; `active` has the heads that the model holds."""
-        updates = tuple(layer.layer_updates() for layer in routing.layers)
+    def call(
+        self, routing: Routing, active: Member, members: Sequence[Member], decoding: Decoding | None = None
+    ) -> Call:
+        """What the hooks are to know of a call whose rows are routed so.
+
+        `active` has the heads that the model holds, `members` are all adapters.
+        """
+        updates = routing.layer_updates()
         layers = self.hooked_layers()
         sites = sum(site is not None for numbers in layers.values() for site in numbers)
-        deepest = max([0, *(len(update.down) for update in updates if update is not None)])
+        deepest = max([0, *(len(update.down) for update in updates)])
         if deepest > sites:
             raise ValueError(
                 f"deep_layers={deepest}, but the backbone has {sites} layers after the first left: "
                 "it has changed since it was wrapped"
             )
-        heads: dict[nn.Module, list[nn.Module]] = {}
+        heads = {}
         if any(layer is not active.layer for layer in routing.layers):
-            by_head = zip(*(member.heads for member in routing.members), strict=True)
-            heads = {head: list(own) for head, own in zip(active.heads, by_head, strict=True)}
+            heads = heads_by_row(active, routing, members, self.stacks)
         batch_dim = 0 if self.sites is None else self.sites.batch_dim
-        return Call(routing, entries_of(self.model), layers, updates, heads, decoding, batch_dim)
+        return Call(entries_of(self.model), layers, updates, heads, decoding, batch_dim)
 
     def hooked_layers(self) -> dict[nn.Module, tuple[int | None, ...]]:
         """The layers that updates act on, each with its hook, and the sites of its calls; empty where there are none."""

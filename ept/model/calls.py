@@ -6,14 +6,13 @@ reads the one that its own thread entered last. Within `BARE`, or outside of any
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ept.layer.base import LayerUpdates
-from ept.model.routing import Routing
+from ept.layer.constants import LayerUpdates
 
 __all__ = ["BARE", "Call", "Decoding", "Disabled", "bare", "begin", "current", "end", "entered", "site_of"]
 
@@ -26,43 +25,36 @@ class Decoding(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """One call: the adapters that its rows belong to, and the modules that it runs.
+    """One call: what its rows' adapters do to the modules that it runs.
 
     Attributes:
-        routing: the rows by adapter; None within the bare backbone.
         entries: the modules by which the wrapped model is entered, the outermost first: itself, whose forward
             `decoding` changes, and the encoder of an encoder-decoder.
         layers: the layers that updates act on, and for each the sites of its calls in one pass, in order: which update
             it is, None for none. Layers that share their weights are called several times.
-        updates: each adapter's updates in these layers, in the order of `routing`; None for one without.
-        heads: for each head of the backbone that is not the rows' own, those of `routing`'s adapters.
+        updates: the updates in these layers, of all rows each, one after the other.
+        heads: for each head of the backbone that is not the rows' own, what gives each row its own head's result.
         decoding: what embeds the new tokens while the model generates.
         batch_dim: which dimension of hidden states has the rows.
     """
 
-    routing: Routing | None = None
     entries: tuple[nn.Module, ...] = ()
     layers: dict[nn.Module, tuple[int | None, ...]] = field(default_factory=dict)
-    updates: tuple[LayerUpdates | None, ...] = ()
-    heads: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    updates: tuple[LayerUpdates, ...] = ()
+    heads: dict[nn.Module, Callable[[Tensor, tuple, dict], Tensor]] = field(default_factory=dict)
     decoding: Decoding | None = None
     batch_dim: int = 0
 
     def has_update(self, site: int | None) -> bool:
         """Whether any adapter has an update for a site."""
-        return site is not None and any(updates is not None and site < len(updates.down) for updates in self.updates)
+        return site is not None and any(site < len(updates.down) for updates in self.updates)
 
     def update(self, site: int, hidden: Tensor) -> Tensor:
         """Hidden states [batch, columns, d_layer], or [columns, batch, d_layer], at a site, updated row by row."""
-        assert self.routing is not None
         rows = hidden.transpose(0, self.batch_dim)
-        routing = self.routing.for_rows(len(rows))
-        parts = routing.split(rows)
-        updated = [
-            part if updates is None else updates.apply(site, part)
-            for part, updates in zip(parts, self.updates, strict=True)
-        ]
-        return routing.join(updated).transpose(0, self.batch_dim)
+        for updates in self.updates:
+            rows = updates.apply(site, rows)
+        return rows.transpose(0, self.batch_dim)
 
 
 BARE = Call()

@@ -24,11 +24,11 @@ def name_for(backbone: PreTrainedModel) -> str:
 
 
 def class_called(name: str, cls: Any) -> Any:
-    """Returns a subclass of `cls` with another name, always the same one."""
-    return _subclass(name, cls)
+    """Returns a subclass of `cls` with another name, always the same one; of one that this made, its base's."""
+    return _subclass(name, cls.__bases__[0] if "_is_named" in vars(cls) else cls)
 
 
 @functools.cache
 def _subclass(name: str, cls: Any) -> Any:
     settings = {"__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}[{name}]"}
-    return type(name, (cls,), settings)
+    return type(name, (cls,), settings | {"_is_named": True})

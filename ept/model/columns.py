@@ -1,40 +1,17 @@
-"""Columns of a batch, as pure functions of tensors: the prompt's go in, padding moves aside, the caller's come back."""
+"""Columns of a batch: where the prompt's go in, where the caller's come to stand."""
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ept.layer.base import PromptShape
-
-__all__ = ["behind_padding", "insert", "insert_first", "insert_positions", "leading_padding", "taken", "widened"]
+__all__ = ["Places", "leading_padding", "taken"]
 
 
 def leading_padding(attention_mask: Tensor) -> Tensor:
     """[batch] columns before each row's first text token."""
     return ((attention_mask != 0).cumsum(1) == 0).sum(1)
-
-
-def insert(shape: PromptShape, columns: Tensor, value: int | Tensor) -> Tensor:
-    """Columns [batch, L, …] with the prompt's put in: one value, or [batch, s, …] values."""
-    if not isinstance(value, Tensor):
-        value = columns.new_full((len(columns), shape.length, *columns.shape[2:]), value)
-    return torch.cat([columns[:, : shape.start], value, columns[:, shape.start :]], dim=1)
-
-
-def insert_first(shape: PromptShape, columns: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Columns [batch, L, …] with the prompt's put in, which are as each row's first text token's."""
-    first = columns[:, :1]
-    if attention_mask is not None:
-        first = taken(columns, leading_padding(attention_mask).clamp(max=columns.shape[1] - 1).unsqueeze(1))
-    return insert(shape, columns, first.expand(-1, shape.length, *columns.shape[2:]))
-
-
-def behind_padding(shape: PromptShape, width: int, leading: Tensor) -> Tensor:
-    """[batch, width = s + L] where to take columns from, so that the prompt's come to stand behind a row's padding on
-    the left, `leading` [batch] wide."""
-    s, lead = shape.length, leading.unsqueeze(1)
-    column = torch.arange(width, device=leading.device)
-    return torch.where(column < lead, column + s, torch.where(column < lead + s, column - lead, column))
 
 
 def taken(tensor: Tensor, columns: Tensor) -> Tensor:
@@ -43,25 +20,102 @@ def taken(tensor: Tensor, columns: Tensor) -> Tensor:
     return tensor.gather(1, columns.reshape(*columns.shape, *(1 for _ in deeper)).expand(*columns.shape, *deeper))
 
 
-def widened(columns: Tensor, width: int, value: int, left: bool) -> Tensor:
-    """Columns [batch, n, …] with columns of `value` added on one side up to `width`."""
-    missing = width - columns.shape[1]
-    sides = (missing, 0) if left else (0, missing)
-    return F.pad(columns, (0, 0) * (columns.dim() - 2) + sides, value=value) if missing else columns
+@dataclass(frozen=True)
+class Places:
+    """The columns that a batch's prompts take: S in each row.
 
+    Attributes:
+        width: S.
+        start: the text column before which they stand, one for all rows or [batch].
+        lengths: [batch] how many of them are the row's prompt; None: all.
+        prompt_last: whether the prompt is the last of the S columns, behind columns that count as padding. Otherwise it
+            stands first, and these are at the end of the row.
+    """
 
-def insert_positions(shape: PromptShape, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Explicit positions [batch, L] with the prompt's put in: it takes the positions where the text after it began."""
-    s, start = shape
-    unset = torch.iinfo(position_ids.dtype).max
-    after = position_ids[:, start:]
-    if attention_mask is not None:
-        after = after.masked_fill(attention_mask[:, start:] == 0, unset)
-    first = torch.cat([after, after.new_full((len(after), 1), unset)], dim=1).amin(dim=1, keepdim=True)
-    if start:  # a row may have no text after the prompt
-        first = first.where(first != unset, position_ids[:, start - 1 : start] + 1)
-    prompt = first + torch.arange(s, device=position_ids.device, dtype=position_ids.dtype)
-    moved = torch.cat([position_ids[:, :start], position_ids[:, start:] + s], dim=1)
-    if attention_mask is not None:
-        moved = moved.where(attention_mask != 0, 0)
-    return insert(shape, moved, prompt)
+    width: int
+    start: int | Tensor
+    lengths: Tensor | None
+    prompt_last: bool
+
+    def behind(self, starts: Tensor) -> "Places":
+        """The places before the text columns `starts` [batch]."""
+        return replace(self, start=starts)
+
+    def insert(self, columns: Tensor, value: int | Tensor, filling: int = 0) -> Tensor:
+        """Columns [batch, L, …] with the prompt's put in: one value, or [batch, S, …] values. Returns [batch, S + L, …].
+
+        `filling` is the value of what is neither text nor prompt.
+        """
+        if self.lengths is not None and not self.prompt_last and not isinstance(value, Tensor):
+            return self._insert_number(columns, value, filling, self.lengths)
+        if not isinstance(value, Tensor):
+            value = columns.new_full((len(columns), self.width, *columns.shape[2:]), value)
+        if self.lengths is None and not isinstance(self.start, Tensor):
+            return torch.cat([columns[:, : self.start], value, columns[:, self.start :]], dim=1)
+        parts = [columns, value]
+        if self.lengths is not None:
+            parts.append(columns.new_full((len(columns), 1, *columns.shape[2:]), filling))
+        return taken(torch.cat(parts, dim=1), self._sources(len(columns), columns.shape[1], columns.device))
+
+    def _insert_number(self, columns: Tensor, value: int, filling: int, lengths: Tensor) -> Tensor:
+        """`insert` of one value where the filling stands at the end of a row, in ten operations."""
+        length, deeper = columns.shape[1], (0, 0) * (columns.dim() - 2)
+        start = self.start.unsqueeze(1) if isinstance(self.start, Tensor) else self.start
+        column = torch.arange(self.width + length, device=columns.device)
+        moved = column - lengths.unsqueeze(1)
+        before = column.masked_fill(column >= start, length + 1)
+        source = torch.where(moved >= start, moved.clamp(max=length), before)
+        columns = F.pad(F.pad(columns, (*deeper, 0, 1), value=filling), (*deeper, 0, 1), value=value)
+        return taken(columns, source.expand(len(columns), -1))
+
+    def _sources(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """[batch, S + L]: the column of [text, prompt, filling] that each column has."""
+        start = self.start.unsqueeze(1) if isinstance(self.start, Tensor) else self.start
+        column = torch.arange(self.width + length, device=device)
+        behind_start = column - start
+        own: int | Tensor = self.width
+        prompt = behind_start + length
+        if self.lengths is not None and self.prompt_last:
+            filling = self.width - self.lengths.unsqueeze(1)
+            prompt = prompt.where(behind_start >= filling, length + self.width)
+        elif self.lengths is not None:
+            own = self.lengths.unsqueeze(1)
+        source = torch.where(behind_start < 0, column, torch.where(behind_start < own, prompt, column - own))
+        if self.lengths is not None and not self.prompt_last:
+            source = source.where(column < length + own, length + self.width)
+        return source.expand(batch, -1)
+
+    def text_columns(self, text: Tensor) -> Tensor:
+        """Where the text columns [batch, L] come to stand."""
+        start = self.start.unsqueeze(1) if isinstance(self.start, Tensor) else self.start
+        own = self.width if self.lengths is None or self.prompt_last else self.lengths.unsqueeze(1)
+        return text + own * (text >= start)
+
+    def insert_first(self, columns: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Columns [batch, L, …] with the prompt's put in, which are as each row's first text token's."""
+        first = columns[:, :1]
+        if attention_mask is not None:
+            first = taken(columns, leading_padding(attention_mask).clamp(max=columns.shape[1] - 1).unsqueeze(1))
+        return self.insert(columns, first.expand(-1, self.width, *columns.shape[2:]))
+
+    def insert_positions(self, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Explicit positions [batch, L] with the prompt's put in: it takes the positions where the text after it began."""
+        unset = torch.iinfo(position_ids.dtype).max
+        start = self.start.unsqueeze(1) if isinstance(self.start, Tensor) else self.start
+        own: int | Tensor = self.width if self.lengths is None else self.lengths.unsqueeze(1).to(position_ids.dtype)
+        is_after = torch.arange(position_ids.shape[1], device=position_ids.device) >= start
+        after = position_ids.masked_fill(~is_after, unset)
+        if attention_mask is not None:
+            after = after.masked_fill(attention_mask == 0, unset)
+        first = torch.cat([after, after.new_full((len(after), 1), unset)], dim=1).amin(dim=1, keepdim=True)
+        if isinstance(self.start, int) and self.start:  # a row may have no text after the prompt
+            first = first.where(first != unset, position_ids[:, self.start - 1 : self.start] + 1)
+        elif isinstance(self.start, Tensor):
+            before = F.pad(position_ids, (1, 0)).gather(1, self.start.unsqueeze(1).long()) + 1
+            first = first.where((first != unset) | (start == 0), before)
+        number = torch.arange(self.width, device=position_ids.device, dtype=position_ids.dtype)
+        prompt = first + (number - (self.width - own) if self.prompt_last else number)
+        moved = torch.where(is_after, position_ids + own, position_ids)
+        if attention_mask is not None:
+            moved = moved.where(attention_mask != 0, 0)
+        return self.insert(moved, prompt)

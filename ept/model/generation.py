@@ -16,13 +16,13 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from ept.backbone.embeddings import placeholder_columns
+from ept.backbone.embeddings import is_plain, placeholder_columns, weight_of
 from ept.backbone.traits import Traits
 from ept.model.calls import bare
 from ept.model.columns import leading_padding
 from ept.model.inputs import Inputs
-from ept.model.layout import VISION_POSITIONS, Embed, continued_text, padded, with_vision_positions
-from ept.model.routing import Routing
+from ept.model.layout import VISION_POSITIONS, Embed, longest_row, padded, with_vision_positions
+from ept.model.routing import Routing, TextSteps
 
 __all__ = ["DecodingSteps", "GenerationSettings", "outside_the_call"]
 
@@ -128,11 +128,8 @@ class GenerationSettings:
         limit = self.traits.max_positions
         if limit is None:
             return
-        rooms = []
-        for rows, shape in routing.by_shape_parts(attention_mask):
-            longest = int(rows.sum(1).max())
-            rooms.append((limit - shape.length - longest, shape.length, longest))
-        room, s, longest = min(rooms)
+        longest, s = longest_row(routing.places(prompt_last=True), attention_mask)
+        room = limit - s - longest
         new = self.get("max_new_tokens")
         if new is None:
             self.arguments["max_new_tokens"] = min(DEFAULT_NEW_TOKENS, room)
@@ -151,6 +148,7 @@ class DecodingSteps:
         embedding: the wrapped model's input embeddings.
         traits: of the wrapped model.
         routing: the batch's; beams and returned sequences repeat its rows.
+        steps: what embeds the new tokens: made once, so that a token costs no more than its own update.
         start: [batch] the backbone's column of each row's first text token.
         embed: makes the backbone's input of a whole text.
         others: the text's arguments with an entry for each column, [batch, L, …], by name.
@@ -159,6 +157,7 @@ class DecodingSteps:
     embedding: nn.Module
     traits: Traits
     routing: Routing
+    steps: TextSteps
     start: Tensor
     embed: Embed
     others: Mapping[str, Tensor]
@@ -174,33 +173,49 @@ class DecodingSteps:
         others: Mapping[str, Tensor],
     ) -> "DecodingSteps":
         """The steps after a text whose mask is [batch, L]."""
-        return cls(embedding, traits, routing, routing.prompt_width + leading_padding(attention_mask), embed, others)
+        start = routing.prompt_width + leading_padding(attention_mask)
+        return cls(embedding, traits, routing, routing.steps(), start, embed, others)
 
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The forward's keyword arguments with embeddings in place of ids, and positions that the backbone knows."""
         input_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         kwargs = dict(kwargs)
-        if kwargs.get("position_ids") is not None:
+        if kwargs.get("position_ids") is not None and self.traits.first_position:
             kwargs["position_ids"] = kwargs["position_ids"] + self.traits.first_position
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             return kwargs
         kwargs["input_ids"] = None
-        routing = self.routing.for_rows(len(input_ids))
-        start = self.start.repeat_interleave(len(input_ids) // len(self.start)).unsqueeze(1)
-        column = torch.arange(input_ids.shape[1], device=input_ids.device)
         if cache is not None and cache.get_seq_length() > 0:
-            positions = cache.get_seq_length() + column - start
-            embeds = self.embedding(input_ids)
-            kept = placeholder_columns(self.traits.placeholders, self.embedding, embeds)
-            kwargs["inputs_embeds"] = continued_text(routing, embeds, positions, kept)
+            kwargs["inputs_embeds"] = self._new_tokens(input_ids, cache)
             return kwargs
         # Generation without a cache repeats the whole text.
+        routing = self.routing.for_rows(len(input_ids))
+        start, column = self._starts(len(input_ids)), torch.arange(input_ids.shape[1], device=input_ids.device)
         text = (column + routing.prompt_width >= start).to(torch.int64)
         grown = {name: _grown(name, tensor, kwargs.get(name), input_ids) for name, tensor in self.others.items()}
         inputs = Inputs.of(grown | {"input_ids": input_ids, "attention_mask": text})
         arguments = with_vision_positions(padded(self.traits, inputs, routing, self.embed)).arguments
         own = {"attention_mask", "labels"} | ({"position_ids"} if kwargs.get("position_ids") is None else set())
         return kwargs | {name: value for name, value in arguments.items() if name not in own}
+
+    def _new_tokens(self, input_ids: Tensor, cache: Any) -> Tensor:
+        """[batch, n, d] embeddings of tokens [batch, n] that follow what the cache holds. They are text, never padding."""
+        positions = None
+        if self.steps.depends_on_positions:
+            positions = cache.get_seq_length() - self._starts(len(input_ids))
+            if input_ids.shape[1] > 1:
+                positions = positions + torch.arange(input_ids.shape[1], device=input_ids.device)
+        if is_plain(self.embedding) and not self.traits.placeholders:
+            return self.steps.embed(input_ids, weight_of(self.embedding), None, positions)
+        embeds = self.embedding(input_ids)
+        kept = placeholder_columns(self.traits.placeholders, self.embedding, embeds)
+        updated = self.steps.embed(None, None, embeds, positions)
+        return updated if kept is None else torch.where(kept.unsqueeze(-1), embeds, updated)
+
+    def _starts(self, rows: int) -> Tensor:
+        """[rows, 1] the column of each row's first text token, where rows come several times in a row."""
+        times = rows // len(self.start)
+        return (self.start if times == 1 else self.start.repeat_interleave(times)).unsqueeze(1)
 
 
 def _grown(name: str, tensor: Tensor, written: Tensor | None, input_ids: Tensor) -> Tensor:

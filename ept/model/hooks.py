@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ept.backbone.layers import hidden_states_of
 from ept.backbone.traits import is_encoder_decoder
-from ept.model.calls import Call, bare, begin, current, end, entered, site_of
+from ept.model.calls import Call, begin, current, end, entered, site_of
 
 __all__ = ["entries_of", "hook_entries", "hook_head", "hook_layers", "pass_embeddings_on"]
 
@@ -94,9 +93,10 @@ def _update_output(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | No
 
 
 def hook_head(head: nn.Module) -> nn.Module:
-    """Installs the routing hook on a head, once, and returns the head. Copies of a head keep it."""
-    if _route_head not in head._forward_hooks.values():
-        head.register_forward_hook(_route_head, with_kwargs=True)
+    """Installs the routing hook on a head and on the linear maps in it, once, and returns the head. Copies of a head keep it."""
+    for module in head.modules():
+        if (module is head or type(module) is nn.Linear) and _route_head not in module._forward_hooks.values():
+            module.register_forward_hook(_route_head, with_kwargs=True)
     return head
 
 
@@ -105,16 +105,11 @@ def _route_head(head: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> T
 
     Heads with fewer labels than the widest get -inf at the end, so that softmax and argmax are those of the row alone.
     """
-    call = current()
-    heads = call.heads.get(head)
-    if heads is None or call.routing is None:
+    own = current().heads.get(head)
+    if own is None:
         return None
     features, *others = args
-    rows = call.routing.split(features)
-    with bare():  # the active adapter's head may be among them
-        parts = [own(part, *others, **kwargs) for own, part in zip(heads, rows, strict=True)]
-    widest = max(part.shape[-1] for part in parts)
-    return call.routing.join([F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts])
+    return own(features, tuple(others), kwargs)
 
 
 def hook_entries(backbone: nn.Module) -> None:

@@ -1,11 +1,11 @@
 """Where everything stands in the backbone's input: pure functions from the caller's tensors to an `InputPlan`.
 
 `padded` lays out rows of one example, `continued` new tokens after a cache, `encoder` the text of an encoder-decoder;
-`ept.model.packing` lays out rows of several examples. Where the adapters of a batch have prompts of several shapes, each
-adapter's rows are laid out alone and then brought to one width, so that the backbone runs once.
+`ept.model.packing` lays out rows of several examples. Rows whose adapters have prompts of several shapes are laid out
+together: `Places` says what is each row's.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 
 from ept.backbone.traits import IGNORE_INDEX, Traits
-from ept.layer.base import PromptShape
-from ept.model.columns import behind_padding, insert, insert_first, insert_positions, leading_padding, taken, widened
+from ept.model.columns import Places, taken
 from ept.model.inputs import Inputs, mask_by_last_token
-from ept.model.routing import OneAdapter, Routing
-from ept_kernels import text_positions
+from ept.model.routing import Routing
+from ept_kernels import prompt_columns, text_positions
+from ept_kernels.common.checks import has_readable_values
+from ept_kernels.prompt_columns.arguments import Columns
 
 __all__ = [
-    "VISION_POSITIONS", "Embed", "InputPlan", "continued", "encoder", "mask_with_prompt", "padded", "with_vision_positions",
+    "VISION_POSITIONS", "Embed", "InputPlan", "continued", "encoder", "longest_row", "mask_with_prompt", "padded",
+    "with_vision_positions",
 ]  # fmt: skip
 
 # Positions of the text's columns in images, [batch, L, axes], among an input's other arguments.
 VISION_POSITIONS = "vision_positions"
 
-# The backbone's input [batch, s + L, d] for a batch and its routing.
-Embed = Callable[[Inputs, Routing], Tensor]
+# The backbone's input [batch, S + L, d] for a batch, its routing and the places of its prompts.
+Embed = Callable[[Inputs, Routing, Places], Tensor]
 
 
 @dataclass(frozen=True)
@@ -124,74 +126,66 @@ def padded(
     """
     if inputs.attention_mask is None and traits.kind.text_moves_to == "end" and inputs.input_ids is not None:
         inputs = inputs.with_(attention_mask=mask_by_last_token(inputs.input_ids, pad_token_id))
-    shape = routing.shared_shape
-    if shape is not None:
-        return _padded_around(shape, traits, inputs, routing, embed)
-    if inputs.attention_mask is None and len({shape.length for shape in routing.prompt_shapes}) > 1:
+    places = routing.places(prompt_last=traits.kind.causal)
+    if inputs.attention_mask is None and places.lengths is not None:
         ones = torch.ones(inputs.batch, inputs.length, dtype=torch.int64, device=inputs.device)
         inputs = inputs.with_(attention_mask=ones)
-    parts = {name: routing.split(tensor) for name, tensor in inputs.expanded().present().items()}
-    plans = []
-    for number, member in enumerate(routing.members):
-        rows = Inputs.of({name: part[number] for name, part in parts.items()})
-        plans.append(_padded_around(member.layer.prompt_shape, traits, rows, OneAdapter(member), embed))
-    return _joined(traits, plans, routing, inputs.length)
-
-
-def _padded_around(shape: PromptShape, traits: Traits, inputs: Inputs, routing: Routing, embed: Embed) -> InputPlan:
-    """The plan of rows whose prompts all have one shape."""
     per_token = inputs.labels is not None and traits.labels_are_per_token(inputs.labels)
     order: Tensor | None = None
     if inputs.attention_mask is not None and traits.kind.text_moves_to is not None:
         is_text = inputs.attention_mask != 0
         order = torch.argsort(is_text if traits.kind.text_moves_to == "end" else ~is_text, dim=1, stable=True)
         inputs = inputs.columns(order, labels=per_token)
-    batch, length, device = inputs.batch, inputs.length, inputs.device
-    check_length(traits, shape, length, inputs.attention_mask)
-    embeds = embed(inputs, routing)
     inputs = inputs.expanded()
-    mask = inputs.attention_mask
+    batch, length, device, mask = inputs.batch, inputs.length, inputs.device, inputs.attention_mask
+    check_length(traits, places, length, mask)
     if mask is None and inputs.position_ids is not None and traits.kind.causal:
         # Without a mask transformers takes a gap between positions for the start of another example.
         mask = torch.ones(batch, length, dtype=torch.int64, device=device)
-    arguments: dict[str, Any] = {
-        "inputs_embeds": embeds,
-        "attention_mask": None if mask is None else insert(shape, mask, 1),
-    }
-    if inputs.token_type_ids is not None and "token_type_ids" in traits.accepts:
-        arguments["token_type_ids"] = insert(shape, inputs.token_type_ids, 0)
-    for name, columns in inputs.others.items():
-        arguments[name] = _with_prompts(traits, shape, name, columns, mask)
-    if inputs.position_ids is not None:
-        _check_positions(traits, shape, inputs.position_ids)
-        arguments["position_ids"] = insert_positions(shape, inputs.position_ids, mask)
+    columns = None
     if mask is not None and traits.kind.causal:
-        arguments = _behind_the_padding(traits, shape, arguments, mask)
+        columns, places = _behind_the_padding(traits, places, mask, inputs.labels if per_token else None, routing.impl)
+    arguments: dict[str, Any] = {"inputs_embeds": embed(inputs, routing, places)}
+    if columns is not None:
+        arguments["attention_mask"] = columns.mask
+    else:
+        arguments["attention_mask"] = None if mask is None else places.insert(mask, 1)
+    if inputs.token_type_ids is not None and "token_type_ids" in traits.accepts:
+        arguments["token_type_ids"] = places.insert(inputs.token_type_ids, 0)
+    for name, others in inputs.others.items():
+        arguments[name] = _with_prompts(traits, places, name, others, mask)
+    if inputs.position_ids is not None:
+        _check_positions(traits, places, inputs.position_ids)
+        arguments["position_ids"] = places.insert_positions(inputs.position_ids, mask)
+    elif columns is not None and "position_ids" in traits.accepts:
+        arguments["position_ids"] = columns.positions
     labels = inputs.labels
-    arguments["labels"] = labels if labels is None or not per_token else _with_prompt(traits, shape, labels)
+    if labels is not None and per_token:
+        labels = _with_prompt(traits, places, labels) if columns is None else columns.labels
+    arguments["labels"] = labels
     if traits.pools_mean and "pooling_mask" not in arguments:
         text = torch.ones(batch, length, dtype=torch.int64, device=device) if mask is None else mask
-        arguments["pooling_mask"] = insert(shape, text, 0)
+        arguments["pooling_mask"] = places.insert(text, 0)
     causal = traits.kind.causal
-    if order is None and not shape.start:
-        return InputPlan(arguments, slice(shape.length, None), length, causal=causal)
+    if order is None and (causal or places.start == 0):
+        return InputPlan(arguments, slice(places.width, None), length, causal=causal)
 
     def callers() -> Tensor:
         text = torch.arange(length, device=device) if order is None else torch.argsort(order, dim=1)
-        return (text + shape.length * (text >= shape.start)).expand(batch, -1)
+        return places.text_columns(text).expand(batch, -1)
 
     return InputPlan(arguments, callers, length, causal=causal)
 
 
-def _with_prompts(traits: Traits, shape: PromptShape, name: str, columns: Tensor, mask: Tensor | None) -> Tensor:
+def _with_prompts(traits: Traits, places: Places, name: str, columns: Tensor, mask: Tensor | None) -> Tensor:
     """An argument [batch, L, …] with an entry for each column, with the prompt's put in."""
     if name == VISION_POSITIONS:
-        prompt = torch.arange(shape.length, device=columns.device)[None, :, None]
-        return insert(
-            shape, columns + shape.length, prompt.expand(len(columns), -1, columns.shape[2]).to(columns.dtype)
-        )
+        own = places.width if places.lengths is None else places.lengths.view(-1, 1, 1)
+        number = torch.arange(places.width, device=columns.device)[None, :, None]
+        prompt = number - (places.width - own) if places.prompt_last else number
+        return places.insert(columns + own, prompt.expand(len(columns), -1, columns.shape[2]).to(columns.dtype))
     value = traits.prompt_value(name)
-    return insert_first(shape, columns, mask) if value is None else insert(shape, columns, value)
+    return places.insert_first(columns, mask) if value is None else places.insert(columns, value)
 
 
 def with_vision_positions(plan: InputPlan) -> InputPlan:
@@ -205,57 +199,31 @@ def with_vision_positions(plan: InputPlan) -> InputPlan:
 
 
 def _behind_the_padding(
-    traits: Traits, shape: PromptShape, arguments: dict[str, Any], attention_mask: Tensor
-) -> dict[str, Any]:
-    """A causal model's arguments with each row's prompt directly before its text, and positions counted from there."""
-    leading = leading_padding(attention_mask)
-    has_positions = "position_ids" in arguments or "position_ids" in traits.accepts
-    # Asked once, since it waits for the device. What cannot ask moves the columns of every batch.
-    moved = (has_positions and _cannot_ask(leading.device)) or bool(leading.any())
-    if moved:
-        columns = behind_padding(shape, arguments["inputs_embeds"].shape[1], leading)
-        arguments = {name: taken(value, columns) for name, value in arguments.items()}
-    if "position_ids" not in arguments:
-        if "position_ids" in traits.accepts:
-            positions = text_positions(arguments["attention_mask"]).clamp(min=0)
-            arguments["position_ids"] = positions + traits.first_position
-        elif moved:
+    traits: Traits, places: Places, attention_mask: Tensor, labels: Tensor | None, impl: str
+) -> tuple[Columns, Places]:
+    """A causal model's columns with each row's prompt directly before its text, and the places of these prompts.
+
+    Nothing waits for the device to say whether there is padding on the left at all.
+    """
+    columns = prompt_columns(
+        attention_mask, places.width, prompt_lengths=places.lengths, labels=labels, first_position=traits.first_position,
+        ignore_index=IGNORE_INDEX, drops_first_label=traits.shifts_labels, impl=impl,
+    )  # fmt: skip
+    if "position_ids" not in traits.accepts and not traits.moved_text_is_same:
+        if places.lengths is not None or bool(columns.starts.any()):
             _refuse_moved_text(traits)
-    return arguments
+        return columns, places
+    if has_readable_values(columns.starts) and not columns.starts.any():
+        return columns, places  # asked where that costs less than columns that move
+    return columns, places.behind(columns.starts)
 
 
-def _cannot_ask(device: torch.device) -> bool:
-    """Whether values on the device cannot be read: in a compiled graph, and while a CUDA graph is captured."""
-    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-
-
-def _with_prompt(traits: Traits, shape: PromptShape, labels: Tensor) -> Tensor:
+def _with_prompt(traits: Traits, places: Places, labels: Tensor) -> Tensor:
     """Labels [batch, L] with the prompt's put in, which do not count: each stands where `bring_back` finds its logits."""
     if traits.shifts_labels:
         labels = labels.clone()
         labels[:, :1] = IGNORE_INDEX  # the first token is predicted by the prompt, whose logits nobody sees
-    return insert(shape, labels, IGNORE_INDEX)
-
-
-def _joined(traits: Traits, plans: list[InputPlan], routing: Routing, length: int) -> InputPlan:
-    """One batch from rows that were laid out apart, padded where the text need not be."""
-    left, width = traits.kind.causal, max(plan.width for plan in plans)
-    if left and any(plan.width < width for plan in plans) and "position_ids" not in plans[0].arguments:
-        _refuse_moved_text(traits)
-    arguments = {}
-    for name, first in plans[0].arguments.items():
-        tensors = [plan.arguments[name] for plan in plans]
-        if first is not None and first.shape[1:2] == (plans[0].width,):  # one entry per column
-            value = IGNORE_INDEX if name == "labels" else 0
-            tensors = [widened(tensor, width, value, left) for tensor in tensors]
-        arguments[name] = None if first is None else routing.join(tensors)
-    if traits.kind.causal and traits.kind.text_moves_to is None:
-        return InputPlan(arguments, slice(width - length, None), length, causal=True)
-
-    def columns() -> Tensor:
-        return routing.join([plan.indices() + (width - plan.width if left else 0) for plan in plans])
-
-    return InputPlan(arguments, columns, length, causal=traits.kind.causal)
+    return places.insert(labels, IGNORE_INDEX, IGNORE_INDEX)
 
 
 def encoder(traits: Traits, inputs: Inputs, routing: Routing, embed: Embed, *, encoded: bool) -> InputPlan:
@@ -263,15 +231,13 @@ def encoder(traits: Traits, inputs: Inputs, routing: Routing, embed: Embed, *, e
     if not encoded:
         plan = padded(traits, inputs.with_(labels=None), routing, embed)
         return InputPlan(plan.arguments | {"labels": inputs.labels})
-    mask = inputs.attention_mask
+    mask, places = inputs.attention_mask, routing.places(prompt_last=False)
     if mask is None:
-        if len({shape.length for shape in routing.prompt_shapes}) > 1:
+        if places.lengths is not None:
             raise ValueError("encoder_outputs of prompts of several lengths need the text's attention_mask")
         return InputPlan({"labels": inputs.labels})
-    width = routing.prompt_width + mask.shape[1]
     text_first = mask.sort(dim=1, descending=True, stable=True).values
-    mask = routing.by_shape(text_first, lambda rows, shape: widened(insert(shape, rows, 1), width, 0, left=False))
-    return InputPlan({"attention_mask": mask, "labels": inputs.labels})
+    return InputPlan({"attention_mask": places.insert(text_first, 1), "labels": inputs.labels})
 
 
 def continued(
@@ -287,7 +253,8 @@ def continued(
     """
     if not traits.kind.caches:
         raise ValueError("past_key_values is supported for causal language models only")
-    width, cached = routing.prompt_width, int(cache.get_seq_length())
+    places = routing.places(prompt_last=True)
+    width, cached = places.width, int(cache.get_seq_length())
     batch, new = embeds.shape[:2]
     text_length = cached - width + new
     if text_length < new:
@@ -299,11 +266,11 @@ def continued(
         mask = torch.ones(batch, text_length, dtype=torch.int64, device=embeds.device)
     if mask.shape[1] != text_length:
         raise ValueError(f"attention_mask has {mask.shape[1]} columns, but the cached and new text has {text_length}")
-    for rows, shape in routing.by_shape_parts(mask):
-        check_length(traits, shape, text_length, rows)
+    check_length(traits, places, text_length, mask)
     positions = text_positions(mask)[:, -new:]
+    updated = routing.steps().embed(None, None, embeds, positions)
     arguments = dict(
-        inputs_embeds=continued_text(routing, embeds, positions, kept),
+        inputs_embeds=updated if kept is None else torch.where(kept.unsqueeze(-1), embeds, updated),
         attention_mask=mask_with_prompt(routing, mask),
         past_key_values=cache,
         labels=inputs.labels,
@@ -313,53 +280,48 @@ def continued(
         arguments["token_type_ids"] = inputs.token_type_ids
     if "position_ids" in traits.accepts:
         text = positions + traits.first_position if inputs.position_ids is None else inputs.position_ids
-        prompt = routing.by_shape(positions[:, :1], lambda rows, shape: torch.full_like(rows, shape.length))
-        arguments["position_ids"] = text.clamp(min=0) + prompt
+        arguments["position_ids"] = text.clamp(min=0) + (
+            width if places.lengths is None else places.lengths.unsqueeze(1)
+        )
     return InputPlan(arguments)
-
-
-def continued_text(routing: Routing, embeds: Tensor, positions: Tensor, kept: Tensor | None) -> Tensor:
-    """[batch, n, d] embeddings after a cached prefix, each row with its adapter's update for its positions [batch, n].
-
-    Those of `kept` [batch, n] stay as they are.
-    """
-    parts: Iterable[tuple[Tensor, Tensor]] = zip(routing.split(embeds), routing.split(positions), strict=True)
-    updated = routing.join([layer.continue_text(*part) for layer, part in zip(routing.layers, parts, strict=True)])
-    return updated if kept is None else torch.where(kept.unsqueeze(-1), embeds, updated)
 
 
 def mask_with_prompt(routing: Routing, attention_mask: Tensor) -> Tensor:
     """[batch, prompt width + L]: a causal model's mask with each row's prompt directly before its text."""
-    width = routing.prompt_width + attention_mask.shape[1]
-
-    def with_prompt(rows: Tensor, shape: PromptShape) -> Tensor:
-        mask = insert(shape, rows, 1)
-        mask = taken(mask, behind_padding(shape, mask.shape[1], leading_padding(rows)))
-        return widened(mask, width, 0, left=True)
-
-    return routing.by_shape(attention_mask, with_prompt)
+    places = routing.places(prompt_last=True)
+    return prompt_columns(attention_mask, places.width, prompt_lengths=places.lengths, impl=routing.impl).mask
 
 
-def check_length(traits: Traits, shape: PromptShape, length: int, attention_mask: Tensor | None) -> None:
-    """ValueError if a row of `length` columns with the prompt exceeds the backbone's positions."""
+def check_length(traits: Traits, places: Places, length: int, attention_mask: Tensor | None) -> None:
+    """ValueError if a row of `length` columns with its prompt exceeds the backbone's positions."""
     limit = traits.max_positions
-    if limit is None or length + shape.length <= limit:
+    if limit is None or length + places.width <= limit:
         return
-    longest = length
-    if attention_mask is not None and traits.kind.caches:
-        longest = int((attention_mask != 0).sum(1).max())  # padding takes no positions
-    if longest + shape.length > limit:
-        room = limit - shape.length
+    longest, own = length, places.width
+    if attention_mask is not None and traits.kind.caches:  # padding takes no positions
+        longest, own = longest_row(places, attention_mask)
+    if longest + own > limit:
+        room = limit - own
         raise ValueError(
-            f"a row of {longest} tokens with {shape.length} prompt rows exceeds the backbone's {limit} positions: "
+            f"a row of {longest} tokens with {own} prompt rows exceeds the backbone's {limit} positions: "
             f"truncate the text to {room} tokens (tokenizer(..., max_length={room}, truncation=True))"
         )
 
 
-def _check_positions(traits: Traits, shape: PromptShape, position_ids: Tensor) -> None:
+def longest_row(places: Places, attention_mask: Tensor) -> tuple[int, int]:
+    """Text tokens and prompt rows of the row that has most of both. Waits for the device."""
+    tokens = (attention_mask != 0).sum(1)
+    if places.lengths is None:
+        return int(tokens.max()), places.width
+    row = (tokens + places.lengths).argmax()
+    return int(tokens[row]), int(places.lengths[row])
+
+
+def _check_positions(traits: Traits, places: Places, position_ids: Tensor) -> None:
     if traits.max_positions is None or position_ids.numel() == 0:
         return
-    highest = int(position_ids.max()) + shape.length - traits.first_position
+    own = places.width if places.lengths is None else places.lengths.unsqueeze(1)
+    highest = int((position_ids + own).max()) - traits.first_position
     if highest >= traits.max_positions:
         raise ValueError(
             f"position_ids with the prompt reach {highest}, but the backbone has positions 0 … {traits.max_positions - 1}"

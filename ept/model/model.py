@@ -37,6 +37,7 @@ from ept.model.lock import calling, changing, lock_of
 from ept.model.packing import Packing, take_starts
 from ept.model.routing import Member, OneAdapter, Routing, route
 from ept.model.signature import with_backbones_arguments
+from ept.model.stacks import Stack, Stacks
 from ept.model.start_values import init_prompt
 from ept.model.switching import activate, check_new_name, fresh_adapter, loaded_adapter
 from ept.model.tied import write_tied_once
@@ -103,6 +104,7 @@ class EPTModel(nn.Module):
             self.traits = traits_of(model)
             check_inputs_embeds(model, self.traits.kind.name)
             self._packing = Packing(model, self.traits)
+            self._stacks = Stacks(prompt_last=self.traits.kind.causal)
             config = config_for(model, config)
             self.ept = new_layer(model, self.traits, config, self._sites_for(config))
             model.requires_grad_(False)
@@ -156,11 +158,12 @@ class EPTModel(nn.Module):
     @property
     def _backbone(self) -> Backbone:
         """The wrapped model as a call runs it; asked anew each time, since copies of a model have their own."""
-        return Backbone(self.base_model, self.traits, self._packing, self._sites)
+        return Backbone(self.base_model, self.traits, self._packing, self._sites, self._stacks)
 
     def _call(self, routing: Routing, decoding: Decoding | None = None) -> Call:
         """What the hooks are to know of a call."""
-        return self._backbone.call(routing, self._member(self.active_adapter), decoding)
+        active = self._member(self.active_adapter)
+        return self._backbone.call(routing, active, [active, *self._inactive_members().values()], decoding)
 
     def _bare_forward(self, inputs: Inputs, past_key_values: Any, return_dict: bool | None, kwargs: Any) -> Any:
         """The wrapped model's own forward."""
@@ -183,7 +186,12 @@ class EPTModel(nn.Module):
         if adapter_ids is None:
             return OneAdapter(self._member(self.active_adapter))
         text = kwargs["encoder_outputs"][0] if kwargs.get("encoder_outputs") is not None else inputs.text
-        routing = route(adapter_ids, len(text), self._member, text.device)
+        members = {self.active_adapter: self._member(self.active_adapter)} | self._inactive_members()
+
+        def stacks_of(layers: list[AdapterLayer]) -> list[Stack]:
+            return self._stacks.of_layers([member.layer for member in members.values()], layers)
+
+        routing = route(adapter_ids, len(text), members, stacks_of, text.device)
         if inputs.labels is not None and self.head_names and any(layer is not self.ept for layer in routing.layers):
             raise ValueError("labels need the active adapter's head: set_adapter first, and leave adapter_ids out")
         return routing
@@ -242,6 +250,8 @@ class EPTModel(nn.Module):
 
     def train(self, mode: bool = True) -> "EPTModel":
         """Training mode; the frozen backbone's dropout stays off unless `backbone_dropout` is set."""
+        if mode:
+            self._stacks.drop()
         if self._walked is not None and self._walked.is_as_left(mode):
             return self
         super().train(mode)
@@ -353,6 +363,7 @@ class EPTModel(nn.Module):
             gone = self._inactive(adapter_name)
             self.inactive_adapters = nn.ModuleList([a for a in self.inactive_adapters if a is not gone])
             self.adapter_names.remove(adapter_name)
+            self._stacks.drop()
             self._walked = None
 
     def fold(self) -> "EPTModel":
@@ -369,6 +380,11 @@ class EPTModel(nn.Module):
             return Member(self.ept, self.trained_heads())
         adapter = self._inactive(adapter_name)
         return Member(adapter.layer, list(adapter.heads))
+
+    def _inactive_members(self) -> dict[str, Member]:
+        """The adapters that are not the active one, by name."""
+        adapters = (adapter for adapter in self.inactive_adapters if isinstance(adapter, Adapter))
+        return {adapter.name: Member(adapter.layer, list(adapter.heads)) for adapter in adapters}
 
     def _inactive(self, adapter_name: str) -> Adapter:
         for adapter in self.inactive_adapters:

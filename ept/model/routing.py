@@ -1,19 +1,22 @@
 """Which rows of a batch belong to which adapter.
 
-A batch of one adapter is the plain case (`OneAdapter`): its rows stay where they are. `SeveralAdapters` sorts the rows by
-adapter, so that each adapter's stand together, and brings results back into the batch's order.
+A batch of one adapter is the plain case (`OneAdapter`). `SeveralAdapters` gives each row the number of its adapter in a
+stack of constants: the rows stay where they are, and every step is one for all of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ept.layer.base import AdapterLayer, PromptShape
+from ept.layer.constants import Constants, LayerUpdates
+from ept.model.columns import Places
+from ept.model.stacks import Stack
 
-__all__ = ["Member", "OneAdapter", "Routing", "SeveralAdapters", "route"]
+__all__ = ["Member", "OneAdapter", "Routing", "SeveralAdapters", "TextSteps", "route"]
 
 
 class Member(NamedTuple):
@@ -32,20 +35,38 @@ class Routing(ABC):
     members: tuple[Member, ...]
 
     @abstractmethod
-    def split(self, tensor: Tensor) -> list[Tensor]:
-        """Each adapter's rows of a tensor [batch, …]."""
-
-    @abstractmethod
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """One tensor of all rows, in the batch's order, from each adapter's."""
-
-    @abstractmethod
     def of_rows(self, rows: Tensor) -> "Routing":
         """The routing of a batch that is made of rows of this one, [n] row numbers, as each adapter's examples are."""
 
     @abstractmethod
     def for_rows(self, batch: int) -> "Routing":
         """The routing where every row comes `batch` / rows times in a row, as in a beam search."""
+
+    @abstractmethod
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        embedding_weight: Tensor | None,
+        inputs_embeds: Tensor | None,
+        places: Places,
+    ) -> Tensor:
+        """The backbone's input [batch, S + L, d] from `input_ids` and E, or from `inputs_embeds` [batch, L, d]."""
+
+    @abstractmethod
+    def steps(self) -> "TextSteps":
+        """What embeds text that follows a cached prefix, for as many steps as a call has."""
+
+    @abstractmethod
+    def layer_updates(self) -> tuple[LayerUpdates, ...]:
+        """The updates in the layers for one pass, one after the other."""
+
+    @abstractmethod
+    def places(self, *, prompt_last: bool) -> Places:
+        """Where the prompts stand in rows whose text starts in their first column.
+
+        `prompt_last`: whether a shorter prompt than the widest stands behind its row's filling, as a causal model's does.
+        """
 
     @property
     def layers(self) -> list[AdapterLayer]:
@@ -56,27 +77,80 @@ class Routing(ABC):
         return {layer.prompt_shape for layer in self.layers}
 
     @property
-    def shared_shape(self) -> PromptShape | None:
-        """The shape that all prompts have; None where they differ."""
-        first, *others = self.prompt_shapes
-        return None if others else first
-
-    @property
     def prompt_width(self) -> int:
         """Columns of the widest prompt."""
         return max(shape.length for shape in self.prompt_shapes)
 
-    def by_shape_parts(self, tensor: Tensor) -> list[tuple[Tensor, PromptShape]]:
-        """Each adapter's rows and its prompt's shape; all rows at once where all prompts have one shape."""
-        shape = self.shared_shape
-        if shape is not None:
-            return [(tensor, shape)]
-        return [(rows, layer.prompt_shape) for rows, layer in zip(self.split(tensor), self.layers, strict=True)]
+    @property
+    def impl(self) -> str:
+        """The implementation of `ept_kernels` for what belongs to no adapter: the first one's."""
+        return self.layers[0].config.impl
 
-    def by_shape(self, tensor: Tensor, make: Callable[[Tensor, PromptShape], Tensor]) -> Tensor:
-        """`make` of each of `by_shape_parts`, as one tensor in the batch's order."""
-        parts = [make(rows, shape) for rows, shape in self.by_shape_parts(tensor)]
-        return parts[0] if len(parts) == 1 else self.join(parts)
+
+class TextSteps(NamedTuple):
+    """Constants with each row's number in them, for text that follows a cached prefix.
+
+    groups: constants, and [batch] each row's number in them, -1 in another group; None: all rows have the only one.
+    """
+
+    groups: tuple[tuple[Constants, Tensor | None], ...]
+
+    @property
+    def depends_on_positions(self) -> bool:
+        """Whether any token's update depends on where it stands."""
+        return any(constants.depends_on_positions for constants, _ in self.groups)
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        embedding_weight: Tensor | None,
+        inputs_embeds: Tensor | None,
+        text_positions: Tensor | None,
+    ) -> Tensor:
+        """[batch, n, d] embeddings, updated for their positions [batch, n]; -1 is padding, None text without padding from 0.
+
+        Rows may come several times in a row, as in a beam search.
+        """
+        return _of_groups(
+            self.groups,
+            lambda constants, index: _continued(
+                constants, index, input_ids, embedding_weight, inputs_embeds, text_positions
+            ),
+        )
+
+
+def _continued(
+    constants: Constants,
+    index: Tensor | None,
+    ids: Tensor | None,
+    table: Tensor | None,
+    embeds: Tensor | None,
+    positions: Tensor | None,
+) -> Tensor:
+    text = ids if embeds is None else embeds
+    assert text is not None
+    if index is None or len(index) == len(text):
+        return constants.continue_text(ids, table, embeds, positions, index)
+    # A row's copies follow each other: they are more tokens of one row.
+    ids, embeds, positions = (
+        None if t is None else t.reshape(len(index), -1, *t.shape[2:]) for t in (ids, embeds, positions)
+    )
+    out = constants.continue_text(ids, table, embeds, positions, index)
+    return out.view(*text.shape[:2], out.shape[-1])
+
+
+def _of_groups(
+    groups: Sequence[tuple[Constants, Tensor | None]], make: Callable[[Constants, Tensor | None], Tensor]
+) -> Tensor:
+    """`make` of each group, [rows, …] each, with the rows that belong to it."""
+    constants, index = groups[0]
+    total = make(constants, index if index is None or len(groups) == 1 else index.clamp(min=0))
+    for constants, index in groups[1:]:
+        assert index is not None
+        rows = make(constants, index.clamp(min=0))
+        mine = (index >= 0).repeat_interleave(len(rows) // len(index))
+        total = torch.where(mine.view(-1, *(1 for _ in rows.shape[1:])), rows, total)
+    return total
 
 
 class OneAdapter(Routing):
@@ -85,17 +159,41 @@ class OneAdapter(Routing):
     def __init__(self, member: Member):
         self.members = (member,)
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor]
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0]
-
     def of_rows(self, rows: Tensor) -> Routing:
         return self
 
     def for_rows(self, batch: int) -> Routing:
         return self
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        embedding_weight: Tensor | None,
+        inputs_embeds: Tensor | None,
+        places: Places,
+    ) -> Tensor:
+        (layer,) = self.layers
+        return layer(
+            input_ids,
+            attention_mask,
+            embedding_weight=embedding_weight,
+            inputs_embeds=inputs_embeds,
+            prompt_start=places.start,
+        )
+
+    def steps(self) -> TextSteps:
+        (layer,) = self.layers
+        return TextSteps(((layer.constants(prompt=False), None),))
+
+    def layer_updates(self) -> tuple[LayerUpdates, ...]:
+        (layer,) = self.layers
+        updates = layer.layer_updates()
+        return () if updates is None else (updates,)
+
+    def places(self, *, prompt_last: bool) -> Places:
+        (shape,) = self.prompt_shapes
+        return Places(shape.length, shape.start, None, prompt_last)
 
 
 class SeveralAdapters(Routing):
@@ -103,76 +201,123 @@ class SeveralAdapters(Routing):
 
     Args:
         members: the adapters.
-        owners: [batch] the number of each row's adapter.
-        sizes: how many rows each adapter has; none is 0.
-        order: [batch] the rows sorted by adapter, stable.
-        place: [batch] where each row stands in that order.
+        stacks: constants that hold them: one stack, or one for each σ and implementation.
+        rows: [4 + stacks, batch] for each row: the number of its adapter among the members, the length and the start of its
+            prompt, its number among all of the model's adapters, and in each stack, -1 where it is in another.
+        starts: the column of all prompts where it is one, else None.
+        is_even: whether all prompts are as long as the widest.
     """
 
-    def __init__(self, members: Sequence[Member], owners: Tensor, sizes: list[int], order: Tensor, place: Tensor):
-        self.members, self._owners, self._sizes, self._order, self._place = tuple(members), owners, sizes, order, place
+    def __init__(
+        self, members: Sequence[Member], stacks: Sequence[Stack], rows: Tensor, starts: int | None, is_even: bool
+    ):
+        self.members, self.stacks, self.rows, self._starts, self._is_even = (
+            tuple(members),
+            tuple(stacks),
+            rows,
+            starts,
+            is_even,
+        )
 
-    @classmethod
-    def by_owner(cls, members: Sequence[Member], owners: Tensor) -> Routing:
-        """The routing of rows whose adapters' numbers are `owners` [batch]; members without rows are left out."""
-        counts = torch.bincount(owners, minlength=len(members)).tolist()
-        present = [number for number, count in enumerate(counts) if count]
-        if len(present) == 1:
-            return OneAdapter(members[present[0]])
-        if len(present) < len(members):
-            renumbered = owners.new_zeros(len(members))
-            renumbered[present] = torch.arange(len(present), device=owners.device)
-            owners = renumbered[owners]
-        order = torch.argsort(owners, stable=True)
-        sizes = [counts[number] for number in present]
-        return cls([members[number] for number in present], owners, sizes, order, torch.argsort(order))
+    @property
+    def owners(self) -> Tensor:
+        """[batch] the number of each row's adapter among the members."""
+        return self.rows[0]
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
-        return list(tensor.index_select(0, self._order).split(self._sizes))
+    @property
+    def numbers(self) -> Tensor:
+        """[batch] the number of each row's adapter among all of the model's."""
+        return self.rows[3]
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts)).index_select(0, self._place)
+    @property
+    def _groups(self) -> tuple[tuple[Constants, Tensor], ...]:
+        return tuple((stack.constants, index) for stack, index in zip(self.stacks, self.rows[4:], strict=True))
+
+    def _with_rows(self, rows: Tensor) -> "SeveralAdapters":
+        return SeveralAdapters(self.members, self.stacks, rows, self._starts, self._is_even)
 
     def of_rows(self, rows: Tensor) -> Routing:
-        return SeveralAdapters.by_owner(self.members, self._owners[rows])
+        return self._with_rows(self.rows.index_select(1, rows))
 
     def for_rows(self, batch: int) -> Routing:
-        times = batch // len(self._owners)
-        if times == 1:
-            return self
+        times = batch // self.rows.shape[1]
+        return self if times == 1 else self._with_rows(self.rows.repeat_interleave(times, dim=1))
 
-        def repeated(rows: Tensor) -> Tensor:
-            return (rows.unsqueeze(1) * times + torch.arange(times, device=rows.device)).flatten()
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        embedding_weight: Tensor | None,
+        inputs_embeds: Tensor | None,
+        places: Places,
+    ) -> Tensor:
+        def of_group(constants: Constants, index: Tensor | None) -> Tensor:
+            missing = constants.prompt.shape[1] - places.width
+            if missing < 0:  # another group has longer prompts
+                sides = (0, 0, -missing, 0) if places.prompt_last else (0, 0, 0, -missing)
+                prompt = nn.functional.pad(constants.prompt, sides)
+            else:
+                prompt = constants.prompt[:, missing:] if places.prompt_last else constants.prompt[:, : places.width]
+            lengths = None
+            if places.lengths is not None and not places.prompt_last and constants.prompt_lengths is not None:
+                lengths = constants.prompt_lengths
+            return constants._replace(prompt=prompt).embed(
+                input_ids, attention_mask, embedding_weight, inputs_embeds, places.start, index, lengths
+            )
 
-        return SeveralAdapters(
-            self.members, self._owners.repeat_interleave(times), [size * times for size in self._sizes],
-            repeated(self._order), repeated(self._place),
-        )  # fmt: skip
+        return _of_groups(self._groups, of_group)
+
+    def steps(self) -> TextSteps:
+        return TextSteps(self._groups)
+
+    def layer_updates(self) -> tuple[LayerUpdates, ...]:
+        updates = (constants.layer_updates(index) for constants, index in self._groups)
+        return tuple(each for each in updates if each is not None)
+
+    def places(self, *, prompt_last: bool) -> Places:
+        start = self.rows[2] if self._starts is None else self._starts
+        return Places(self.prompt_width, start, None if self._is_even else self.rows[1], prompt_last)
 
 
-def route(adapter_ids: Sequence[str], batch: int, member: Callable[[str], Member], device: torch.device) -> Routing:
+def route(
+    adapter_ids: Sequence[str],
+    batch: int,
+    members_by_name: Mapping[str, Member],
+    stacks_of: Callable[[list[AdapterLayer]], list[Stack]],
+    device: torch.device,
+) -> Routing:
     """The routing of a batch whose rows name their adapters.
 
     Args:
         adapter_ids: a name a row.
         batch: rows of the batch.
-        member: gives an adapter by its name; ValueError where there is none.
+        members_by_name: all of the model's adapters.
+        stacks_of: gives the stacks that hold layers.
         device: of the batch's tensors.
 
     Raises:
-        ValueError: not one name a row, or no such adapter.
+        ValueError: not one name a row, or an adapter that there is not.
     """
     if isinstance(adapter_ids, str) or len(adapter_ids) != batch:
         raise ValueError(f"adapter_ids must name one adapter per row, {batch} in all, not {adapter_ids!r}")
     numbers = {name: number for number, name in enumerate(dict.fromkeys(adapter_ids))}
-    members = [member(name) for name in numbers]
+    for name in numbers:
+        if name not in members_by_name:
+            names = ", ".join(map(repr, members_by_name))
+            raise ValueError(f"there is no adapter {name!r}: there are {names}")
+    members = [members_by_name[name] for name in numbers]
     if not members:
         raise ValueError("adapter_ids is empty: a batch needs at least one row")
     if len(members) == 1:
         return OneAdapter(members[0])
-    owners = [numbers[name] for name in adapter_ids]
-    order = sorted(range(batch), key=owners.__getitem__)
-    place = sorted(range(batch), key=order.__getitem__)
-    table = torch.tensor([owners, order, place], device=device)  # one transfer for all
-    sizes = [owners.count(number) for number in range(len(members))]
-    return SeveralAdapters(members, table[0], sizes, table[1], table[2])
+    stacks = stacks_of([each.layer for each in members])
+    shapes = [each.layer.prompt_shape for each in members]
+    all_numbers = {name: number for number, name in enumerate(members_by_name)}
+    of_member = [
+        (number, *shape, all_numbers[name], *(stack.numbers.get(each.layer, -1) for stack in stacks))
+        for number, (name, each, shape) in enumerate(zip(numbers, members, shapes, strict=True))
+    ]
+    of_row = [of_member[numbers[name]] for name in adapter_ids]
+    rows = torch.tensor([list(each) for each in zip(*of_row, strict=True)], device=device)  # one transfer for all
+    starts, lengths = {shape.start for shape in shapes}, {shape.length for shape in shapes}
+    return SeveralAdapters(members, stacks, rows, starts.pop() if len(starts) == 1 else None, len(lengths) == 1)

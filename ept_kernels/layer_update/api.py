@@ -31,7 +31,8 @@ def layer_update(
 
     Args:
         hidden: H [batch, columns, d], of any strides. It is never changed; the result is a new tensor.
-        down, up: D and W, [q, d] each; with `adapter_index` [adapters, q, d] each.
+        down, up: D and W, [q, d] each; with `adapter_index` [adapters, q, d] each; [batch, q, d] without one are a pair for
+            each row.
         hidden_scale: h, the size of the hidden states, a constant: a number, or a 0-d tensor; with `adapter_index`
             also a tensor [adapters].
         activation: σ, one of "silu", "relu", "gelu", "identity".
@@ -54,6 +55,8 @@ def layer_update(
     arguments = (hidden, down, up, hidden_scale, activation, adapter_index)
     call = _calls.checked((hidden, down, up, adapter_index, scales), settings, *arguments)
     check_values(hidden_scale, adapter_index, len(down))
+    if adapter_index is None and down.dim() == 3 and impl != "torch":
+        adapter_index, call = torch.arange(len(hidden), device=hidden.device), None  # which the checks have not seen
     if impl == "triton":
         return _launch(Update(hidden, down, up, adapter_index), hidden_scale, activation, call)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -31,7 +31,10 @@ def check_update(
     if hidden.dim() != 3:
         raise ValueError(f"hidden must be [batch, columns, d], not {tuple(hidden.shape)}")
     d = hidden.shape[2]
-    check_shape("down", down, ("q", d) if adapter_index is None else ("adapters", "q", d))
+    if adapter_index is None and down.dim() == 3 and len(down) == len(hidden):
+        check_shape("down", down, (len(hidden), "q", d))  # a pair for each row
+    else:
+        check_shape("down", down, ("q", d) if adapter_index is None else ("adapters", "q", d))
     check_shape("up", up, tuple(down.shape))
     check_trained(hidden.device, hidden=hidden, down=down, up=up)
     if adapter_index is not None:

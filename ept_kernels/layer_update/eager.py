@@ -32,6 +32,8 @@ def layer_update(
         hidden_scale = hidden_scale.detach().to(dtype)
     if adapter_index is None:
         down, up = _scaled(down, up, hidden_scale)
+        if down.dim() == 3:
+            return _rounded_update(hidden, down, up, activation, None, dtype)
         return _rounded_update(hidden.flatten(0, 1), down, up, activation, None, dtype).view(hidden.shape)
     skipped = (adapter_index < 0).view(-1, 1, 1)
     rows = adapter_index.clamp(min=0).long()

@@ -41,9 +41,10 @@ from ..common.triton_launch import (
     tile_of,
     triton_dtype,
 )
+from ..common.triton_rows import add_outer, project
 from .arguments import Settings, Update
 from .triton_forward import Tiling, kind_of_scale, load_unit
-from .triton_rows import add_outer, locate, project
+from .triton_rows import locate
 
 TOKEN_TILE = 16  # tokens per step of the second launch: of 32 the operands would spill on sm_100
 COLUMN_TILE = 64  # columns per program of the second launch: a whole memory line of 128 bytes in bf16

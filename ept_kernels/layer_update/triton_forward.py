@@ -17,13 +17,9 @@ from torch import Tensor
 
 from ..common.triton_device import activate
 from ..common.triton_launch import compute_dtype, divided_up, launch, launching_on, power_of_two, triton_dtype
+from ..common.triton_rows import add_outer, group_of, project, rows_of, warps_of
 from .arguments import Settings, Update
-from .triton_rows import add_outer, locate, project
-
-PER_THREAD = 32  # numbers of a tile in a thread: as many again for the sum, and there is room for six programs per SM
-MOST_ROWS = 16  # tokens per program where rows are short
-LOOPED_ROWS = 4  # the same where D and W are looped over, so that x stays in registers beside the sum
-UNROLLED = 8  # rows of D and W whose code is written out; of more than that two at a time, which keeps registers free
+from .triton_rows import locate
 
 
 class Results(NamedTuple):
@@ -117,11 +113,6 @@ def kind_of_scale(update: Update) -> str:
     return "one" if update.scales.dim() == 0 else "adapter"
 
 
-def warps_of(tile_d: int) -> int:
-    """Warps of a program: as many as keep two tokens in it."""
-    return 4 if tile_d <= 1024 else 8 if tile_d <= 4096 else 16
-
-
 class Tiling(NamedTuple):
     """How the tokens are cut: ROWS in a program of `warps`, `tiles` programs for each batch row, `items` in all."""
 
@@ -138,8 +129,7 @@ class Tiling(NamedTuple):
         tile_d = power_of_two(d)
         warps = warps_of(tile_d)
         length = columns if update.adapter_index is not None else batch * columns
-        most = MOST_ROWS if update.down.shape[-2] <= UNROLLED else LOOPED_ROWS
-        rows = max(1, min(PER_THREAD * 32 * warps // tile_d, most, power_of_two(length)))
+        rows = min(rows_of(tile_d, update.down.shape[-2]), power_of_two(length))
         tiles = divided_up(length, rows)
         return cls(rows, tile_d, warps, tiles, tiles * (batch if update.adapter_index is not None else 1))
 
@@ -148,6 +138,6 @@ class Tiling(NamedTuple):
         q, d = update.down.shape[-2:]
         dtype = compute_dtype(update.hidden, update.down, update.up)
         return dict(
-            D=d, Q=q, TILE_D=self.tile_d, ROWS=self.rows, GROUP=q if q <= UNROLLED else 2,
+            D=d, Q=q, TILE_D=self.tile_d, ROWS=self.rows, GROUP=group_of(q),
             INDEXED=update.adapter_index is not None, COMPUTE=triton_dtype(dtype), num_warps=self.warps,
         )  # fmt: skip

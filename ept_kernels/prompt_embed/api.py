@@ -4,17 +4,30 @@ Shapes and symbols as in docs/method.md. All of them take every trained tensor i
 """
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..availability import resolve
+from ..common.checks import check_activation, check_scale
 from ..common.dtypes import at_least_fp32, cast, widest
 from ..common.operators import Calls
 from . import eager, reference
-from .arguments import Settings, Text, TextWeights, Weights
-from .checks import check_id_values, check_ids, check_mask, check_positions, check_prompt, check_start, check_text
+from .arguments import Settings, Stack, Text, TextWeights, Weights
+from .checks import (
+    check_id_values,
+    check_ids,
+    check_mask,
+    check_no_stack,
+    check_positions,
+    check_prompt,
+    check_stack,
+    check_start,
+    check_start_values,
+    check_text,
+)
 
 __all__ = ["prompt_embed", "prompt_embed_inputs", "reconstruct_prompt", "text_update"]
 
@@ -35,9 +48,12 @@ def prompt_embed(
     token_down: Tensor | None = None,
     token_up: Tensor | None = None,
     activation: str = "silu",
-    prompt_start: int = 0,
+    prompt_start: int | Tensor = 0,
     lowrank_update: bool = True,
     fusion: bool = True,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    text_positions: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The backbone's input: the reconstructed prompt P* joined with the updated embeddings of the text.
@@ -47,6 +63,10 @@ def prompt_embed(
 
     Parts that are switched off are passed as None: `lowrank_a` with `lowrank_b` (update and fusion), the three space
     tensors together, `token_down` with `token_up`.
+
+    A prompt of three dimensions is a stack of several adapters' constants, for inference: P* as it goes into X
+    [adapters, S, d], A [adapters, N, r] and B [adapters, r, d], D and W [adapters, q, d]. `lowrank_a` without `lowrank_b` is
+    the update e·c·A·B itself [adapters, N, d]. Each row has its own adapter, whatever their number. U, V and G are in P* already.
 
     Args:
         input_ids: [batch, L] int64 or int32. L may be 0.
@@ -59,8 +79,13 @@ def prompt_embed(
         scale: c. embed_scale: e.
         token_down, token_up: D [q, d], W [q, d].
         activation: σ, one of "silu", "relu", "gelu", "identity".
-        prompt_start: the text column, 0 … L, at which P* stands.
+        prompt_start: the text column, 0 … L, at which P* stands: a number, or [batch] integers.
         lowrank_update, fusion: False leaves the text update or the fusion out while A and B serve the other.
+        adapter_index: [batch] integers, the adapter of each row in a stack; None: its only one.
+        prompt_lengths: [adapters] integers, how many of the S rows are an adapter's prompt, all of them from S on; None: all.
+            Shorter rows of X end with zeros.
+        text_positions: [batch, L] integers in the mask's place, beside a stack: p of each token, -1 on padding. A text that
+            goes on after a cached one has them; its stack may have no prompt, S = 0.
         impl: "reference" (the specification), "torch", "triton", or "auto" (Triton where it can run, else torch).
 
     Returns:
@@ -69,13 +94,16 @@ def prompt_embed(
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, device or value; the message names it.
-        IndexError: an id lies outside the vocabulary (checked on CPU, where it costs nothing).
+        IndexError: an id lies outside the vocabulary, or an index names no adapter (checked on CPU, where it costs nothing;
+            on a GPU such a row is NaN with "triton").
+        RuntimeError: a stack's gradient was asked of "triton"; "auto" takes "torch" for that.
     """
     table = embedding_weight.detach() if embedding_weight.requires_grad else embedding_weight
     return _input_of_backbone(
-        Text(input_ids, table, attention_mask),
+        Text(input_ids, table, attention_mask, _starts(prompt_start)),
         Weights(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up),
-        Settings(scale, embed_scale, activation, prompt_start, lowrank_update, fusion),
+        Settings(scale, embed_scale, activation, _start(prompt_start), lowrank_update, fusion),
+        Rows(adapter_index, prompt_lengths, text_positions),
         impl,
     )
 
@@ -95,9 +123,12 @@ def prompt_embed_inputs(
     token_down: Tensor | None = None,
     token_up: Tensor | None = None,
     activation: str = "silu",
-    prompt_start: int = 0,
+    prompt_start: int | Tensor = 0,
     lowrank_update: bool = True,
     fusion: bool = True,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    text_positions: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """`prompt_embed` for embeddings that come from elsewhere (scaled, quantised, computed): [batch, L, d].
@@ -106,9 +137,10 @@ def prompt_embed_inputs(
     Everything else is as in `prompt_embed`.
     """
     return _input_of_backbone(
-        Text(None, inputs_embeds, attention_mask),
+        Text(None, inputs_embeds, attention_mask, _starts(prompt_start)),
         Weights(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up),
-        Settings(scale, embed_scale, activation, prompt_start, lowrank_update, fusion),
+        Settings(scale, embed_scale, activation, _start(prompt_start), lowrank_update, fusion),
+        Rows(adapter_index, prompt_lengths, text_positions),
         impl,
     )
 
@@ -171,12 +203,32 @@ def text_update(
     return x.to(inputs_embeds.dtype)
 
 
-def _input_of_backbone(text: Text, weights: Weights, settings: Settings, impl: str) -> Tensor:
+class Rows(NamedTuple):
+    """What a stack has for each row, or for each adapter: see Stack."""
+
+    adapter_index: Tensor | None
+    lengths: Tensor | None
+    positions: Tensor | None
+
+
+def _starts(prompt_start: int | Tensor) -> Tensor | None:
+    return prompt_start if isinstance(prompt_start, Tensor) else None
+
+
+def _start(prompt_start: int | Tensor) -> int:
+    return 0 if isinstance(prompt_start, Tensor) else prompt_start
+
+
+def _input_of_backbone(text: Text, weights: Weights, settings: Settings, rows: Rows, impl: str) -> Tensor:
     """P* joined with the updated text, [batch, s + L, d] in the dtype of the text's source."""
+    if weights.prompt.dim() == 3:
+        return _input_of_stack(text, weights, settings, rows, impl)
+    check_no_stack(*rows)
     impl = resolve(impl, weights.prompt.device)
     call = _calls.checked((*text, *weights), settings, text, weights, settings)
     if text.ids is not None:
         check_id_values(text.ids, len(text.source))
+    check_start_values(text)
     updates_by_position = settings.lowrank_update and weights.lowrank_a is not None
     if not updates_by_position and weights.token_down is None:
         text = text._replace(mask=None)  # nothing asks where the text stands
@@ -194,7 +246,45 @@ def _input_of_backbone(text: Text, weights: Weights, settings: Settings, impl: s
         prompt_star, _ = functions.reconstruct_prompt(cast(weights, dtype), settings)
         embeds = text.source if text.ids is None else F.embedding(text.ids, text.source)
         embeds = functions.text_update(embeds.to(dtype), _positions(text, impl), cast(of_text, dtype), settings)
-        return reference.insert_prompt(prompt_star.to(source_dtype), embeds.to(source_dtype), settings.prompt_start)
+        start = settings.prompt_start if text.starts is None else text.starts
+        return functions.insert_prompt(prompt_star.to(source_dtype), embeds.to(source_dtype), start)
+
+
+def _input_of_stack(text: Text, weights: Weights, settings: Settings, rows: Rows, impl: str) -> Tensor:
+    """The same where `weights` are constants of several adapters, [adapters, …] each."""
+    lowrank_a, lowrank_b = (weights.lowrank_a, weights.lowrank_b) if settings.lowrank_update else (None, None)
+    stack = Stack(weights.prompt, lowrank_a, lowrank_b, weights.token_down, weights.token_up, *rows)
+    if text.ids is not None:
+        check_ids(text.ids, text.source)
+        check_id_values(text.ids, len(text.source))
+    check_stack(text, stack, weights)
+    check_scale("embed_scale", settings.embed_scale, "the RMS of the embeddings' entries")
+    check_activation(settings.activation)
+    check_mask(text)
+    check_start(settings.prompt_start, text)
+    check_start_values(text)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (text.source, *stack))
+    if impl == "triton" and trained:
+        raise RuntimeError('a stack has no gradient with impl="triton": use impl="torch", or torch.no_grad()')
+    impl = "torch" if impl == "auto" and trained else resolve(impl, text.source.device)
+    if stack.lowrank_a is None and stack.token_down is None:
+        text, stack = text._replace(mask=None), stack._replace(positions=None)  # nothing asks where the text stands
+    if impl == "triton":
+        from . import triton_op
+
+        return triton_op.prompt_embed_by_row(text, stack, settings)
+    source_dtype = text.source.dtype
+    with torch.autocast(text.source.device.type, enabled=False):
+        start = settings.prompt_start if text.starts is None else text.starts
+        embeds = text.source if text.ids is None else F.embedding(text.ids, text.source)
+        positions = stack.positions if text.mask is None else reference.text_positions(text.mask)
+        dtype = _compute_dtype(impl, text.source, *stack[:5])
+        if impl == "torch":
+            return eager.prompt_embed_by_row(embeds, positions, stack, start, settings, dtype)
+        if positions is None:
+            positions = torch.arange(text.shape[1], device=embeds.device).expand(text.shape[:2])
+        wide = cast(stack, dtype)._replace(adapter_index=stack.adapter_index, lengths=stack.lengths)
+        return reference.prompt_embed_by_row(embeds.to(dtype), positions, wide, start, settings).to(source_dtype)
 
 
 def _check(text: Text, weights: Weights, settings: Settings) -> None:
@@ -204,7 +294,7 @@ def _check(text: Text, weights: Weights, settings: Settings) -> None:
     check_prompt(weights, settings)
     check_text(text, weights.prompt.shape[1], weights.of_text(lowrank_update=True), settings.activation)
     check_mask(text)
-    check_start(settings.prompt_start, text.shape[1])
+    check_start(settings.prompt_start, text)
 
 
 _calls = Calls(_check)

@@ -6,11 +6,15 @@ from torch import Tensor
 
 
 class Text(NamedTuple):
-    """The text: E [vocab, d] with ids [batch, L], or inputs_embeds [batch, L, d] as `source` without ids."""
+    """The text: E [vocab, d] with ids [batch, L], or inputs_embeds [batch, L, d] as `source` without ids.
+
+    `starts` [batch] is the column of each row's prompt, where they differ.
+    """
 
     ids: Tensor | None
     source: Tensor
     mask: Tensor | None
+    starts: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,6 +72,42 @@ class Weights(NamedTuple):
     def token_rank(self) -> int:
         """q: the rank of the token-conditioned update."""
         return 0 if self.token_down is None else self.token_down.shape[0]
+
+
+class Stack(NamedTuple):
+    """The constants of several adapters for inference: P* [adapters, S, d], A [adapters, N, r] with B [adapters, r, d],
+    D and W [adapters, q, d]; None for a part that is off.
+
+    A without B is the update e·c·A·B itself, [adapters, N, d]. `adapter_index` [batch] names each row's adapter; None: all
+    rows have the only one. `lengths` [adapters] says how many rows of P* an adapter has; None: S. `positions` [batch, L] is p
+    of each token, in the mask's place.
+    """
+
+    prompt: Tensor
+    lowrank_a: Tensor | None = None
+    lowrank_b: Tensor | None = None
+    token_down: Tensor | None = None
+    token_up: Tensor | None = None
+    adapter_index: Tensor | None = None
+    lengths: Tensor | None = None
+    positions: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the low-rank update is made of: "none", "factors" A and B, or a "table" e·c·A·B."""
+        if self.lowrank_a is None:
+            return "none"
+        return "table" if self.lowrank_b is None else "factors"
+
+    @property
+    def token_rank(self) -> int:
+        """q: the rank of the token-conditioned update."""
+        return 0 if self.token_down is None else self.token_down.shape[1]
+
+    def of(self, adapter: int) -> TextWeights:
+        """What the text of one adapter's rows meets, but for a table."""
+        a, b, down, up = (None if t is None else t[adapter] for t in self[1:5])
+        return TextWeights(None if b is None else a, b, down, up)
 
 
 class Settings(NamedTuple):

@@ -13,7 +13,7 @@ from ..common.checks import (
     describe,
     has_readable_values,
 )
-from .arguments import Settings, Text, TextWeights, Weights
+from .arguments import Settings, Stack, Text, TextWeights, Weights
 
 
 def check_ids(input_ids: Tensor, embedding_weight: Tensor) -> None:
@@ -99,10 +99,92 @@ def check_mask(text: Text) -> None:
     check_same_device("attention_mask", mask, inputs_embeds=text.source)
 
 
-def check_start(prompt_start: int, length: int) -> None:
-    """The column at which the prompt stands."""
+def check_start(prompt_start: int, text: Text) -> None:
+    """The column at which the prompt stands, or each row's, but for their values."""
+    if text.starts is not None:
+        check_integers("prompt_start", text.starts, (text.shape[0],))
+        check_same_device("prompt_start", text.starts, inputs_embeds=text.source)
+    _check_column(prompt_start, text.shape[1])
+
+
+def check_start_values(text: Text) -> None:
+    """The values of the rows' columns where reading them costs nothing."""
+    starts = text.starts
+    if starts is not None and starts.numel() and has_readable_values(starts):
+        for value in starts.aminmax():
+            _check_column(int(value), text.shape[1])
+
+
+def _check_column(prompt_start: int, length: int) -> None:
     if not 0 <= prompt_start <= length:
         raise ValueError(f"prompt_start={prompt_start} is not a column of the text: it must be in 0 … {length}")
+
+
+def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """TypeError for another dtype than an integer's, ValueError for another shape."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, not {describe(tensor)}")
+    check_shape(name, tensor, shape)
+
+
+def check_no_stack(index: Tensor | None, lengths: Tensor | None, positions: Tensor | None) -> None:
+    """ValueError for what belongs to a stack of adapters beside a prompt of two dimensions."""
+    for name, value in (("adapter_index", index), ("prompt_lengths", lengths), ("text_positions", positions)):
+        if value is not None:
+            raise ValueError(f"{name} needs a stack of adapters: give a prompt [adapters, S, d] and the rest to match")
+
+
+def check_stack(text: Text, stack: Stack, weights: Weights) -> None:
+    """The constants of several adapters, and what the rows say of them."""
+    if any(t is not None for t in (weights.space_down, weights.space_up, weights.gate_weight)):
+        raise ValueError("a stack has no spaces: they are in P* already, leave them out")
+    if len(stack.prompt) == 0:
+        raise ValueError(f"prompt must be [adapters, S, d] with at least one adapter, not {tuple(stack.prompt.shape)}")
+    adapters, _, d = stack.prompt.shape
+    batch = text.shape[0]
+    if len(text.shape) != 3 or text.shape[2] != d:
+        raise ValueError(
+            f"the text's embeddings must be [batch, length, {d}] for prompts of width {d}, not {tuple(text.shape)}: "
+            "the stack belongs to another backbone"
+        )
+    check_all_or_none(token_down=stack.token_down, token_up=stack.token_up)
+    if stack.lowrank_a is None and stack.lowrank_b is not None:
+        raise ValueError(
+            "lowrank_b given without lowrank_a: pass both, or the update itself, [adapters, N, d], as lowrank_a"
+        )
+    if stack.lowrank_a is not None:
+        check_shape("lowrank_a", stack.lowrank_a, (adapters, "N", d if stack.lowrank_b is None else "r"))
+        if stack.lowrank_b is not None:
+            check_shape("lowrank_b", stack.lowrank_b, (adapters, stack.lowrank_a.shape[2], d))
+    if stack.token_down is not None and stack.token_up is not None:
+        check_shape("token_down", stack.token_down, (adapters, "q", d))
+        check_shape("token_up", stack.token_up, tuple(stack.token_down.shape))
+    check_trained(
+        text.source.device, inputs_embeds=text.source, prompt=stack.prompt, lowrank_a=stack.lowrank_a,
+        lowrank_b=stack.lowrank_b, token_down=stack.token_down, token_up=stack.token_up,
+    )  # fmt: skip
+    if stack.adapter_index is None and adapters > 1:
+        raise ValueError(f"a stack of {adapters} adapters needs adapter_index: the number of each row's adapter")
+    if stack.positions is not None and text.mask is not None:
+        raise ValueError("text_positions and attention_mask both say where the text stands: give one of them")
+    wanted = (
+        ("adapter_index", stack.adapter_index, (batch,), 0, adapters - 1),
+        ("prompt_lengths", stack.lengths, (adapters,), 0, None),
+        ("text_positions", stack.positions, text.shape[:2], -1, None),
+    )
+    for name, tensor, shape, lowest, highest in wanted:
+        if tensor is None:
+            continue
+        check_integers(name, tensor, shape)
+        check_same_device(name, tensor, inputs_embeds=text.source)
+        if tensor.numel() and has_readable_values(tensor):
+            low, high = tensor.min().item(), tensor.max().item()
+            if low < lowest or (highest is not None and high > highest):
+                raise IndexError(
+                    f"{name} holds {low if low < lowest else high}, but must be in {lowest} … {highest}"
+                    if highest is not None
+                    else f"{name} holds {low}, but must be {lowest} or more"
+                )
 
 
 def check_positions(text_positions: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.reference import bottleneck
-from .arguments import Settings, TextWeights, Weights
+from .arguments import Settings, Stack, TextWeights, Weights
 
 
 def text_positions(attention_mask: Tensor) -> Tensor:
@@ -79,7 +79,39 @@ def text_update(inputs_embeds: Tensor, text_positions: Tensor, weights: TextWeig
     return total
 
 
-def insert_prompt(prompt_star: Tensor, text: Tensor, prompt_start: int) -> Tensor:
-    """Step 7: P* [s, d] at column `prompt_start` of text [batch, L, d]. Returns [batch, s + L, d]."""
-    rows = prompt_star.expand(len(text), -1, -1)
-    return torch.cat([text[:, :prompt_start], rows, text[:, prompt_start:]], dim=1)
+def insert_prompt(prompt_star: Tensor, text: Tensor, prompt_start: int | Tensor) -> Tensor:
+    """Step 7: P* [s, d] at column `prompt_start` of text [batch, L, d], a number or one for each row [batch].
+
+    Returns [batch, s + L, d].
+    """
+    if isinstance(prompt_start, Tensor):
+        starts = prompt_start.tolist()
+        rows = [insert_prompt(prompt_star, row[None], start) for row, start in zip(text, starts, strict=True)]
+        return torch.cat(rows) if rows else text.new_empty(0, len(prompt_star) + text.shape[1], text.shape[2])
+    prompts = prompt_star.expand(len(text), -1, -1)
+    return torch.cat([text[:, :prompt_start], prompts, text[:, prompt_start:]], dim=1)
+
+
+def prompt_embed_by_row(
+    inputs_embeds: Tensor, text_positions: Tensor, stack: Stack, prompt_start: int | Tensor, settings: Settings
+) -> Tensor:
+    """Steps 1, 2 and 7 of each row of inputs_embeds [batch, L, d] with its own adapter's constants.
+
+    Rows with a shorter prompt than the stack's end with columns of zeros. Returns [batch, S + L, d].
+    """
+    batch, length, d = inputs_embeds.shape
+    out = inputs_embeds.new_zeros(batch, stack.prompt.shape[1] + length, d)
+    for row in range(batch):
+        adapter = 0 if stack.adapter_index is None else int(stack.adapter_index[row])
+        start = int(prompt_start[row]) if isinstance(prompt_start, Tensor) else prompt_start
+        prompt = stack.prompt[adapter]
+        if stack.lengths is not None:
+            prompt = prompt[: int(stack.lengths[adapter])]
+        one = slice(row, row + 1)
+        text = text_update(inputs_embeds[one], text_positions[one], stack.of(adapter), settings)
+        if stack.kind == "table" and stack.lowrank_a is not None:
+            table, position = stack.lowrank_a[adapter], text_positions[row]
+            covered = (position >= 0) & (position < len(table))
+            text = text + table[position.where(covered, 0)] * covered.unsqueeze(-1).to(table.dtype)
+        out[row, : len(prompt) + length] = insert_prompt(prompt, text, start)[0]
+    return out

@@ -10,7 +10,7 @@ import dataclasses
 
 from ..common.traffic import PEAK_BANDWIDTH, Traffic, seconds
 
-__all__ = ["PEAK_BANDWIDTH", "Shapes", "Traffic", "backward", "forward", "kept_by_torch", "seconds"]
+__all__ = ["PEAK_BANDWIDTH", "Shapes", "Traffic", "backward", "by_row", "forward", "kept_by_torch", "seconds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Shapes:
 
     @property
     def slots(self) -> int:
-        """Bytes of the slots and the lengths."""
-        return 4 * (self.batch * self.length + self.batch) if self.masked else 0
+        """Bytes of the slots and the lengths; without A·B flags alone."""
+        return 4 * (self.batch * self.length + (self.batch if self.r else 0)) if self.masked else 0
 
 
 def forward(x: Shapes, id_bytes: int = 8, mask_bytes: int = 8) -> Traffic:
@@ -57,7 +57,7 @@ def forward(x: Shapes, id_bytes: int = 8, mask_bytes: int = 8) -> Traffic:
         "X": tokens * x.d * x.source_bytes,
         "P* in every row": x.batch * x.s * x.d * x.source_bytes,
         "ids and mask": tokens * (id_bytes + (mask_bytes if x.masked else 0)),
-        "slots": 2 * x.slots,  # written, and read by the text
+        "slots": x.slots * (2 if x.r else 1),  # written, and read by the text where they order it
         "weights": x.weights * x.weight_bytes,
         "kept": x.kept * x.compute_bytes,
     }
@@ -101,3 +101,18 @@ def kept_by_torch(x: Shapes, fusion: bool = True, lowrank_update: bool = True) -
     if x.r and lowrank_update:  # the rows of A that the text reaches, one of zeros behind them, and where they go
         kept["low-rank update"] = 4 * (covered + x.masked) * x.r + 8 * tokens * x.masked
     return kept
+
+
+def by_row(x: Shapes, adapters: int, table: bool = False, id_bytes: int = 8, mask_bytes: int = 8) -> Traffic:
+    """One launch with the constants of several adapters: r counts in A and B, or with `table` in e·c·A·B of N rows."""
+    tokens = x.batch * x.length
+    lowrank = (x.n * x.d if table else x.n * x.r + x.r * x.d) if x.r else 0
+    memory = {
+        "rows of E": tokens * x.d * x.source_bytes,
+        "X": tokens * x.d * x.source_bytes,
+        "P* in every row": x.batch * x.s * x.d * x.source_bytes,
+        "ids and mask": tokens * (id_bytes + (mask_bytes if x.masked else 0)),
+        "constants": adapters * (x.s * x.d + lowrank + 2 * x.q * x.d) * x.weight_bytes,
+    }
+    flops = 2 * tokens * x.d * (x.r if x.r and not table else 0) + 4 * tokens * x.d * x.q
+    return Traffic(1, memory, flops)

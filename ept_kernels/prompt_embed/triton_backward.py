@@ -86,7 +86,7 @@ def backward(
 ) -> Gradients:
     """The gradients in two launches, for the arguments of `forward` and what it kept.
 
-    The mask itself is not asked for: `kept.lengths` has it. Without `input_grad` the text's embeddings get none.
+    Mask and starts themselves are not asked for: `kept` has them. Without `input_grad` the text's embeddings get none.
     """
     grads = empty_grads(text, weights, input_grad)
     if grad_out.numel() == 0:
@@ -112,7 +112,7 @@ def backward(
     position_items = divided_up(n, POSITION_TILE) if b_rank else 0
     common = dict(
         D=d, R=r, K=k, H=h, Q=q, **tiles, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE, POSITIONS=POSITION_TILE,
-        BATCH=TOKEN_BATCH, MASK=kept.lengths.numel() > 0, UPDATE=update, FUSION=fusion,
+        BATCH=TOKEN_BATCH, MASK=kind_of_mask(kept), STARTS=kept.starts.numel() > 0, UPDATE=update, FUSION=fusion,
         ACTIVATION=settings.activation, COMPUTE=triton_dtype(dtype),
     )  # fmt: skip
 
@@ -144,6 +144,13 @@ def backward(
             num_warps=NUM_WARPS if flags["AMD"] else WEIGHTS_WARPS, num_stages=WEIGHTS_STAGES, **common, **flags,
         )  # fmt: skip
     return grads
+
+
+def kind_of_mask(kept: Kept) -> str:
+    """ "none", "slots" or "flags": what the forward kept."""
+    if kept.slots.numel() == 0:
+        return "none"
+    return "slots" if kept.lengths.numel() else "flags"
 
 
 def empty_grads(text: Text, weights: Weights, input_grad: bool) -> Gradients:

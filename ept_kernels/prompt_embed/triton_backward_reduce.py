@@ -14,16 +14,16 @@ from ..common.triton_device import (
     space_of_column,
     store_block,
 )
-from .triton_forward_text import locate
+from .triton_forward_text import load_starts, locate
 
 
 @triton.jit
 def sum_prompt(
-    block, part, parts, grad_out, grad_gate, lowrank_a, lowrank_b, space_up, down, softmax, y_sum, partial, small,
+    block, part, parts, grad_out, grad_gate, lowrank_a, lowrank_b, space_up, starts, down, softmax, y_sum, partial, small,
     attention_mean, arrived, batch, length, num_rows, num_positions, prompt_start, scale, unit,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, POSITIONS: tl.constexpr, GATE_GRAD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, POSITIONS: tl.constexpr, STARTS: tl.constexpr, GATE_GRAD: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
     UNROLL_BY: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,10 @@ def sum_prompt(
     inside = valid[:, None] & (columns < D)[None, :]
     y = tl.zeros([ROWS, BLOCK_D], COMPUTE)
     for row in tl.range(0, batch, loop_unroll_factor=UNROLL_BY):
-        out_row = tl.full((), 1, tl.int64) * row * (num_rows + length) + prompt_start + rows
+        start = prompt_start
+        if STARTS:
+            start = tl.load(starts + row)
+        out_row = tl.full((), 1, tl.int64) * row * (num_rows + length) + start + rows
         y += tl.load(grad_out + out_row[:, None] * D + columns[None, :], inside, other=0.0).to(COMPUTE)
     y *= unit
     tl.store(y_sum + rows[:, None] * D + columns[None, :], y, inside)
@@ -145,10 +148,10 @@ def attention_and_grad(y, a, dt, highest, total, covered, score_scale, COMPUTE: 
 
 @triton.jit
 def sum_text(
-    tile, part, grad_out, slots, lengths, lowrank_b, dc, da_partial, dx,
+    tile, part, grad_out, slots, lengths, starts, lowrank_b, dc, da_partial, dx,
     batch, length, covered_slots, num_rows, prompt_start,
     D: tl.constexpr, R: tl.constexpr, R_TILE: tl.constexpr, SLOTS: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASK: tl.constexpr, INPUT_GRAD: tl.constexpr,
+    MASK: tl.constexpr, STARTS: tl.constexpr, INPUT_GRAD: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, UNROLL_BY: tl.constexpr,
 ):  # fmt: skip
     """dC and its share of dC·Bᵀ for SLOTS slots and BLOCK_D columns."""
@@ -157,8 +160,8 @@ def sum_text(
     total = tl.zeros([SLOTS, BLOCK_D], COMPUTE)
     for start in tl.range(0, batch, loop_unroll_factor=UNROLL_BY):
         g, token_row, text, exists = load_grad(
-            start, start + 1, slot, columns, grad_out, slots, lengths, length, num_rows, prompt_start,
-            D, 1, SLOTS, MASK, COMPUTE,
+            start, start + 1, slot, columns, grad_out, slots, lengths, starts, length, num_rows, prompt_start,
+            D, 1, SLOTS, MASK, STARTS, COMPUTE,
         )  # fmt: skip
         if INPUT_GRAD:
             inside = exists[:, :, None] & (columns < D)[None, None, :]
@@ -174,10 +177,11 @@ def sum_text(
 
 @triton.jit
 def sum_tokens(
-    tile, chunk, grad_out, slots, lengths, lowrank_b, token_down, token_up, inner, inner_grad, da_partial, dx,
+    tile, chunk, grad_out, slots, lengths, starts, lowrank_b, token_down, token_up, inner, inner_grad, da_partial, dx,
     batch, length, covered_slots, num_rows, prompt_start,
     D: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, R_TILE: tl.constexpr, Q_TILE: tl.constexpr,
-    SLOTS: tl.constexpr, BATCH: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, INPUT_GRAD: tl.constexpr,
+    SLOTS: tl.constexpr, BATCH: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, STARTS: tl.constexpr,
+    INPUT_GRAD: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """g for SLOTS slots of BATCH rows, their share of Σ_b dX·Bᵀ, and dx."""
@@ -191,8 +195,8 @@ def sum_tokens(
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         grad, _, text, exists = load_grad(
-            first_row, last_row, slot, columns, grad_out, slots, lengths, length, num_rows, prompt_start,
-            D, BATCH, SLOTS, MASK, COMPUTE,
+            first_row, last_row, slot, columns, grad_out, slots, lengths, starts, length, num_rows, prompt_start,
+            D, BATCH, SLOTS, MASK, STARTS, COMPUTE,
         )  # fmt: skip
         grad = tl.where(text[:, :, None], grad, 0.0)
         up = load_rows(token_up, token_ranks, token_ranks < Q, columns, D, COMPUTE)
@@ -212,8 +216,8 @@ def sum_tokens(
         for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             grad, token_row, _, exists = load_grad(
-                first_row, last_row, slot, columns, grad_out, slots, lengths, length, num_rows, prompt_start,
-                D, BATCH, SLOTS, MASK, COMPUTE,
+                first_row, last_row, slot, columns, grad_out, slots, lengths, starts, length, num_rows, prompt_start,
+                D, BATCH, SLOTS, MASK, STARTS, COMPUTE,
             )  # fmt: skip
             projection = load_rows(token_down, token_ranks, token_ranks < Q, columns, D, COMPUTE)
             through = multiply(g, projection, tl.zeros([TOKENS, BLOCK_D], COMPUTE), PRECISION)
@@ -224,14 +228,15 @@ def sum_tokens(
 
 @triton.jit
 def load_grad(
-    first_row, last_row, slot, columns, grad_out, slots, lengths, length, num_rows, prompt_start,
-    D: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, MASK: tl.constexpr, COMPUTE: tl.constexpr,
+    first_row, last_row, slot, columns, grad_out, slots, lengths, starts, length, num_rows, prompt_start,
+    D: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr, MASK: tl.constexpr, STARTS: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """dX [BATCH, SLOTS, columns] at the slots; the tokens' rows in dx; whether text; whether there at all."""
     row, token, token_row, text, exists = locate(
         first_row, last_row, slot, None, slots, lengths, length, 1, BATCH, SLOTS, False, MASK
     )
-    column = token + tl.where(token >= prompt_start, num_rows, 0)
+    column = token + tl.where(token >= load_starts(starts, row, last_row, prompt_start, STARTS), num_rows, 0)
     out_row = (row.to(tl.int64)[:, None] * (num_rows + length) + column) * D
     inside = exists[:, :, None] & (columns < D)[None, None, :]
     grad = tl.load(grad_out + out_row[:, :, None] + columns[None, None, :], inside, other=0.0).to(COMPUTE)
@@ -245,13 +250,15 @@ def load_grad(
 )  # fmt: skip
 def reduce_kernel(
     grad_out, grad_gate, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
-    slots, lengths, inner, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, inner_grad, partial, dx, counter,
+    slots, lengths, starts, inner, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, inner_grad, partial, dx,
+    counter,
     batch, length, num_rows, num_positions, covered_slots, prompt_start, scale: tl.float64, embed_scale: tl.float64,
     prompt_items, text_tiles,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Q: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr, Q_TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, POSITIONS: tl.constexpr, BATCH: tl.constexpr, UNROLL_BY: tl.constexpr,
-    MASK: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr, GATE_GRAD: tl.constexpr, INPUT_GRAD: tl.constexpr,
+    MASK: tl.constexpr, STARTS: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr, GATE_GRAD: tl.constexpr,
+    INPUT_GRAD: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     SLICES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -261,24 +268,24 @@ def reduce_kernel(
     if item < prompt_items:
         block = item // SLICES
         sum_prompt(
-            block, item % SLICES, SLICES, grad_out, grad_gate, lowrank_a, lowrank_b, space_up, down, softmax,
-            y_sum, partial, small, attention_mean, counter + block,
+            block, item % SLICES, SLICES, grad_out, grad_gate, lowrank_a, lowrank_b, space_up, starts, down,
+            softmax, y_sum, partial, small, attention_mean, counter + block,
             batch, length, num_rows, num_positions, prompt_start, scale, unit,
-            D, R if FUSION else 0, K, H, R_TILE, K_TILE, KH_TILE, ROWS, BLOCK_D, POSITIONS, GATE_GRAD,
+            D, R if FUSION else 0, K, H, R_TILE, K_TILE, KH_TILE, ROWS, BLOCK_D, POSITIONS, STARTS, GATE_GRAD,
             ACTIVATION, COMPUTE, PRECISION, AMD, UNROLL_BY,
         )  # fmt: skip
     elif Q > 0:
         item -= prompt_items
         sum_tokens(
-            item % text_tiles, item // text_tiles, grad_out, slots, lengths, lowrank_b, token_down, token_up,
+            item % text_tiles, item // text_tiles, grad_out, slots, lengths, starts, lowrank_b, token_down, token_up,
             inner, inner_grad, da_partial, dx, batch, length, covered_slots, num_rows, prompt_start,
-            D, R if UPDATE else 0, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, MASK, INPUT_GRAD,
+            D, R if UPDATE else 0, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, MASK, STARTS, INPUT_GRAD,
             ACTIVATION, COMPUTE, PRECISION,
         )  # fmt: skip
     elif UPDATE or INPUT_GRAD:
         item -= prompt_items
         sum_text(
-            item // SLICES, item % SLICES, grad_out, slots, lengths, lowrank_b, dc, da_partial, dx,
+            item // SLICES, item % SLICES, grad_out, slots, lengths, starts, lowrank_b, dc, da_partial, dx,
             batch, length, covered_slots, num_rows, prompt_start,
-            D, R if UPDATE else 0, R_TILE, SLOTS, BLOCK_D, MASK, INPUT_GRAD, COMPUTE, PRECISION, UNROLL_BY,
+            D, R if UPDATE else 0, R_TILE, SLOTS, BLOCK_D, MASK, STARTS, INPUT_GRAD, COMPUTE, PRECISION, UNROLL_BY,
         )  # fmt: skip

@@ -10,12 +10,12 @@ from .triton_forward_text import locate
 
 @triton.jit
 def weights_of_text(
-    part, share, shares, ids, source, grad_out, slots, lengths, lowrank_a, inner, inner_grad, dc, partial,
+    part, share, shares, ids, source, grad_out, slots, lengths, starts, lowrank_a, inner, inner_grad, dc, partial,
     batch, length, text_slots, covered_slots, num_rows, prompt_start, source_stride, scale, unit,
     D: tl.constexpr, R: tl.constexpr, B_R: tl.constexpr, Q: tl.constexpr,
     R_TILE: tl.constexpr, Q_TILE: tl.constexpr,
     SLOTS: tl.constexpr, BATCH: tl.constexpr, BLOCK_D: tl.constexpr, GATHER: tl.constexpr, MASK: tl.constexpr,
-    ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    STARTS: tl.constexpr, ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial dB, dW and dD of BLOCK_D columns over every `shares`-th tile of slots."""
     TOKENS: tl.constexpr = BATCH * SLOTS
@@ -30,8 +30,8 @@ def weights_of_text(
             total = tl.zeros([SLOTS, BLOCK_D], COMPUTE)
             for start in range(0, batch, BATCH):
                 grad, _, text, exists = load_grad(
-                    start, batch, slot, columns, grad_out, slots, lengths, length, num_rows, prompt_start,
-                    D, BATCH, SLOTS, MASK, COMPUTE,
+                    start, batch, slot, columns, grad_out, slots, lengths, starts, length, num_rows, prompt_start,
+                    D, BATCH, SLOTS, MASK, STARTS, COMPUTE,
                 )  # fmt: skip
                 grad = tl.where(text[:, :, None], grad, 0.0)
                 total += tl.sum(grad, 0)
@@ -172,7 +172,7 @@ def weights_of_positions(
 )  # fmt: skip
 def weights_kernel(
     ids, source, grad_out, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
-    slots, lengths, inner, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, inner_grad, partial, counter,
+    slots, lengths, starts, inner, down, mix, softmax, y_sum, small, attention_mean, dc, da_partial, inner_grad, partial, counter,
     grad_prompt, grad_lowrank_a, grad_lowrank_b, grad_space_down, grad_space_up, grad_gate_weight,
     grad_token_down, grad_token_up,
     batch, length, num_rows, num_positions, covered_slots, text_slots, prompt_start, source_stride,
@@ -180,7 +180,7 @@ def weights_kernel(
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Q: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr, Q_TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, POSITIONS: tl.constexpr, BATCH: tl.constexpr,
-    GATHER: tl.constexpr, MASK: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr,
+    GATHER: tl.constexpr, MASK: tl.constexpr, STARTS: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     SLICES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -206,9 +206,9 @@ def weights_kernel(
         else:
             weights_of_text(
                 part, item // SLICES - prompt_items // SLICES, shares,
-                ids, source, grad_out, slots, lengths, lowrank_a, inner, inner_grad, dc, partial,
+                ids, source, grad_out, slots, lengths, starts, lowrank_a, inner, inner_grad, dc, partial,
                 batch, length, text_slots, covered_slots, num_rows, prompt_start, source_stride, scale, unit,
-                D, UPDATE_R, B_R, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, GATHER, MASK,
+                D, UPDATE_R, B_R, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, GATHER, MASK, STARTS,
                 ACTIVATION, COMPUTE, PRECISION,
             )  # fmt: skip
         if FUSION or item >= prompt_items:  # noqa: SIM102  Triton evaluates both sides of `and`

@@ -5,17 +5,18 @@
 
 Every program takes a ticket and with it one item of work. Roles in the order of tickets, and who waits for whom:
 
-    order     one batch row: which token stands in which slot                        ─┐
+    order     one batch row: which token stands in which slot (for A·B only)         ─┐
     project   PROMPT_TILE rows of P × a part of d: partial sums of P·[B; U; G]ᵀ;      │
               the last part of a row block adds them up and takes both softmaxes  ─┐  │
-    text      TEXT_TILE slots × columns × batch rows of X                          │ ◄┘  (with a mask only)
+    text      TEXT_TILE slots × columns × batch rows of X                          │ ◄┘  (with a mask and A·B only)
     prompt    PROMPT_TILE rows × columns × batch rows of P*                        ◄┘
 
 A program waits for lower tickets only. Those have started, and the ones it waits for wait for nobody, so the launch
 ends whatever order the hardware starts programs in. The prompt's chain (project, then prompt) hides behind the text.
+Where nobody waits, programs take no tickets: the default preset's prompt is P itself, and its text needs no slots.
 
 Slots: the text tokens of a row in their order, then its padding in its order. A tile of slots therefore needs the
-same rows of A in every batch row, and A·B is computed once for all of them. Without a mask slot = column.
+same rows of A in every batch row, and A·B is computed once for all of them. Without a mask, or without A·B, slot = column.
 
 Bytes of the text part, minimum: each row of E is read once and each row of X written once, 2·batch·L·d elements;
 A, B (and D, W), the ids and the slots come on top and are small. A·B is never stored.
@@ -57,7 +58,8 @@ TICKET, DONE, ORDERED, ARRIVED = (tl.constexpr(i) for i in range(4))  # counters
 
 ORDER_CHUNK = 1024  # tokens of a row ordered at a time
 BATCH_TILE = 2  # batch rows of a text tile: two gathers in flight per thread
-BATCH_SPAN = 8  # batch rows per program: enough programs to fill a GPU, and A·B shared by as many
+BATCH_SPAN = 8  # batch rows per program at most, which share A·B
+PROGRAMS = 528  # of the text, where the batch has rows enough: four for each multiprocessor of an H100
 PROJECT_STEP = 2048  # numbers of [B; U; G] per step of a project program: more of them would spill
 STAGES = 2  # of loops with dots; a third buffer costs registers that the text needs for occupancy
 PROJECT_PART = 128  # columns of d per project program
@@ -65,33 +67,35 @@ PROJECT_PART = 128  # columns of d per project program
 
 @triton.jit(
     do_not_specialize=[
-        "batch", "length", "num_rows", "num_positions", "prompt_start", "text_tiles", "order_items", "project_items",
-        "text_items", "prompt_items",
+        "batch", "length", "num_rows", "num_positions", "prompt_start", "text_tiles", "span", "order_items",
+        "project_items", "text_items", "prompt_items",
     ]
 )  # fmt: skip
 def forward_kernel(
-    ids, source, mask, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
-    out, slots, lengths, inner, down, mix, softmax, gate, partial, counter,
+    ids, source, mask, starts, prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight, token_down, token_up,
+    out, slots, lengths, kept_starts, inner, down, mix, softmax, gate, partial, counter,
     batch, length, num_rows, num_positions, prompt_start, source_stride, scale: tl.float64, embed_scale: tl.float64,
-    text_tiles, order_items, project_items, text_items, prompt_items,
+    text_tiles, span, order_items, project_items, text_items, prompt_items,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, Q: tl.constexpr,
     R_TILE: tl.constexpr, K_TILE: tl.constexpr, KH_TILE: tl.constexpr, Q_TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     PART: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, POSITIONS: tl.constexpr,
-    CHUNK: tl.constexpr, BATCH: tl.constexpr, SPAN: tl.constexpr, PROMPT_SPAN: tl.constexpr,
-    GATHER: tl.constexpr, MASK: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr, SAVE: tl.constexpr,
+    CHUNK: tl.constexpr, BATCH: tl.constexpr, PROMPT_SPAN: tl.constexpr,
+    GATHER: tl.constexpr, MASK: tl.constexpr, STARTS: tl.constexpr, UPDATE: tl.constexpr, FUSION: tl.constexpr,
+    SAVE: tl.constexpr,
     ROLE: tl.constexpr, ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     SLICES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     FUSION_R: tl.constexpr = R if FUSION else 0
     MIXES: tl.constexpr = FUSION_R + K > 0  # whether P* is more than e·P
+    WAITS: tl.constexpr = ROLE == "all" and (MIXES or MASK == "slots")
     scale = tl.full((), scale, COMPUTE)
     unit = tl.full((), embed_scale, COMPUTE)
     blocks = (num_rows + ROWS - 1) // ROWS
     parts = project_items // blocks
     flags = counter + ARRIVED + blocks
-    item = tl.atomic_add(counter + TICKET, 1, sem="relaxed") if ROLE == "all" else tl.program_id(0)
+    item = tl.atomic_add(counter + TICKET, 1, sem="relaxed") if WAITS else tl.program_id(0)
 
-    if MASK and (ROLE == "all" or ROLE == "order"):
+    if MASK == "slots" and (ROLE == "all" or ROLE == "order"):
         if item < order_items:
             order_row(item, mask, slots, lengths, counter + ORDERED, length, CHUNK, ROLE == "all", AMD)
         item -= order_items
@@ -108,22 +112,22 @@ def forward_kernel(
         item -= project_items
     if ROLE == "all" or ROLE == "text":
         if item >= 0 and item < text_items:
-            if MASK and ROLE == "all":
+            if MASK == "slots" and ROLE == "all":
                 wait(counter + ORDERED, batch)
             tile = item % text_tiles
             rest = item // text_tiles
             if Q > 0:
                 first_column, last_column = 0, D
-                first_row = rest * SPAN
+                first_row = rest * span
             else:
                 first_column = rest % SLICES * BLOCK_D
                 last_column = first_column + BLOCK_D
-                first_row = rest // SLICES * SPAN
+                first_row = rest // SLICES * span
             write_text(
-                tile, first_column, last_column, first_row, tl.minimum(first_row + SPAN, batch),
-                ids, source, slots, lengths, lowrank_a, lowrank_b, token_down, token_up, inner, out,
+                tile, first_column, last_column, first_row, tl.minimum(first_row + span, batch),
+                ids, source, mask, starts, slots, lengths, lowrank_a, lowrank_b, token_down, token_up, inner, out,
                 length, num_rows, num_positions, prompt_start, source_stride, scale, unit,
-                D, R, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, GATHER, MASK, UPDATE, SAVE,
+                D, R, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, GATHER, MASK, STARTS, UPDATE, SAVE,
                 ACTIVATION, COMPUTE, PRECISION,
             )  # fmt: skip
         item -= text_items
@@ -136,11 +140,11 @@ def forward_kernel(
                 wait(flags + block, 1)
             write_prompt(
                 block, rest % SLICES * BLOCK_D, first_row, tl.minimum(first_row + PROMPT_SPAN, batch),
-                prompt, lowrank_b, space_up, mix, out, length, num_rows, prompt_start, scale, unit,
-                D, FUSION_R, K, H, R_TILE, KH_TILE, ROWS, BLOCK_D, COMPUTE, PRECISION,
+                prompt, lowrank_b, space_up, starts, kept_starts, mix, out, length, num_rows, prompt_start, scale, unit,
+                D, FUSION_R, K, H, R_TILE, KH_TILE, ROWS, BLOCK_D, STARTS, COMPUTE, PRECISION,
             )  # fmt: skip
 
-    if ROLE == "all":
+    if WAITS:
         # The last program sets the counters back: every other one has passed its waits.
         total = order_items + project_items + text_items + prompt_items
         if tl.atomic_add(counter + DONE, 1, sem="acq_rel") == total - 1:
@@ -152,14 +156,16 @@ def forward_kernel(
 
 
 class Kept(NamedTuple):
-    """What the forward leaves for the backward, in the compute type but for the first two; empty where not used.
+    """What the forward leaves for the backward, in the compute type but for the first three; empty where not used.
 
-    slots [batch, L] and lengths [batch] (int32, with a mask), inner = x/e·Dᵀ by slot [batch, L, q] (if it was to be
-    saved), down [s, r + K·h + K], mix [s, r + K·h] and softmax [s, 2].
+    slots [batch, L] and lengths [batch] (int32, with a mask; without A·B the slots are 1 on text, and there are no lengths),
+    starts [batch] (int32, where rows differ in them), inner = x/e·Dᵀ by slot [batch, L, q] (if it was to be saved),
+    down [s, r + K·h + K], mix [s, r + K·h] and softmax [s, 2].
     """
 
     slots: Tensor
     lengths: Tensor
+    starts: Tensor
     inner: Tensor
     down: Tensor
     mix: Tensor
@@ -187,10 +193,12 @@ def forward(text: Text, weights: Weights, settings: Settings, save: bool) -> Res
     slices, blocks = divided_up(d, block_d), divided_up(s, PROMPT_TILE)
     part = min(PROJECT_PART, tile_of(d))
     mixes = kept.down.numel() > 0
-    span = BATCH_TILE if q else BATCH_SPAN
+    update = settings.lowrank_update and r > 0
+    masking = kind_of_mask(text, weights, settings)
     text_tiles = divided_up(length, TEXT_TILE)
+    span = BATCH_TILE if q else span_of(batch, text_tiles * slices)
     items = {
-        ORDER: 0 if text.mask is None or length == 0 else batch,
+        ORDER: batch if masking == "slots" and length else 0,
         PROJECT: blocks * divided_up(d, part) if mixes else 0,
         TEXT: text_tiles * (1 if q else slices) * divided_up(batch, span),
         PROMPT: blocks * slices * divided_up(batch, BATCH_SPAN),
@@ -205,13 +213,13 @@ def forward(text: Text, weights: Weights, settings: Settings, save: bool) -> Res
         def launch_role(role: str, programs: int) -> None:
             launch(
                 forward_kernel, programs,
-                text.ids, text.source, mask, *weights, out, *kept, gate, partial, counter,
+                text.ids, text.source, mask, text.starts, *weights, out, *kept, gate, partial, counter,
                 batch, length, s, weights.positions, settings.prompt_start,
-                text.source.stride(-2), settings.scale, settings.embed_scale, text_tiles, *items.values(),
+                text.source.stride(-2), settings.scale, settings.embed_scale, text_tiles, span, *items.values(),
                 D=d, R=r, K=k, H=h, Q=q, **tiles, PART=part, STEP=step, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE,
-                POSITIONS=SCORE_TILE, CHUNK=ORDER_CHUNK, BATCH=BATCH_TILE, SPAN=span, PROMPT_SPAN=BATCH_SPAN,
-                GATHER=text.ids is not None, MASK=mask is not None, UPDATE=settings.lowrank_update and r > 0,
-                FUSION=settings.fusion and r > 0, SAVE=save, ROLE=role, ACTIVATION=settings.activation,
+                POSITIONS=SCORE_TILE, CHUNK=ORDER_CHUNK, BATCH=BATCH_TILE, PROMPT_SPAN=BATCH_SPAN,
+                GATHER=text.ids is not None, MASK=masking, STARTS=text.starts is not None,
+                UPDATE=update, FUSION=settings.fusion and r > 0, SAVE=save, ROLE=role, ACTIVATION=settings.activation,
                 COMPUTE=triton_dtype(dtype), **backend_flags(dtype), num_warps=NUM_WARPS,
                 num_stages=STAGES,
             )  # fmt: skip
@@ -225,16 +233,35 @@ def forward(text: Text, weights: Weights, settings: Settings, save: bool) -> Res
     return results
 
 
+def kind_of_mask(text: Text, weights: Weights, settings: Settings) -> str:
+    """ "none", "slots" that order the text, or "flags", which will do where no A·B asks for a token's place."""
+    if text.mask is None:
+        return "none"
+    if settings.lowrank_update and weights.rank > 0:
+        return "slots"
+    return "flags" if weights.token_rank else "none"
+
+
+def span_of(batch: int, programs: int) -> int:
+    """Batch rows per text program: the most up to BATCH_SPAN with which there are PROGRAMS of them."""
+    span = BATCH_SPAN
+    while span > BATCH_TILE and programs * divided_up(batch, span) < PROGRAMS:
+        span //= 2
+    return span
+
+
 def empty_results(text: Text, weights: Weights, settings: Settings, save: bool) -> Results:
     """The tensors that `forward` fills, for real and for fake inputs."""
     batch, length, d = text.shape
     prompt, (k, h) = weights.prompt, weights.spaces
     s, r, q = len(prompt), weights.rank if settings.fusion else 0, weights.token_rank if save else 0
-    masked = text.mask is not None
+    masking = kind_of_mask(text, weights, settings)
+    masked = masking == "slots" or (masking == "flags" and save)
     floats: dict[str, Any] = dict(dtype=compute_dtype(text.source, *weights), device=prompt.device)
     kept = Kept(
         slots=prompt.new_empty((batch, length) if masked else (0, 0), dtype=torch.int32),
-        lengths=prompt.new_empty(batch if masked else 0, dtype=torch.int32),
+        lengths=prompt.new_empty(batch if masking == "slots" else 0, dtype=torch.int32),
+        starts=prompt.new_empty(0 if text.starts is None else batch, dtype=torch.int32),
         inner=torch.empty((batch, length, q) if q else (0, 0, 0), **floats),
         down=torch.empty(s, r + k * h + k, **floats),
         mix=torch.empty(s, r + k * h, **floats),

@@ -116,12 +116,12 @@ def finish_projection(
 
 @triton.jit
 def write_prompt(
-    block, first_column, first_row, last_row, prompt, lowrank_b, space_up, mix, out,
+    block, first_column, first_row, last_row, prompt, lowrank_b, space_up, starts, kept_starts, mix, out,
     length, num_rows, prompt_start, scale, unit,
     D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr, R_TILE: tl.constexpr, KH_TILE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STARTS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P* for ROWS prompt rows and BLOCK_D columns, into the batch rows first_row … last_row."""
+    """P* for ROWS prompt rows and BLOCK_D columns, into the batch rows first_row … last_row; and where these start."""
     MIX: tl.constexpr = R + K * H
     rows = block * ROWS + tl.arange(0, ROWS)
     valid = rows < num_rows
@@ -138,5 +138,10 @@ def write_prompt(
     total = tl.sum(tl.reshape(total * unit, [1, ROWS, BLOCK_D]), 0)  # out of the dot's layout, as in write_text
     inside = valid[:, None] & (columns < D)[None, :]
     for row in range(first_row, last_row):
-        out_row = tl.full((), 1, tl.int64) * row * (num_rows + length) + prompt_start + rows
+        start = prompt_start
+        if STARTS:
+            start = tl.load(starts + row).to(tl.int32)
+            if block + first_column == 0:
+                tl.store(kept_starts + row, start)
+        out_row = tl.full((), 1, tl.int64) * row * (num_rows + length) + start + rows
         tl.store(out + out_row[:, None] * D + columns[None, :], total, inside)

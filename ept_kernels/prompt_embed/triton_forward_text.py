@@ -30,23 +30,26 @@ def order_row(row, mask, slots, lengths, counter, length, CHUNK: tl.constexpr, S
 @triton.jit
 def write_text(
     tile, first_column, last_column, first_row, last_row,
-    ids, source, slots, lengths, lowrank_a, lowrank_b, token_down, token_up, inner, out,
+    ids, source, mask, starts, slots, lengths, lowrank_a, lowrank_b, token_down, token_up, inner, out,
     length, num_rows, num_positions, prompt_start, source_stride, scale, unit,
     D: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, R_TILE: tl.constexpr, Q_TILE: tl.constexpr,
     SLOTS: tl.constexpr, BATCH: tl.constexpr, BLOCK_D: tl.constexpr,
-    GATHER: tl.constexpr, MASK: tl.constexpr, UPDATE: tl.constexpr, SAVE: tl.constexpr,
+    GATHER: tl.constexpr, MASK: tl.constexpr, STARTS: tl.constexpr, UPDATE: tl.constexpr, SAVE: tl.constexpr,
     ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X for SLOTS slots of the batch rows first_row … last_row; with the token-conditioned update all of d at once."""
     slot = tile * SLOTS + tl.arange(0, SLOTS)
     ranks = tl.arange(0, R_TILE)
+    flags = slots
+    if MASK == "flags":
+        flags = mask
     if UPDATE:
         a = load_rows(lowrank_a, slot, slot < num_positions, ranks, R, COMPUTE) * (scale * unit)
     if Q > 0:
         # One batch tile per program here: the gathered rows are read for σ(x/e·Dᵀ), and again, from the cache, below.
         token_ranks = tl.arange(0, Q_TILE)
         row, token, source_row, text, exists = locate(
-            first_row, last_row, slot, ids, slots, lengths, length, source_stride, BATCH, SLOTS, GATHER, MASK
+            first_row, last_row, slot, ids, flags, lengths, length, source_stride, BATCH, SLOTS, GATHER, MASK
         )
         z = tl.zeros([BATCH * SLOTS, Q_TILE], COMPUTE)
         for start in range(0, D, BLOCK_D):
@@ -59,6 +62,8 @@ def write_text(
         if SAVE:
             saved_row = tl.reshape(row.to(tl.int64)[:, None] * length + slot[None, :], [BATCH * SLOTS])
             store_block(inner, saved_row, tl.reshape(exists, [BATCH * SLOTS]), token_ranks, Q, Q, z)
+            if MASK == "flags":
+                tl.store(slots + row.to(tl.int64)[:, None] * length + slot[None, :], text.to(tl.int32), exists)
         token_mix = activate(z, ACTIVATION) * unit
     for first in range(first_column, last_column, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
@@ -73,7 +78,7 @@ def write_text(
             token_update = tl.reshape(token_update, [BATCH, SLOTS, BLOCK_D])
         for start in range(first_row, last_row, BATCH):
             row, token, source_row, text, exists = locate(
-                start, last_row, slot, ids, slots, lengths, length, source_stride, BATCH, SLOTS, GATHER, MASK
+                start, last_row, slot, ids, flags, lengths, length, source_stride, BATCH, SLOTS, GATHER, MASK
             )
             inside = exists[:, :, None] & (columns < D)[None, None, :]
             x = tl.load(source + source_row[:, :, None] + columns[None, None, :], inside, other=0.0).to(COMPUTE)
@@ -81,9 +86,18 @@ def write_text(
                 x += tl.where(text[:, :, None], update[None, :, :], 0.0)
             if Q > 0:
                 x += tl.where(text[:, :, None], token_update, 0.0)
-            column = token + tl.where(token >= prompt_start, num_rows, 0)
+            column = token + tl.where(token >= load_starts(starts, row, last_row, prompt_start, STARTS), num_rows, 0)
             out_row = (row.to(tl.int64)[:, None] * (num_rows + length) + column) * D
             tl.store(out + out_row[:, :, None] + columns[None, None, :], x, inside)
+
+
+@triton.jit
+def load_starts(starts, row, last_row, prompt_start, STARTS: tl.constexpr):
+    """[rows, 1]: the text column of each row's prompt."""
+    if STARTS:
+        return tl.load(starts + row, row < last_row, other=0).to(tl.int32)[:, None]
+    else:
+        return tl.zeros_like(row)[:, None] + prompt_start
 
 
 @triton.jit
@@ -91,16 +105,21 @@ def locate(
     first_row, last_row, slot, ids, slots, lengths, length, source_stride,
     BATCH: tl.constexpr, SLOTS: tl.constexpr, GATHER: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """For BATCH × SLOTS: batch rows, tokens, their rows' offsets in the source, whether text, whether there at all."""
+    """For BATCH × SLOTS: batch rows, tokens, their rows' offsets in the source, whether text, whether there at all.
+
+    `slots` are the order of the tokens, or flags of those that are text, as MASK says.
+    """
     row = first_row + tl.arange(0, BATCH)
     exists = (row < last_row)[:, None] & (slot < length)[None, :]
     index = row.to(tl.int64)[:, None] * length + slot[None, :]
-    if MASK:
+    if MASK == "slots":
         token = tl.load(slots + index, exists, other=0, cache_modifier=".cg")
         text = slot[None, :] < tl.load(lengths + row, row < last_row, other=0, cache_modifier=".cg")[:, None]
     else:
         token = tl.broadcast_to(slot[None, :], [BATCH, SLOTS])
         text = exists
+        if MASK == "flags":
+            text = tl.load(slots + index, exists, other=0) != 0
     source_index = row.to(tl.int64)[:, None] * length + token
     if GATHER:
         source_index = tl.load(ids + source_index, exists, other=0).to(tl.int64)

@@ -2,6 +2,7 @@
 
     ept_kernels::prompt_embed             triton_forward.forward
     ept_kernels::prompt_embed_backward    triton_backward.backward
+    ept_kernels::prompt_embed_by_row      triton_by_row.forward, which has no backward
 
 torch.library wants flat arguments, which only this file packs and unpacks. An ordinary eager call goes past the
 operators, to the same functions and the same formula of autograd: the dispatcher would take longer than the kernels.
@@ -19,8 +20,8 @@ from torch import Tensor
 from ..common.operators import Call, apply, is_eager, schema_of, unflatten
 from ..common.triton_launch import launch_mode
 from ..common.triton_repeat import repeat
-from . import triton_backward, triton_forward
-from .arguments import Settings, Text, Weights
+from . import triton_backward, triton_by_row, triton_forward
+from .arguments import Settings, Stack, Text, Weights
 from .triton_forward import Kept
 
 FORWARD = (Text, Weights, Settings)
@@ -92,16 +93,16 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_gate: Tensor | None, *_: 
     settings = ctx.settings
     grad_out = source.new_zeros(ctx.out_shape) if grad_out is None else grad_out.contiguous()
     grad_gate = None if grad_gate is None else grad_gate.contiguous()
-    _, input_grad, _, *needed = ctx.needs_input_grad
+    _, input_grad, _, _, *needed = ctx.needs_input_grad
     # Where somebody means to go backward through this, the operator is what refuses it.
     if not torch.is_grad_enabled() and is_eager(grad_out, grad_gate):
         saved = (grad_out, grad_gate, ids, source, *tensors)
         flat = _backward_launches(saved, source.stride(), settings, input_grad, ctx.call)
     else:
-        flat = prompt_embed_backward_op(ids, source, None, *tensors, *settings, input_grad, grad_out, grad_gate)
+        flat = prompt_embed_backward_op(ids, source, None, None, *tensors, *settings, input_grad, grad_out, grad_gate)
     *weight_grads, source_grad = flat
     of_weights = [grad if need else None for grad, need in zip(weight_grads, needed, strict=False)]
-    return [None, source_grad if input_grad else None, None, *of_weights]
+    return [None, source_grad if input_grad else None, None, None, *of_weights]
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -182,10 +183,11 @@ def prompt_embed(text: Text, weights: Weights, settings: Settings, call: Call | 
 
 
 def _row_major(text: Text) -> Text:
-    ids, source, mask = text
+    ids, source, mask, starts = text
     if ids is None or source.stride(-1) != 1:
         source = source.contiguous()
-    return Text(None if ids is None else ids.contiguous(), source, None if mask is None else mask.contiguous())
+    ids, mask, starts = (None if t is None else t.contiguous() for t in (ids, mask, starts))
+    return Text(ids, source, mask, starts)
 
 
 def _asks_for_gradients(source: Tensor, weights: Weights) -> bool:
@@ -193,3 +195,29 @@ def _asks_for_gradients(source: Tensor, weights: Weights) -> bool:
         if t is not None and t.requires_grad:
             return True
     return False
+
+
+@torch.library.custom_op(
+    "ept_kernels::prompt_embed_by_row", mutates_args=(), schema=schema_of(Text, Stack, Settings, returns=1)
+)  # fmt: skip
+def prompt_embed_by_row_op(*flat: Any) -> Tensor:
+    """X for the fields of Text, Stack and Settings."""
+    return triton_by_row.forward(*unflatten(flat, Text, Stack, Settings))
+
+
+@prompt_embed_by_row_op.register_fake
+def _(*flat: Any) -> Tensor:
+    text, stack, _ = unflatten(flat, Text, Stack, Settings)
+    return triton_by_row.empty_result(text, stack)
+
+
+def prompt_embed_by_row(text: Text, stack: Stack, settings: Settings) -> Tensor:
+    """X [batch, S + L, d] of rows of several adapters; without gradients."""
+    text = _row_major(text)
+    prompt, *others = stack
+    if prompt.stride()[1:] != (prompt.shape[2], 1):  # the first or last rows of a longer stack are taken as they are
+        prompt = prompt.contiguous()
+    stack = Stack(prompt, *(None if t is None else t.contiguous() for t in others))
+    if is_eager(*text, *stack):
+        return triton_by_row.forward(text, stack, settings)
+    return prompt_embed_by_row_op(*text, *stack, *settings)

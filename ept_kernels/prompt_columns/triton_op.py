@@ -1,0 +1,34 @@
+"""The kernel as an operator that torch.compile and opcheck know; an ordinary eager call goes past it.
+
+ept_kernels::prompt_columns    triton_forward.forward; integers have no gradient
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.operators import is_eager, schema_of, unflatten
+from . import triton_forward
+from .arguments import Columns, Rows, Settings
+
+
+@torch.library.custom_op(
+    "ept_kernels::prompt_columns", mutates_args=(), schema=schema_of(Rows, Settings, returns=len(Columns._fields))
+)  # fmt: skip
+def prompt_columns_op(*flat: Any) -> tuple[Tensor, ...]:
+    """The fields of Columns for those of Rows and Settings."""
+    return tuple(triton_forward.forward(*unflatten(flat, Rows, Settings)))
+
+
+@prompt_columns_op.register_fake
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    return tuple(triton_forward.empty_results(*unflatten(flat, Rows, Settings)))
+
+
+def prompt_columns(rows: Rows, settings: Settings) -> Columns:
+    """The columns in one launch."""
+    rows = Rows(*(None if t is None else t.contiguous() for t in rows))  # type: ignore[arg-type]
+    if is_eager(*rows):
+        return triton_forward.forward(rows, settings)
+    return Columns(*prompt_columns_op(*rows, *settings))

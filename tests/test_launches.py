@@ -1,0 +1,321 @@
+"""How many operations a call adds to the bare model's, and that none waits for the device: counted where no GPU is.
+
+The kernels' launchers are replaced by torch, so that impl="auto" takes the operators on a CPU: each is one launch on a GPU.
+Values are not read, as on a GPU.
+"""
+
+import copy
+import functools
+
+import pytest
+import torch
+import transformers as hf
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ept import EPTConfig
+from ept.layer.folded import fold_layer
+from ept.model.inputs import Inputs
+from ept.model.routing import Member, OneAdapter
+from tiny_models import all_parts, backbone, ids, padded, shake, wrapped
+
+pytest.importorskip("triton")
+import ept.model.layout
+from ept_kernels import availability
+
+# What moves no data and launches nothing.
+VIEWS = {
+    "_unsafe_view", "alias", "as_strided", "detach", "empty", "expand", "narrow", "new_empty", "permute", "reshape", "select",
+    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias",
+    "lift_fresh",
+}  # fmt: skip
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations inside, without views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1]
+        if name not in VIEWS:
+            self.names.append(name)
+        return function(*args, **kwargs or {})
+
+
+def operations(run):
+    with Operations() as counted, torch.no_grad():
+        run()
+    return counted.names
+
+
+def waits(names):
+    """How often a value is read: transformers asks itself whether a mask is all ones."""
+    return sum(name in WAITS for name in names)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The operators of the kernels in place of torch's operations, and no value that can be read without a wait."""
+    from ept_kernels.layer_update import checks as layer_checks
+    from ept_kernels.layer_update import eager as layer_eager
+    from ept_kernels.layer_update import triton_op as layer_op
+    from ept_kernels.prompt_columns import eager as columns_eager
+    from ept_kernels.prompt_columns import triton_op as columns_op
+    from ept_kernels.prompt_embed import checks as embed_checks
+    from ept_kernels.prompt_embed import eager, reference, triton_op
+
+    def embed(text, weights, settings, save):
+        results = empty_embed(text, weights, settings, save)
+        start = settings.prompt_start if text.starts is None else text.starts
+        prompt, gate = eager.reconstruct_prompt(weights, settings)
+        rows = text.source if text.ids is None else text.source[text.ids]
+        positions = None if text.mask is None else reference.text_positions(text.mask)
+        rows = eager.text_update(rows, positions, weights.of_text(settings.lowrank_update), settings)
+        return results._replace(out=eager.insert_prompt(prompt, rows, start), gate=gate)
+
+    def embed_by_row(text, stack, settings):
+        start = settings.prompt_start if text.starts is None else text.starts
+        rows = text.source if text.ids is None else text.source[text.ids]
+        positions = stack.positions if text.mask is None else reference.text_positions(text.mask)
+        return eager.prompt_embed_by_row(rows, positions, stack, start, settings, torch.float32)
+
+    def update(tensors, settings, save):
+        scale = settings.hidden_scale if tensors.scales is None else tensors.scales
+        hidden, down, up, index, _ = tensors
+        out = layer_eager.layer_update(hidden, down, up, scale, settings.activation, index)
+        return layer_op.triton_forward.empty_results(tensors, save)._replace(out=out)
+
+    empty_embed = triton_op.triton_forward.empty_results
+    monkeypatch.setattr(availability, "_resolved", lambda impl, device: "triton" if impl == "auto" else impl)
+    monkeypatch.setattr(triton_op.triton_forward, "forward", embed)
+    monkeypatch.setattr(triton_op.triton_by_row, "forward", embed_by_row)
+    monkeypatch.setattr(layer_op.triton_forward, "forward", update)
+    monkeypatch.setattr(columns_op.triton_forward, "forward", columns_eager.prompt_columns)
+    for operators in (triton_op, layer_op):
+        monkeypatch.setattr(operators, "repeat", lambda call, key, function, *tensors: function(*tensors))
+    for module in (embed_checks, layer_checks, ept.model.layout):
+        monkeypatch.setattr(module, "has_readable_values", lambda tensor: False)
+
+
+SEQ, LM = hf.AutoModelForSequenceClassification, hf.AutoModelForCausalLM
+MODELS = {
+    "bert": lambda: backbone("bert", SEQ, num_labels=3),
+    "roberta": lambda: backbone("roberta", SEQ, num_labels=3),
+    "llama": lambda: backbone("llama", LM),
+    "llama with a head": lambda: backbone("llama", SEQ, num_labels=3, pad_token_id=0),
+    "t5": lambda: backbone("t5", hf.AutoModelForSeq2SeqLM),
+}
+PRESETS = {
+    "default": [EPTConfig()],
+    "paper": [EPTConfig.paper(prompt_length=4, rank=3, max_text_length=16)],
+    "other sizes": [
+        EPTConfig(), all_parts(prompt_length=5, token_rank=3, deep_layers=1), all_parts(prompt_length=7, rank=2),
+        all_parts(prompt_length=3, rank=0, num_spaces=0, token_rank=0),
+    ],
+}  # fmt: skip
+ADAPTERS, BATCH = 32, 32
+
+
+def with_adapters(name, configs):
+    """A model of 32 adapters whose configs are given in turn, and a batch of 32 rows."""
+    model = wrapped(MODELS[name](), configs[0])
+    for number in range(1, ADAPTERS):
+        labels = dict(num_labels=2 + number % 3) if model.head_names and len(configs) > 1 else {}
+        model.add_adapter(f"{number}", configs[number % len(configs)], **labels)
+        shake(type("Holder", (), {"ept": model.inactive_adapters[-1].layer}), seed=number)
+    side = "left" if name.startswith("llama") else "right"
+    text, mask = padded([ids(1, 9 - row % 3, seed=row) for row in range(BATCH)], side, pad=model.config.pad_token_id)
+    batch = dict(input_ids=text, attention_mask=mask)
+    return model.eval(), batch | ({"decoder_input_ids": ids(BATCH, 2)} if name == "t5" else {})
+
+
+def names_of(model, count):
+    return [model.list_adapters()[row % count] for row in range(BATCH)]
+
+
+def check_mixed(name, configs, more):
+    model, batch = with_adapters(name, configs)
+    counts = {}
+    for count in (1, 2, 8, 32):
+
+        def run(count=count):
+            return model(**batch, adapter_ids=names_of(model, count)).logits
+
+        with torch.no_grad():
+            run()  # what is kept is made once
+        names = operations(run)
+        assert waits(names) == waits(operations(lambda: model.base_model(**batch)))
+        counts[count] = len(names)
+    print(counts)
+    assert counts[2] == counts[8] == counts[32] <= counts[1] + more, counts
+    return counts
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mixed_batch_launches_as_much_whatever_the_number_of_adapters(as_on_a_gpu, name, preset):
+    check_mixed(name, PRESETS[preset], 10)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_same_holds_in_torch(name):
+    for preset, more in (
+        ("default", 10),
+        ("paper", 10),
+        ("other sizes", 45),
+    ):  # whose first adapter has the fewest parts
+        model, batch = with_adapters(name, PRESETS[preset])
+        counts = []
+        for count in (1, 2, 32):
+            logits_of(model, batch, count)
+            counts.append(len(operations(functools.partial(logits_of, model, batch, count))))
+        assert counts[1] == counts[2] <= counts[0] + more, counts
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_a_folded_adapter_launches_no_more_than_a_live_one(as_on_a_gpu, name, preset):
+    model, batch = with_adapters(name, PRESETS[preset])
+    live = [len(operations(lambda: model(**batch))), check_mixed_count(model, batch)]
+    model.fold()
+    for adapter in model.inactive_adapters:
+        adapter.layer = fold_layer(adapter.layer)
+    folded = [len(operations(lambda: model(**batch))), check_mixed_count(model, batch)]
+    assert folded[0] <= live[0] and folded[1] <= live[1], (folded, live)
+
+
+def check_mixed_count(model, batch):
+    def run():
+        return model(**batch, adapter_ids=names_of(model, 8))
+
+    with torch.no_grad():
+        run()
+    return len(operations(run))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_padding_on_the_left_takes_two_launches_and_no_wait(as_on_a_gpu, preset):
+    model = wrapped(MODELS["llama"](), PRESETS[preset][0])
+    text, mask = padded([ids(1, n, seed=n) for n in (4, 9, 6)], "left")
+    inputs, routing = Inputs(text, attention_mask=mask, labels=text), OneAdapter(Member(model.ept, []))
+    with Operations() as counted:
+        model._backbone.lay_out(inputs, routing, None, None, {})
+    assert counted.names == ["prompt_columns", "prompt_embed"]
+    logits = model(text, mask).logits
+    for row, tokens in enumerate(text):
+        alone = model(tokens[mask[row] == 1][None]).logits[0]
+        torch.testing.assert_close(logits[row][mask[row] == 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize(("config", "input_stage"), [(EPTConfig.deep(), 1), (all_parts(deep_layers=-1), 2)])
+def test_a_token_takes_few_launches(as_on_a_gpu, config, input_stage, fold):
+    """The stage before the first layer takes the place of the backbone's look-up; then one launch for each layer's update."""
+    model = wrapped(backbone("llama", LM, num_hidden_layers=4), config)
+    model = model.fold() if fold else model
+    text, mask = padded([ids(1, n, seed=n) for n in (4, 9, 6)], "left")
+
+    def of_a_token(generate):
+        settings = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+        few, many = (
+            operations(lambda n=n: generate(text, attention_mask=mask, max_new_tokens=n, **settings)) for n in (2, 6)
+        )
+        return (len(many) - len(few)) / 4, (waits(many) - waits(few)) / 4
+
+    def bare(*args, **kwargs):
+        with model.disable_adapter():
+            return model.generate(*args, **kwargs)
+
+    (operations_of_ept, waits_of_ept), (operations_of_backbone, waits_of_backbone) = map(
+        of_a_token, (model.generate, bare)
+    )
+    assert operations_of_ept == operations_of_backbone - 1 + input_stage + 3
+    assert waits_of_ept == waits_of_backbone
+
+
+def test_a_token_of_a_mixed_batch_takes_no_more(as_on_a_gpu):
+    model, batch = with_adapters("llama", PRESETS["default"])
+    settings = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+    model.generate(**batch, adapter_ids=names_of(model, 8), max_new_tokens=1, **settings)
+
+    def of_a_token(**adapters):
+        few, many = (
+            len(operations(lambda n=n: model.generate(**batch, **adapters, max_new_tokens=n, **settings)))
+            for n in (2, 6)
+        )
+        return (many - few) / 4
+
+    assert of_a_token(adapter_ids=names_of(model, 8)) == of_a_token(adapter_ids=names_of(model, 2)) == of_a_token()
+
+
+def logits_of(model, batch, count=4):
+    with torch.no_grad():
+        return model(**batch, adapter_ids=names_of(model, count)).logits
+
+
+def test_what_is_kept_is_made_anew_when_a_tensor_has_changed():
+    model, batch = with_adapters("bert", PRESETS["other sizes"])
+    before = logits_of(model, batch)
+    assert torch.equal(logits_of(model, batch), before)
+    changes = [
+        lambda: (model.ept.deep_up.data.copy_(model.ept.deep_up + 1), model.train().eval()),
+        lambda: torch.nn.init.normal_(model.inactive_adapters[0].layer.token_up),
+        lambda: setattr(model.inactive_adapters[1].layer, "prompt", torch.nn.Parameter(torch.randn(7, 32))),
+        lambda: torch.nn.init.normal_(model.inactive_adapters[2].heads[0].weight),
+    ]
+    for number, change in enumerate(changes):
+        with torch.no_grad():
+            change()
+        after = logits_of(model, batch)
+        changed = [
+            row for row in range(BATCH) if not torch.allclose(after[row], before[row], atol=1e-6, equal_nan=True)
+        ]
+        assert changed == [row for row in range(BATCH) if row % 4 == number]
+        before = after
+    with torch.inference_mode():
+        fresh = copy.deepcopy(model)(**batch, adapter_ids=names_of(model, 4)).logits
+    assert torch.equal(fresh, before)
+
+
+def test_what_is_kept_in_inference_mode_serves_a_backward_pass():
+    model, batch = with_adapters("bert", PRESETS["default"])
+    with torch.inference_mode():
+        want = model(**batch, adapter_ids=names_of(model, 4)).logits
+    logits = model(**batch, adapter_ids=names_of(model, 4)).logits
+    torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)
+    logits.isfinite().float()
+    logits[logits.isfinite()].sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in trained.values()), trained.keys()
+    rows = torch.tensor([row for row in range(BATCH) if row % 4 == 0])  # the active adapter's
+    model.zero_grad()
+    own = {name: tensor[rows] for name, tensor in batch.items()}
+    model(**own).logits.sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(trained[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_adapters_of_several_activations_and_implementations_share_a_batch():
+    configs = [all_parts(activation=name, prompt_length=length, impl=impl, deep_layers=-1)
+               for name, length, impl in (("silu", 3, "auto"), ("relu", 5, "torch"), ("gelu", 2, "reference"))]  # fmt: skip
+    for name in ("bert", "llama"):
+        model, batch = with_adapters(name, configs)
+        batch = {key: tensor[:6] for key, tensor in batch.items()}
+        adapters = names_of(model, 4)[:6]
+        with torch.no_grad():
+            logits = model(**batch, adapter_ids=adapters).logits
+        for row, adapter in enumerate(adapters):
+            alone = logits_of_row(model, {key: tensor[row : row + 1] for key, tensor in batch.items()}, adapter)
+            torch.testing.assert_close(
+                logits[row][batch["attention_mask"][row] == 1] if name == "llama" else logits[row, : alone.shape[-1]],
+                alone[batch["attention_mask"][row] == 1] if name == "llama" else alone, rtol=1e-4, atol=1e-5,
+            )  # fmt: skip
+
+
+def logits_of_row(model, batch, adapter):
+    with torch.no_grad():
+        return model(**batch, adapter_ids=[adapter]).logits[0]
