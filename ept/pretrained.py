@@ -110,8 +110,10 @@ class SavedAdapter(AdapterFiles):
             ValueError, OSError: the adapter is incomplete, or its backbone is not where it was.
         """
         kind = self.kind()
-        backbone = self.load_backbone(name_or_path, **precision(dtype, not_quantised=self.settings.get("head") or None))
-        tokenizer = self.load_tokenizer(self._backbone_name(name_or_path))
+        backbone_name = self._backbone_name(name_or_path)
+        settings = precision(backbone_name, dtype, not_quantised=self.settings.get("head") or None)
+        backbone = self.load_backbone(name_or_path, **settings)
+        tokenizer = self.load_tokenizer(backbone_name)
         pad_like_tokenizer(backbone, tokenizer)
         return EPTModel.from_files(backbone, self).eval(), tokenizer, kind
 

@@ -78,10 +78,14 @@ def subset(fields: dict, wanted: dict) -> dict:
     return {name: fields[name] for name in wanted}
 
 
-def test_the_table_has_the_papers_thirteen_tasks_with_its_metric_first():
+def test_the_table_has_the_papers_thirteen_tasks_with_the_metric_of_published_results_first():
     assert set(BENCHMARK_TASKS) == {*GLUE, *SUPER_GLUE, "multirc"} and len(BENCHMARK_TASKS) == 13
     firsts = {name: task.metrics[0] for name, task in BENCHMARK_TASKS.items()}
-    assert firsts == dict.fromkeys(BENCHMARK_TASKS, "accuracy") | {"stsb": "pearson", "multirc": "f1"}
+    assert firsts == dict.fromkeys(BENCHMARK_TASKS, "accuracy") | {
+        "stsb": "pearson",
+        "multirc": "f1",
+        "cola": "matthews",
+    }
     assert benchmark_task("SST-2").name == "sst2"
     with pytest.raises(ValueError, match="one of mnli, qqp"):
         benchmark_task("wnli")

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -318,7 +319,67 @@ def test_presets_budgets_and_single_sizes_reach_the_adapter(place, tmp_path):
 
 def test_every_setting_of_the_config_is_an_option():
     options = {field.name for field in dataclasses.fields(AdapterArguments)}
-    assert options == {field.name for field in dataclasses.fields(EPTConfig)} | {"preset", "budget", "soft_prompt"}
+    others = {"preset", "budget", "soft_prompt", "init_adapters"}
+    assert options == {field.name for field in dataclasses.fields(EPTConfig)} | others
+
+
+# ---------------------------------------------------------------------- starting from trained adapters
+
+
+def test_training_starts_from_adapters_says_their_weights_and_is_resumed_without_them(adapter, place, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(adapter, source, ignore=shutil.ignore_patterns("checkpoint-*"))
+    begun = [place, tmp_path / "out", "--init_adapters", source, "--save_steps", 1, "--seed", 7]
+    assert train(*begun, steps=1) == 0
+    said = capsys.readouterr().err
+    assert f"started from {source} 1.00 (share of the labels' variance that each misses: fresh " in said
+    record = json.loads((tmp_path / "out" / "run.json").read_text())["started_from"]
+    assert record["weights"] == {str(source): 1.0} and record["errors"][str(source)] < record["errors"]["fresh"]
+    tuned, start = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "out", source))
+    adapters = [name for name in start if not name.startswith("head.")]
+    assert all(torch.equal(tuned[name], start[name]) for name in adapters)  # the first step's rate is 0
+    shutil.rmtree(source)
+    assert train(*begun, "--resume_from_checkpoint", "true", steps=2) == 0
+    assert train(place, tmp_path / "out", "--resume_from_checkpoint", "true", "--seed", 7, steps=3) == 0
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--init_adapters", "absent"], "absent holds no adapter_config.json"),
+    (["--init_adapters", "ADAPTER", "ADAPTER/."], "ADAPTER/. twice"),
+    (["--init_adapters", "ADAPTER", "--budget", "4000"], "--budget and --init_adapters"),
+    (["--init_adapters", "ADAPTER", "--init", "normal"], "--init normal and --init_adapters"),
+    (["--init_adapters", "ADAPTER", "--prompt_length", "5"], "prompt must be (5, 32)"),
+    (["--init_adapters", "ADAPTER", "--model_name_or_path", "OTHER"], "backbone"),
+    (["--init_adapters", "FOLDED"], "is folded, for inference only"),
+    (["--init", "adapters"], "--init adapters needs trained adapters"),
+])  # fmt: skip
+def test_sources_that_cannot_be_started_from_are_one_line(options, said, adapter, place, tmp_path, capsys):
+    other, folded = tmp_path / "other", tmp_path / "folded"
+    if "OTHER" in options:
+        save_model(other, hidden_size=16)
+    if "FOLDED" in options:
+        assert main(["fold", "--adapter", str(adapter), "--output_dir", str(folded)]) == 0
+    places = {"ADAPTER": adapter, "ADAPTER/.": f"{adapter}/.", "OTHER": other, "FOLDED": folded}
+    argv = [
+        "train", "--model_name_or_path", place / "mean", "--train_file", place / "train.csv", "--output_dir", tmp_path / "out",
+        "--use_cpu", *(places.get(word, word) for word in options),
+    ]  # fmt: skip
+    assert said.replace("ADAPTER", str(adapter)) in refused(capsys, argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_without_a_head_starts_from_one_adapter_as_it_is(place, tmp_path, capsys):
+    more = ["--task", "continuation", "--max_seq_length", 24]
+    for name in ("one", "two"):
+        assert train(place, tmp_path / name, *more, model="llama", steps=1) == 0
+    capsys.readouterr()
+    assert train(place, tmp_path / "out", *more, "--init_adapters", tmp_path / "one", model="llama", steps=1) == 0
+    assert f"started from {tmp_path / 'one'} 1.00\n" in capsys.readouterr().err
+    argv = [
+        "train", "--model_name_or_path", place / "llama", "--train_file", place / "train.csv", *more, "--use_cpu",
+        "--output_dir", tmp_path / "no", "--init_adapters", tmp_path / "one", tmp_path / "two",
+    ]  # fmt: skip
+    assert "continuation has no such head: give one of them" in refused(capsys, argv)
 
 
 # ---------------------------------------------------------------------- help and bad input

@@ -103,6 +103,7 @@ def test_the_doctor_says_which_implementation_runs_and_why(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert 'impl="auto" takes torch: the tensors are on cpu' in said or "takes triton" in said
     assert "torch on cpu: right, forward and backward" in said and "nothing is wrong" in said
+    assert "bfloat16 instructions: weights that were saved in bfloat16 are loaded in" in said
     assert f"torch {torch.__version__.split('+')[0]}" in said and f"transformers {hf.__version__}" in said
 
 

@@ -7,16 +7,34 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from bench.accuracy import forms
 from bench.accuracy.arms import TASKS
 from bench.accuracy.many import Encoder, Rows, Shape, features, fresh, fresh_head, logits_of, loss_of, settings, train
 from bench.accuracy.study import decode_predictions
-from bench.accuracy.transfer import Bundle, Job, Study, mean_product
+from bench.accuracy.transfer import Bundle, Job, Study, mean_product, score
 from ept import EPTConfig, get_ept_model
 from ept.backbone.layers import find_layers
 from tiny_models import POSITIONS, VOCAB, WIDTH, mean_pooling
 
 SIZES = {"train": 50, "dev": 8, "test": 9}
 SHAPES = {"EPT": Shape("EPT", 3), "LoRA": Shape("LoRA", 2)}
+# Shape and the package's config of the same parts.
+PARTS = {
+    "EPT": (SHAPES["EPT"], EPTConfig.deep(token_rank=3, embed_scale=0.5)),
+    "EPT, identity": (
+        Shape("EPT", 3, activation="identity"), EPTConfig.deep(token_rank=3, embed_scale=0.5, activation="identity"),
+    ),
+    "EPT paper": (
+        Shape("EPT", 0, prompt_length=3, lowrank=2, positions=8, spaces=(2, 2)),
+        EPTConfig.paper(prompt_length=3, rank=2, max_text_length=8, num_spaces=2, embed_scale=0.5),
+    ),
+    "EPT, all parts": (
+        Shape("EPT", 3, prompt_length=3, lowrank=2, positions=8, spaces=(2, 2)),
+        EPTConfig.deep(
+            prompt_length=3, token_rank=3, rank=2, max_text_length=8, num_spaces=2, space_dim=2, embed_scale=0.5
+        ),
+    ),
+}  # fmt: skip
 LINEARS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 
@@ -57,14 +75,15 @@ def named_sizes(shape, base):
     return shape.sizes(encoder_of(base))
 
 
-@pytest.mark.parametrize("name", ["EPT", "LoRA", "LoRA, all layers"])
+@pytest.mark.parametrize("name", [*PARTS, "LoRA", "LoRA, all layers"])
 def test_logits_and_gradients_are_those_of_the_package_and_of_peft(name):
     base = mean_pooling(num_labels=3)
     encoder = encoder_of(base, embed_scale=0.5)
-    shape, rows = SHAPES.get(name, Shape("LoRA", 1, LINEARS)), rows_of(6, 1)
-    start = start_of(shape, encoder, 7)
-    if name == "EPT":
-        model = get_ept_model(base, EPTConfig.deep(token_rank=3, embed_scale=0.5))
+    is_ept = name in PARTS
+    shape = PARTS[name][0] if is_ept else SHAPES.get(name, Shape("LoRA", 1, LINEARS))
+    rows, start = rows_of(6, 1), start_of(shape, encoder, 7)
+    if is_ept:
+        model = get_ept_model(base, PARTS[name][1])
         head = base.classifier
     else:
         config = LoraConfig(
@@ -75,7 +94,7 @@ def test_logits_and_gradients_are_those_of_the_package_and_of_peft(name):
     theirs = peers_tensors(shape, model)
     with torch.no_grad():
         for key, parameters in theirs.items():
-            for parameter, value in zip(parameters, [start[key]] if name == "EPT" else start[key], strict=True):
+            for parameter, value in zip(parameters, [start[key]] if is_ept else start[key], strict=True):
                 parameter.copy_(value)
         head.weight.copy_(start["head_weight"])
         head.bias.copy_(start["head_bias"])
@@ -96,7 +115,7 @@ def test_logits_and_gradients_are_those_of_the_package_and_of_peft(name):
     torch.testing.assert_close(loss[0], output.loss, rtol=1e-5, atol=1e-6)
     for key, parameters in theirs.items():
         expected = torch.stack([parameter.grad for parameter in parameters])
-        own = tensors[key].grad if name == "EPT" else tensors[key].grad[0]
+        own = tensors[key].grad if is_ept else tensors[key].grad[0]
         torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-6)
 
 
@@ -141,6 +160,32 @@ def test_features_are_in_the_rows_own_order():
             torch.testing.assert_close(found[run][number], alone[0, 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [
+    {"after_last": True}, {"affine": True}, {"sharing": 2}, {"after_last": True, "affine": True, "sharing": 2},
+])  # fmt: skip
+def test_a_form_that_the_package_has_not_starts_as_the_prompt_alone_and_every_tensor_of_it_learns(form):
+    encoder, rows = encoder_of(mean_pooling()), [rows_of(16, 1)]
+    shape, plain = Shape("EPT", 2, **form), Shape("EPT", 0)
+    start = fresh(shape, encoder, 0, np.arange(5, VOCAB)) | fresh_head(3, WIDTH, 0)
+    tensors = {name: value.unsqueeze(0) for name, value in start.items()}
+    found, expected = (features(encoder, one, tensors, rows)[0] for one in (shape, plain))
+    torch.testing.assert_close(found, expected)
+    trained, _ = train(encoder, shape, [start], rows, [settings(shape, 1.0, 0.005)], [0], steps=3, batch_size=8)
+    assert all(not torch.equal(trained[name][0], value) for name, value in start.items())
+
+
+def test_averaged_tensors_are_the_mean_of_the_last_steps():
+    encoder, shape, rows = encoder_of(mean_pooling()), SHAPES["EPT"], rows_of(16, 1)
+    start = start_of(shape, encoder, 0)
+    arguments = ([start], [rows], [settings(shape, 1.0, 0.005)], [0])
+    last, _ = train(encoder, shape, *arguments, steps=4, batch_size=8)
+    same, _ = train(encoder, shape, *arguments, steps=4, batch_size=8, averaged=0.25)  # the last step's own
+    mean, _ = train(encoder, shape, *arguments, steps=4, batch_size=8, averaged=1.0)
+    torch.testing.assert_close(same["deep_up"], last["deep_up"])
+    gaps = [(each["deep_up"][0] - start["deep_up"]).norm() for each in (mean, last)]
+    assert 0 < gaps[0] < gaps[1]
+
+
 def test_an_untrained_layer_leaves_the_encoder_as_it_is():
     model = mean_pooling()
     encoder = encoder_of(model)
@@ -183,3 +228,39 @@ def test_a_study_leaves_a_line_for_every_run_and_its_sources_never_see_a_judged_
     by_task = {line["task"]: line for line in lines if line["way"] == "blend"}
     assert set(by_task["movies"]["errors"]) == {"tweets", "news", "authors", "mean", "fresh"}
     assert len(decode_predictions(by_task["news"]["predictions"])) == SIZES["test"]
+
+
+def test_a_question_searches_every_forms_rates_then_runs_its_seeds_and_repeats_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(forms, "SEARCH_SEEDS", (5,))
+    monkeypatch.setattr(forms, "FINAL_SEEDS", (0, 1))
+    parts = {
+        task: {part: rows_of(size, seed, 2) for seed, (part, size) in enumerate(SIZES.items())}
+        for task in ("sst2", "cola")
+    }
+    bundle = Bundle(encoder_of(mean_pooling()), parts, {}, np.arange(5, VOCAB), {"cola": "matthews"})
+    tried = tuple({"prompt": prompt} for prompt in (1.0, 4.0))
+    question = forms.Question(
+        {"EPT": forms.Form(Shape("EPT", 2), tried, averaged=0.5), "LoRA": forms.Form(Shape("LoRA", 1))},
+        ("sst2", "cola"), (40,), 2, 4,
+    )  # fmt: skip
+
+    def lines():
+        runner = forms.Runner(question, bundle, tmp_path / "lines", np.inf, 3, None)
+        forms.answer(runner, question.forms)
+        return (tmp_path / "lines").read_text().splitlines()
+
+    first = lines()
+    assert len(first) == (2 + 3) * 2 + 2 * 2 * 2 and lines() == first
+    records = [json.loads(line) for line in first]
+    final = [record for record in records if record["part"] == "test"]
+    assert all(len({tuple(map(tuple, r["rates"])) for r in final if r["form"] == form}) == 1 for form in question.forms)
+    table = forms.table(question, records, draws=50)
+    assert table[0].startswith("| 40 rows |") and table[2].startswith("| EPT |") and "+0.00 (+0.00 … +0.00)" in table[2]
+    assert table[3].startswith("| LoRA |") and len(table) == 5
+
+
+def test_matthews_correlation_is_that_of_scikit_learn():
+    from sklearn.metrics import matthews_corrcoef
+
+    rows, logits = rows_of(30, 4, 2), np.random.default_rng(0).random((30, 2))
+    assert score(logits, rows, "matthews") == pytest.approx(matthews_corrcoef(rows.labels, logits.argmax(1)))

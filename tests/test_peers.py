@@ -64,8 +64,21 @@ def test_beside_half_precision_what_is_trained_is_float32(method, auto):
     assert all(p.grad is not None for group in groups for p in group["params"])
 
 
+def test_lora_on_all_linear_layers_is_on_those_of_every_layer_and_not_on_the_head():
+    few = {name.split(".layer.")[1][0] for name in without_head(adapted("LoRA all", "encoder", budget=500)[0])}
+    assert few == {"1"}  # of a budget that holds no rank of all, the last
+    names = {name.split(".lora_")[0] for name in without_head(adapted("LoRA all", "encoder")[0])}
+    assert {name.split(".layer.")[1] for name in names} == {
+        f"{layer}.{part}" for layer in range(2) for part in (
+            "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+            "intermediate.dense", "output.dense",
+        )
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("method, kind, missing", [
     ("BitFit", "t5", "has no biases"), ("head only", "llama", "has no classification head"),
+    ("LoRA all", "encoder", "no LoRA of rank 1"),
     ("LoRA", "encoder", "no LoRA of rank 1"), ("LoRa", "encoder", "choose one of head only, EPT"),
 ])  # fmt: skip
 def test_a_method_that_the_backbone_or_the_budget_does_not_hold_is_refused(method, kind, missing):

@@ -7,6 +7,8 @@ import pytest
 import transformers as hf
 
 from ept.cli import main
+from ept.compare import fit as fitting
+from ept.compare.methods import METHODS
 from ept.compare.report import table
 from ept.compare.results import KEY, finished
 from tiny_text import reviews, save_model, write_csv
@@ -30,7 +32,14 @@ def sweep(place, results, *more, model="bert") -> int:
     return main(list(map(str, command)))
 
 
-def test_a_sweep_that_was_cut_short_goes_on_and_repeats_nothing(place, tmp_path, capsys):
+def first_rate(method):
+    return METHODS[method].learning_rates[1]
+
+
+def test_a_sweep_that_was_cut_short_goes_on_repeats_nothing_and_shows_its_progress(
+    place, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(fitting, "LINE_SECONDS", 0)
     results = tmp_path / "runs.jsonl"
     grid = ["--methods", "EPT", "head only", "--seeds", "0", "1", "--middle_rate"]
     assert sweep(place, results, *grid) == 0
@@ -42,7 +51,14 @@ def test_a_sweep_that_was_cut_short_goes_on_and_repeats_nothing(place, tmp_path,
     assert len(finished(results)) == 3
     capsys.readouterr()
     assert sweep(place, results, *grid) == 0
-    assert "4 runs, 3 of them finished" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert "4 runs, 3 of them finished" in said[0]
+    name = f"reviews, head only, rate {first_rate('head only'):g}, seed 1"
+    steps = [f"{name}: step {n} of 2" for n in (1, 2)]
+    assert (
+        f"run 1 of 1: {name}, 2 steps" in said and [line[: len(steps[0])] for line in said if ": step" in line] == steps
+    )
+    assert sum(line.startswith(f"{name}: test ") for line in said) == 1
     again = results.read_text().splitlines(keepends=True)
     assert again[:3] == lines[:3] and len(again) == 4
     last, first = json.loads(again[3]), json.loads(lines[3])

@@ -237,8 +237,144 @@ def smollm2_final() -> list[Job]:
     ]
 
 
+# The paper's parts beside prompt tuning at equal parameters: budget 20 rows, 1,000 steps of 8 rows of at most 32 tokens.
+# The low-rank pair covers 32 positions; the spaces are two of width 1.
+LONG = {"steps": 1000, "batch_size": 8, "max_length": 32, "budget": 7_680, "rows": ALL_ROWS}
+PAPER = {"max_text_length": 32, "num_spaces": 2, "space_dim": 1}
+
+
+def _paper(prompt: float, others: float) -> Job:
+    """The paper's form with its prompt's rate and those of all other parts as multiples of their defaults."""
+    rates = {
+        "prompt_learning_rate": 0.09 * prompt,
+        "up_learning_rate": 0.018 * others,
+        "down_learning_rate": 0.001 * others,
+    }
+    return {"method": "EPT paper", "rate": 1.0, "settings": PAPER, "rates": rates}
+
+
+def paper_search() -> list[Job]:
+    """Rates on SST-2's dev part: the prompt's and the other parts' apart, and those of prompt tuning."""
+    tried = ((4, 0.4), (1, 0.4), (4, 0.1), (4, 0.02), (4, 0.004))
+    common = dict[str, Any](task="sst2", seed=9) | LONG
+    jobs = [
+        job(f"EPT paper, prompt {prompt:g}, others {others:g}", **common | _paper(prompt, others))
+        for prompt, others in tried
+    ]
+    rates = (0.005, 0.01, 0.02, 0.04)
+    peers = [
+        job(f"prompt tuning 20 {rate:g}", **common | {"method": "prompt tuning 20", "rate": rate}) for rate in rates
+    ]
+    return jobs + peers
+
+
+PAPER_ARMS: dict[str, dict[str, Any]] = {  # at the rates that `paper_search` chose
+    "EPT paper": _paper(4, 0.02),
+    "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.02},
+    "prompt tuning 6": {"method": "prompt tuning 6", "rate": 0.02},  # the paper's form's own prompt alone
+}
+
+
+def paper_final() -> list[Job]:
+    """Five seeds, SST-2's test part, then CoLA's."""
+    common = dict[str, Any](reads_test=True) | LONG
+    return [
+        job(arm, **common | told | {"task": task, "seed": seed})
+        for task in ("sst2", "cola")
+        for arms in (("EPT paper", "prompt tuning 20"), ("prompt tuning 6",))
+        for seed in range(5)
+        for arm, told in PAPER_ARMS.items()
+        if arm in arms
+    ]
+
+
+# LoRA on all linear layers: r = 1 is 41,472 parameters.
+LORA_ALL: Job = {"method": "LoRA all", "budget": 41_472}
+
+
+def lora_all() -> list[Job]:
+    """Rates of LoRA on all linear layers, as `search` has them: ten times full fine-tuning's (0.001) among them."""
+    return [
+        job(f"LoRA, all linear {rate:g}", task=task, rows=2000, seed=0, rate=rate, **LORA_ALL)
+        for rate in (0.005, 0.0025, 0.01, 0.001)
+        for task in ("tweets", "movies")
+    ]
+
+
+def lora_all_final() -> list[Job]:
+    """Five seeds, the test parts, beside the default preset with as many parameters of stage `final`."""
+    arms = {"LoRA, all linear": LORA_ALL | {"rate": 0.005}}
+    return [
+        job(arm, **dict[str, Any](task=task, rows=2000, seed=seed, reads_test=True) | told)
+        for task in ("tweets", "movies", "rating", "authors", "news")
+        for seed in range(5)
+        for arm, told in arms.items()
+    ]
+
+
+def glue() -> list[Job]:
+    """GLUE's three tasks on MiniLM, five seeds, the test parts; rates as in `final`."""
+    arms = {
+        arm: ARMS[arm]
+        for arm in ("EPT, deep", "EPT, deep q=8", "LoRA r=2", "LoRA r=4", "prompt tuning 20", "head only")
+    }
+    arms["LoRA, all linear"] = LORA_ALL | {"rate": 0.005}
+    return [
+        job(arm, **dict[str, Any](task=task, rows=2000, seed=seed, reads_test=True) | told)
+        for seed in range(5)
+        for task in ("sst2", "cola", "mrpc")
+        for arm, told in arms.items()
+    ]
+
+
+# Gemma 3 270M, as SmolLM2: with q = 2 EPT has 47,360 parameters, LoRA r = 1 on query and value 46,080.
+GEMMA3 = SMOLLM2 | {"backbone": "gemma3", "budget": 47_360}
+GEMMA3_ARMS: dict[str, dict[str, Any]] = {
+    "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": DEEP | {"token_rank": 2, "deep_layers": 17}},
+    "LoRA": {"method": "LoRA", "rate": 0.008},
+    "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.024},
+}
+LANGUAGE_MODELS = {"smollm2": (SMOLLM2, SMOLLM2_ARMS), "gemma3": (GEMMA3, GEMMA3_ARMS)}
+
+
+def gemma3() -> list[Job]:
+    """Learning rates for each method on the dev part of tweets."""
+    rates = {"EPT, deep": (1.0, 0.5, 2.0), "LoRA": (0.008, 0.004, 0.016), "prompt tuning 20": (0.024, 0.012, 0.048)}
+    common = dict[str, Any](task="tweets", seed=0) | GEMMA3
+    return [
+        job(f"{arm} {rate:g}", **common | GEMMA3_ARMS[arm] | {"rate": rate})
+        for arm, tried in rates.items()
+        for rate in tried
+    ]
+
+
+def gemma3_final() -> list[Job]:
+    """Five seeds, the test parts of two tasks."""
+    common = dict[str, Any](reads_test=True) | GEMMA3
+    return [
+        job(arm, **common | told | {"task": task, "seed": seed})
+        for seed in range(5)
+        for task in ("tweets", "movies")
+        for arm, told in GEMMA3_ARMS.items()
+    ]
+
+
+def written() -> list[Job]:
+    """GLUE's tasks as text to write, at the rates of the classifiers: three seeds, the test parts, rows of 64 tokens."""
+    return [
+        job(f"{backbone}, {arm}", **common | told | {"task": task, "seed": seed})
+        for seed in range(3)
+        for backbone, (shape, arms) in LANGUAGE_MODELS.items()
+        for common in (dict[str, Any](form="written", reads_test=True) | shape | {"max_length": 64},)
+        for task in ("sst2", "cola", "mrpc")
+        for arm, told in arms.items()
+        if arm != "EPT, half"
+    ]
+
+
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
-    "smollm2_final": smollm2_final,
+    "smollm2_final": smollm2_final, "paper_search": paper_search, "paper_final": paper_final, "lora_all_final": lora_all_final,
+    "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final, "written": written, "glue": glue,
 }  # fmt: skip

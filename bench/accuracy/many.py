@@ -28,17 +28,40 @@ LINEARS = {
 }  # fmt: skip
 
 
+ACTIVATIONS = {"silu": F.silu, "identity": lambda x: x}
+ALPHA = 8  # EPTConfig's default
+
+
 @dataclass(frozen=True)
 class Shape:
-    """What is trained in the encoder: EPT's deep preset with a prompt of `prompt_length` rows, or LoRA.
+    """What is trained in the encoder: EPT or LoRA.
 
-    Attributes: method ("EPT" or "LoRA"), rank (q or r), targets (LoRA's, names in LINEARS).
+    Attributes:
+        method: "EPT" or "LoRA".
+        rank: q of the updates in the layers, 0 for none; or LoRA's r.
+        targets: LoRA's, names in LINEARS.
+        prompt_length: s, rows of the prompt.
+        activation: of the updates and the spaces, a name in ACTIVATIONS.
+        after_last: whether what the last layer gives is updated, too.
+        affine: whether each update adds a trained bias and a multiple of every channel.
+        sharing: how many neighbouring layers share a D.
+        lowrank, positions: r and N of the paper's low-rank pair; r = 0: none.
+        fusion: whether the prompt is fused with the pair.
+        spaces: K and h of the paper's spaces; (0, 0): none.
     """
 
     method: str
     rank: int
     targets: tuple[str, ...] = ("query", "value")
     prompt_length: int = 2
+    activation: str = "silu"
+    after_last: bool = False
+    affine: bool = False
+    sharing: int = 1
+    lowrank: int = 0
+    positions: int = 0
+    fusion: bool = True
+    spaces: tuple[int, int] = (0, 0)
 
     def sizes(self, encoder: "Encoder") -> dict[str, tuple[int, ...]]:
         """The trained tensors of one run by name, without the head."""
@@ -50,9 +73,20 @@ class Shape:
                 sizes[f"lora_a.{target}"] = (layers, self.rank, inputs)
                 sizes[f"lora_b.{target}"] = (layers, outputs, self.rank)
             return sizes
-        deep = (layers - 1, self.rank, d)
-        sizes = {"prompt": (self.prompt_length, d), "token_down": deep[1:], "token_up": deep[1:]}
-        return sizes | {"deep_down": deep, "deep_up": deep}
+        updates = layers - 1 + self.after_last
+        if self.prompt_length:
+            sizes["prompt"] = (self.prompt_length, d)
+        if self.rank:
+            sizes |= {"token_down": (self.rank, d), "token_up": (self.rank, d)}
+            sizes |= {"deep_down": (-(-updates // self.sharing), self.rank, d), "deep_up": (updates, self.rank, d)}
+        if self.rank and self.affine:
+            sizes |= {"token_bias": (d,), "token_gain": (d,), "deep_bias": (updates, d), "deep_gain": (updates, d)}
+        if self.lowrank:
+            sizes |= {"lowrank_a": (self.positions, self.lowrank), "lowrank_b": (self.lowrank, d)}
+        number, width = self.spaces
+        if number:
+            sizes |= {"space_down": (number, width, d), "space_up": (number, width, d), "gate_weight": (number, d)}
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -92,21 +126,54 @@ class Encoder:
         hidden = F.embedding(ids, self.weights["embeddings.word_embeddings.weight"])
         prompt_rows = 0
         if is_ept:
-            hidden = _updated(hidden, tensors["token_down"], tensors["token_up"], self.embed_scale)
-            prompt_rows = tensors["prompt"].shape[1]
-            prompt = (self.embed_scale * tensors["prompt"]).to(hidden.dtype).unsqueeze(1)
-            hidden = torch.cat([prompt.expand(-1, ids.shape[1], -1, -1), hidden], dim=2)
+            hidden, prompt_rows = self._input(hidden, shape, tensors)
         is_read = F.pad(is_text, (prompt_rows, 0), value=True)
         hidden = hidden + self.weights["embeddings.token_type_embeddings.weight"][0]
         hidden = hidden + self.weights["embeddings.position_embeddings.weight"][: hidden.shape[2]]
         hidden = self._norm(hidden, "embeddings.LayerNorm")
-        down, up = (tensors[name].unbind(1) for name in ("deep_down", "deep_up")) if is_ept else ((), ())
         for number in range(self.layers):
-            if is_ept and number:
-                hidden = _updated(hidden, down[number - 1], up[number - 1], self.deep_scale[number - 1])
+            if is_ept and shape.rank and number:
+                hidden = self._update(hidden, number - 1, shape, tensors)
             hidden = self._layer(hidden, is_read, number, tensors)
+        if is_ept and shape.rank and shape.after_last:
+            hidden = self._update(hidden, self.layers - 1, shape, tensors)
         text = hidden[:, :, prompt_rows:].float() * is_text.unsqueeze(-1)
         return text.sum(2) / lengths.unsqueeze(-1)
+
+    def _input(self, hidden: Tensor, shape: Shape, tensors: Tensors) -> tuple[Tensor, int]:
+        """The text's embeddings [runs, batch, L, d] updated, with the prompt before them; and the prompt's rows."""
+        d, e, activation = hidden.shape[-1], self.embed_scale, ACTIVATIONS[shape.activation]
+        rows = None
+        if shape.lowrank:
+            rows = ALPHA / shape.lowrank**0.5 * tensors["lowrank_a"] @ tensors["lowrank_b"]  # C [runs, N, d]
+            added = F.pad(rows[:, : hidden.shape[2]], (0, 0, 0, max(0, hidden.shape[2] - shape.positions)))
+        if shape.rank:
+            own = {name: tensors.get(f"token_{name}") for name in ("bias", "gain")}
+            updated = _updated(hidden, tensors["token_down"], tensors["token_up"], e, activation, **own)
+        else:
+            updated = hidden
+        if rows is not None:
+            updated = (updated.float() + e * added.unsqueeze(1)).to(hidden.dtype)
+        if not shape.prompt_length:
+            return updated, 0
+        prompt = whole = tensors["prompt"]
+        if rows is not None and shape.fusion:
+            whole = whole + (prompt @ rows.mT / d**0.5).softmax(-1) @ rows
+        if shape.spaces[0]:
+            units = torch.einsum("rsd,rkhd->rksh", prompt, tensors["space_down"])
+            spaces = torch.einsum("rksh,rkhd->rskd", activation(units), tensors["space_up"])
+            gate = (prompt @ tensors["gate_weight"].mT).softmax(-1)
+            whole = whole + (gate.unsqueeze(-1) * spaces).sum(2)
+        before = (e * whole).to(hidden.dtype).unsqueeze(1).expand(-1, hidden.shape[1], -1, -1)
+        return torch.cat([before, updated], dim=2), shape.prompt_length
+
+    def _update(self, hidden: Tensor, number: int, shape: Shape, tensors: Tensors) -> Tensor:
+        """The hidden states before the layer `number` after the first; behind the last in the unit of the one before."""
+        own = {name: tensors[f"deep_{name}"][:, number] if shape.affine else None for name in ("bias", "gain")}
+        return _updated(
+            hidden, tensors["deep_down"][:, number // shape.sharing], tensors["deep_up"][:, number],
+            self.deep_scale[min(number, len(self.deep_scale) - 1)], ACTIVATIONS[shape.activation], **own,
+        )  # fmt: skip
 
     def _layer(self, hidden: Tensor, is_read: Tensor, number: int, tensors: Tensors) -> Tensor:
         runs, batch, columns, d = hidden.shape
@@ -135,11 +202,20 @@ class Encoder:
         return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], self.eps)
 
 
-def _updated(hidden: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """H + h·silu((H/h)·Dᵀ)·W for H [runs, batch, columns, d], D and W [runs, q, d]; computed in fp32."""
+def _updated(
+    hidden: Tensor, down: Tensor, up: Tensor, scale: float, activation: Callable[[Tensor], Tensor], *,
+    bias: Tensor | None, gain: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """H + h·(σ((H/h)·Dᵀ)·W + bias) + gain·H for H [runs, batch, columns, d], D and W [runs, q, d], bias and gain [runs, d];
+    computed in fp32."""
     runs, batch, columns, d = hidden.shape
     x = hidden.float().view(runs, batch * columns, d)
-    return (x + scale * (F.silu(x @ (down / scale).mT) @ up)).view_as(hidden).to(hidden.dtype)
+    total = x + scale * (activation(x @ (down / scale).mT) @ up)
+    if bias is not None:
+        total = total + scale * bias.unsqueeze(1)
+    if gain is not None:
+        total = total + gain.unsqueeze(1) * x
+    return total.view_as(hidden).to(hidden.dtype)
 
 
 @dataclass
@@ -210,8 +286,10 @@ def fresh(shape: Shape, encoder: Encoder, seed: int, frequent_ids: np.ndarray) -
             chosen = np.random.default_rng([seed, 5]).choice(frequent_ids, size[0], replace=False)
             table = encoder.weights["embeddings.word_embeddings.weight"]
             tensors[name] = table[torch.from_numpy(chosen).to(table.device)].float().cpu() / encoder.embed_scale
-        elif name.endswith("down"):
+        elif name.endswith("down") or name == "gate_weight":
             tensors[name] = torch.randn(size, generator=generator) / d**0.5
+        elif name == "lowrank_a":
+            tensors[name] = torch.randn(size, generator=generator) / size[-1] ** 0.5
         elif name.startswith("lora_a"):
             tensors[name] = (2 * torch.rand(size, generator=generator) - 1) / size[-1] ** 0.5
         else:
@@ -247,6 +325,7 @@ def loss_of(logits: Tensor, labels: Tensor, num_labels: Tensor) -> Tensor:
 def train(
     encoder: Encoder, shape: Shape, starts: list[Tensors], rows: list[Rows], rates: list[dict[str, float]],
     seeds: list[int], *, steps: int, batch_size: int = 32, as_adapter: Callable[[Tensors], Tensors] = dict,
+    averaged: float = 0.0,
 ) -> tuple[Tensors, Tensor]:  # fmt: skip
     """Trains every run on its rows: AdamW without decay, short warm-up, linear decay, each run's gradient cut at norm 1.
 
@@ -256,6 +335,7 @@ def train(
         rates: each run's learning rate for every tensor by name.
         seeds: each run's order of rows.
         as_adapter: makes the tensors of `shape` and of the head from what is trained, where that is something else.
+        averaged: share of the steps, at the end, whose tensors are averaged; 0: the last step's.
 
     Returns:
         The trained tensors [runs, …] by name, and the last five steps' mean loss [runs].
@@ -275,6 +355,7 @@ def train(
     orders = np.stack([_batches(run, steps, batch_size, seed) for run, seed in zip(rows, seeds, strict=True)], axis=1)
     on_device = torch.from_numpy(orders).to(device)  # [steps, runs, batch]; nothing in a step waits for the device
     warmup, last = max(1, round(WARMUP * steps)), []
+    first_averaged, sums = steps - round(averaged * steps), {name: torch.zeros_like(t) for name, t in tensors.items()}
     for step in range(steps):
         ids, lengths, labels = table.batch(orders[step], on_device[step])
         adapter = as_adapter(tensors)
@@ -290,9 +371,12 @@ def train(
                 second[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
                 size = (second[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
                 tensor -= now * rate[name] * first[name] / (1 - 0.9 ** (step + 1)) / size
+                if step >= first_averaged:
+                    sums[name] += tensor / (steps - first_averaged)
             if step >= steps - 5:
                 last.append(loss.detach())
-    return {name: tensor.detach() for name, tensor in tensors.items()}, torch.stack(last).mean(0)
+    trained = tensors if first_averaged == steps else sums
+    return {name: tensor.detach() for name, tensor in trained.items()}, torch.stack(last).mean(0)
 
 
 def _widened(start: Tensors, most: int) -> Tensors:
@@ -320,10 +404,21 @@ def features(encoder: Encoder, shape: Shape, tensors: Tensors, rows: list[Rows],
     return [rows_found[: len(run)] for rows_found, run in zip(found, rows, strict=True)]
 
 
-def settings(shape: Shape, rate: float, head_rate: float) -> dict[str, float]:
-    """A run's learning rate for every tensor: `rate` is a factor on EPT's defaults, and LoRA's rate itself."""
+def settings(
+    shape: Shape, rate: float, head_rate: float, *, down: float = 1.0, prompt: float = 1.0, others: float = 1.0
+) -> dict[str, float]:
+    """A run's learning rate for every tensor: `rate` is a factor on EPT's defaults, and LoRA's rate itself.
+
+    Args:
+        down: a further factor on D's rates.
+        prompt, others: further factors on the prompt's rate and on those of the paper's parts.
+    """
     heads = {"head_weight": head_rate, "head_bias": head_rate}
     if shape.method == "LoRA":
         return heads | {f"lora_{x}.{target}": rate for x in "ab" for target in shape.targets}
-    deep = dict.fromkeys(("token_down", "token_up", "deep_down", "deep_up"), 0.005 * rate)
-    return heads | deep | {"prompt": 0.09 * rate}
+    kinds = ("up", "bias", "gain")
+    deep = dict.fromkeys((f"{place}_{kind}" for place in ("token", "deep") for kind in kinds), 0.005 * rate)
+    deep |= {"token_down": 0.005 * rate * down, "deep_down": 0.005 * rate * down, "prompt": 0.09 * rate * prompt}
+    fast, slow = 0.018 * rate * others, 0.001 * rate * others
+    of_paper = {"lowrank_b": fast, "space_up": fast, "lowrank_a": slow, "space_down": slow, "gate_weight": slow}
+    return heads | deep | of_paper

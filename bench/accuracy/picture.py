@@ -12,7 +12,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 
-__all__ = ["Point", "draw_scores"]
+__all__ = ["COLOURS", "Point", "draw_scores"]
 
 
 COLOURS = {"EPT": "C3", "LoRA": "C0", "prompt tuning": "C2"}  # other families are grey
@@ -113,7 +113,13 @@ def draw_scores(
         for point in points:
             if point.label == level:
                 axis.plot(
-                    width, [point.score] * 2, "--", color=COLOURS[point.family], alpha=0.6, linewidth=0.8, zorder=0
+                    width,
+                    [point.score] * 2,
+                    "--",
+                    color=COLOURS.get(point.family, GREY),
+                    alpha=0.6,
+                    linewidth=0.8,
+                    zorder=0,
                 )
             elif point not in near:
                 axis.plot(width, [point.score] * 2, ":", color=GREY, linewidth=1, zorder=0)

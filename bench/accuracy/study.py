@@ -1,6 +1,6 @@
 """The accuracy study's runs: each trains one arm on one task and leaves one JSON line. The protocol is in README.md.
 
-    python -m bench.accuracy.study STAGE [--processes 2] [--minutes 60] [--arms ARM …]
+    python -m bench.accuracy.study STAGE [--processes 2] [--minutes 60] [--arms ARM …] [--glue DIRECTORY]
 
 A stage's lines stand in bench/results/accuracy/STAGE.jsonl; what stands there is not run again, so a stage that was
 interrupted goes on. `--minutes` starts no run after that time.
@@ -20,22 +20,26 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
 from ept import EPTModel, MeanPoolingForSequenceClassification
+from ept.backbone.precision import cpu_has_bfloat16
 from ept.compare.methods import adapt
+from ept.console import say
 from ept.machine import describe
 from ept.model.start_values import token_counts
 from ept.training import gate_health
 
 from ..quiet import quiet
-from ..text.real_text import Task, load_task, minilm, smollm2
+from ..text.language_models import language_model
+from ..text.real_text import GLUE_TASKS, Task, load_task, minilm
 from ..text.rows import fit, load, predict, score
+from ..text.written import collator_of, judge, text_loss, written_rows
 from .arms import STAGES
 
 __all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "key", "minilm_for", "read"]
@@ -43,6 +47,7 @@ __all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "key", "minilm_for", "
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 MAX_LENGTH = 48
 BATCH_SIZE = 32
+OTHER_TEXTS = 100  # news articles of the dev part, whose loss shows what a language model has forgotten
 PREDICTION_UNIT = 1e-3  # regression outputs are kept in thousandths
 
 Job = dict[str, Any]
@@ -51,7 +56,7 @@ Job = dict[str, Any]
 def key(job: Job) -> str:
     """What makes a run that run, whatever its stage and its arm's name."""
     names = ("method", "budget", "settings", "rates", "head_rate", "rate", "task", "rows", "steps", "seed", "dtype")
-    others = ("reads_test", "backbone", "batch_size", "max_length")  # the last three: None for MiniLM's usual
+    others = ("reads_test", "backbone", "batch_size", "max_length", "form")  # but the first: None for MiniLM's usual
     return json.dumps({name: job.get(name) for name in (*names, *others)}, sort_keys=True)
 
 
@@ -61,9 +66,8 @@ def read(stage: str) -> list[Job]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def encode_predictions(logits: np.ndarray) -> str:
+def encode_predictions(values: np.ndarray) -> str:
     """Class numbers, or regression outputs in thousandths, as base64 of little-endian int16."""
-    values = logits[:, 0] / PREDICTION_UNIT if logits.shape[1] == 1 else logits.argmax(1)
     return base64.b64encode(np.clip(np.rint(values), -32768, 32767).astype("<i2").tobytes()).decode()
 
 
@@ -72,47 +76,72 @@ def decode_predictions(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype="<i2")
 
 
-def run(job: Job) -> Job:
-    """One training run; returns the job with what came of it. The test part is read by final stages alone."""
+def run(job: Job, glue: Path | None = None) -> Job:
+    """One training run; returns the job with what came of it. The test part is read by final stages alone.
+
+    Args:
+        glue: the directory of GLUE's files, for its tasks.
+    """
     torch.set_num_threads(1)
     quiet()
     started = time.perf_counter()
-    backbone = job.get("backbone", "minilm")
-    task, tokenizer, parts = load(job["task"], job.get("max_length", MAX_LENGTH), backbone)
+    backbone, is_written = job.get("backbone", "minilm"), job.get("form") == "written"
+    max_length, dtype = job.get("max_length", MAX_LENGTH), fast_dtype(job["dtype"])
+    task, tokenizer, parts = load(job["task"], max_length, backbone, glue)
+    if is_written:
+        parts = {part: written_rows(task, part, tokenizer, max_length) for part in parts}
     rows = parts["train"]
     if job["rows"] < len(rows):
         # Another seed draws other rows; the same rows for all arms at a seed.
         rows = [rows[i] for i in np.random.default_rng(job["seed"]).permutation(len(rows))[: job["rows"]]]
     set_seed(job["seed"])
-    base = minilm_for(task, job["dtype"]) if backbone == "minilm" else _smollm2(task, tokenizer, job["dtype"])
+    if backbone == "minilm":
+        base = minilm_for(task, dtype)
+    else:
+        base = _language_model(backbone, None if is_written else task, tokenizer, dtype)
     model, groups = adapt(
         job["method"], base, budget=job["budget"], rate=job["rate"], head_rate=job["head_rate"],
         tokenizer=tokenizer, token_counts=token_counts([row["input_ids"] for row in rows], len(tokenizer)),
         settings=job.get("settings"), rates=_named_as_now(job.get("rates") or {}),
     )  # fmt: skip
+    collate = collator_of(task, tokenizer) if is_written else None
     trace = fit(
-        model,
-        groups,
-        rows,
-        tokenizer,
-        steps=job["steps"],
-        batch_size=job.get("batch_size", BATCH_SIZE),
-        seed=job["seed"],
-    )
+        model, groups, rows, tokenizer, steps=job["steps"], batch_size=job.get("batch_size", BATCH_SIZE),
+        seed=job["seed"], collate=collate,
+    )  # fmt: skip
     part = "test" if job["reads_test"] else "dev"
-    logits = predict(model, parts[part], tokenizer)
     result = {
-        "score": score(task, logits, part),
         "train_loss": statistics.mean(trace.losses[-5:]),
         "trained_parameters": sum(p.numel() for group in groups for p in group["params"]),
         "step_seconds": statistics.median(trace.step_seconds),
-        "seconds": time.perf_counter() - started,
+        "computed_in": dtype,
     }
+    if collate is not None:
+        written = judge(model, parts[part], collate, task, part)
+        others = load_task("news").texts["dev"][:OTHER_TEXTS]
+        result |= {
+            "score": written.score, "exact_match": written.exact_match, "answer_loss": written.answer_loss,
+            "other_text_loss": text_loss(model, tokenizer, others, MAX_LENGTH),
+        }  # fmt: skip
+        predictions = np.asarray(written.chosen)
+    else:
+        logits = predict(model, parts[part], tokenizer)
+        result["score"] = score(task, logits, part)
+        predictions = logits[:, 0] / PREDICTION_UNIT if logits.shape[1] == 1 else logits.argmax(1)
     if job["reads_test"]:
-        result["predictions"] = encode_predictions(logits)
+        result["predictions"] = encode_predictions(predictions)
     if isinstance(model, EPTModel):
         result |= _look(model)
-    return job | result
+    return job | result | {"seconds": time.perf_counter() - started}
+
+
+def fast_dtype(dtype: str) -> str:
+    """The type in which a job's backbone is computed here: float32 in place of bfloat16 on a CPU without its instructions.
+
+    Stage `precision` shows that scores do not depend on it beyond the noise.
+    """
+    is_slow = dtype == "bfloat16" and not torch.accelerator.is_available() and not cpu_has_bfloat16()
+    return "float32" if is_slow else dtype
 
 
 def _named_as_now(rates: dict[str, float]) -> dict[str, float]:
@@ -130,12 +159,15 @@ def minilm_for(task: Task, dtype: str) -> PreTrainedModel:
     return base
 
 
-def _smollm2(task: Task, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
-    """Its head, fresh, reads the last token, as transformers has it."""
-    base = AutoModelForSequenceClassification.from_pretrained(
-        **smollm2(), dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True),
-        num_labels=task.num_labels, problem_type=task.problem_type, attn_implementation="eager",
-    )  # fmt: skip
+def _language_model(name: str, task: Task | None, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
+    """Itself, or under a fresh head for a task, which reads the last token, as transformers has it."""
+    common = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
+    if task is None:
+        base = AutoModelForCausalLM.from_pretrained(language_model(name), **common)
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(
+            language_model(name), num_labels=task.num_labels, problem_type=task.problem_type, **common
+        )
     base.config.pad_token_id = tokenizer.pad_token_id
     return base
 
@@ -150,7 +182,9 @@ def _look(model: EPTModel) -> dict[str, float]:
     return {"gate_entropy": entropy, "gate_largest": float(weights.max(1).values.mean())}
 
 
-def run_stage(name: str, processes: int, minutes: float, arms: list[str] | None = None) -> None:
+def run_stage(
+    name: str, processes: int, minutes: float, arms: list[str] | None = None, glue: Path | None = None
+) -> None:
     jobs = [job for job in STAGES[name]() if arms is None or job["arm"] in arms]
     RESULTS.mkdir(parents=True, exist_ok=True)
     done = {key(record) for record in read(name)}
@@ -162,7 +196,11 @@ def run_stage(name: str, processes: int, minutes: float, arms: list[str] | None 
         elif key(job) not in done:
             missing.append(job)
     for task in {job["task"] for job in missing}:
-        load_task(task)  # downloads once, before the processes start
+        load_task(task, glue)  # downloads once, before the processes start
+    for backbone in {job["backbone"] for job in missing if "backbone" in job}:
+        language_model(backbone)
+    if any(fast_dtype(job["dtype"]) != job["dtype"] for job in missing):
+        say("this CPU has no bfloat16 instructions: the backbones are computed in float32, which is faster here")
     deadline = time.monotonic() + 60 * minutes
     machine = describe()
     waiting = iter(missing)
@@ -175,7 +213,7 @@ def run_stage(name: str, processes: int, minutes: float, arms: list[str] | None 
             while (
                 len(pending) < processes and time.monotonic() < deadline and (start := next(waiting, None)) is not None
             ):
-                pending.add(pool.submit(run, start))
+                pending.add(pool.submit(run, start, glue))
             if not pending:
                 break
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -195,11 +233,17 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--arms", nargs="+", help="only these; default: all")
+    parser.add_argument("--glue", type=Path, metavar="DIRECTORY", help="of GLUE's files, for stages with its tasks")
     options = parser.parse_args()
     arms = list(dict.fromkeys(job["arm"] for job in STAGES[options.stage]()))
     if unknown := set(options.arms or ()) - set(arms):
         parser.error(f"{options.stage} has no {', '.join(sorted(unknown))}: choose of {', '.join(map(repr, arms))}")
-    run_stage(options.stage, options.processes, options.minutes, options.arms)
+    if options.glue is None and any(job["task"] in GLUE_TASKS for job in STAGES[options.stage]()):
+        parser.error(f"{options.stage} has tasks of GLUE: give the directory of its files (--glue DIRECTORY)")
+    try:
+        run_stage(options.stage, options.processes, options.minutes, options.arms, options.glue)
+    except ModuleNotFoundError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Starting from adapters of other tasks: EPT and LoRA, from scratch and from the same sources. The protocol is in README.md.
 
-    python -m bench.accuracy.transfer export DIRECTORY                     # the encoder and the tasks as plain tensors
+    python -m bench.accuracy.transfer export DIRECTORY [--glue DIRECTORY]  # the encoder and the tasks as plain tensors
     python -m bench.accuracy.transfer run DIRECTORY OUTPUT [--minutes 5] [--device cuda]
     python -m bench.accuracy.transfer more DIRECTORY OUTPUT    # other weights, and LoRA on all linear layers
 
@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,13 +87,14 @@ class Bundle:
     """The encoder and the tasks.
 
     Attributes: `parts` (task -> part -> rows), `kept` (task -> the numbers of training rows whose texts stand in no
-    task's dev or test part), `frequent_ids` (tokens that fresh prompts are drawn from).
+    task's dev or test part), `frequent_ids` (tokens that fresh prompts are drawn from), `metrics` (task -> its metric).
     """
 
     encoder: Encoder
     parts: dict[str, dict[str, Rows]]
     kept: dict[str, np.ndarray]
     frequent_ids: np.ndarray
+    metrics: dict[str, str] = field(default_factory=dict)
 
     def drawn(self, task: str, rows: int, seed: int) -> Rows:
         """The training rows of a seed, the same for all methods."""
@@ -106,15 +107,15 @@ class Bundle:
         return self.parts[task]["train"].take(np.random.default_rng(seed).permutation(kept)[:SOURCE_ROWS])
 
 
-def export(directory: Path) -> None:
-    """Writes the encoder in bfloat16 and the tasks' tokens and labels."""
+def export(directory: Path, glue: Path | None = None) -> None:
+    """Writes the encoder in bfloat16 and the tasks' tokens and labels; with `glue`, those of GLUE's files, too."""
     from transformers import AutoModel, AutoTokenizer
 
     from ept.backbone.embeddings import embedding_rms
     from ept.backbone.layers import find_layers
 
     from ..quiet import quiet
-    from ..text.real_text import load_task, minilm
+    from ..text.real_text import GLUE_TASKS, load_task, minilm
     from ..text.rows import load
 
     quiet()
@@ -129,15 +130,16 @@ def export(directory: Path) -> None:
             judged.setdefault(text, set()).add(task)
     arrays: dict[str, np.ndarray] = {}
     counts = np.zeros(model.config.vocab_size, dtype=np.int64)
-    for name in TASKS:
-        loaded, _, parts = load(name, MAX_LENGTH)
+    for name in (*TASKS, *(() if glue is None else GLUE_TASKS)):
+        loaded, _, parts = load(name, MAX_LENGTH, glue=glue)
         for part, rows in parts.items():
             arrays[f"{name}.{part}.lengths"] = np.array([row["length"] for row in rows], dtype=np.uint8)
             arrays[f"{name}.{part}.ids"] = np.concatenate([row["input_ids"] for row in rows]).astype(np.uint16)
             arrays[f"{name}.{part}.labels"] = np.array([row["labels"] for row in rows], dtype=np.float32)
         arrays[f"{name}.kept"] = np.array([i for i, text in enumerate(loaded.texts["train"]) if text not in judged])
-        arrays[f"{name}.num_labels"] = np.array(loaded.num_labels)
-        counts += np.bincount(arrays[f"{name}.train.ids"], minlength=len(counts))
+        arrays[f"{name}.num_labels"], arrays[f"{name}.metric"] = np.array(loaded.num_labels), np.array(loaded.metric)
+        if name in TASKS:
+            counts += np.bincount(arrays[f"{name}.train.ids"], minlength=len(counts))
     counts[AutoTokenizer.from_pretrained(str(minilm())).all_special_ids] = 0
     arrays["frequent_ids"] = np.argsort(-counts, kind="stable")[:5000]
     arrays["num_heads"] = np.array(model.config.num_attention_heads)
@@ -154,15 +156,16 @@ def read_bundle(directory: Path, device: str) -> Bundle:
         tuple(arrays["deep_scale"].tolist()),
     ).to(device, torch.bfloat16)  # fmt: skip
     parts: dict[str, dict[str, Rows]] = {}
-    for task in TASKS:
+    tasks = [name.removesuffix(".num_labels") for name in arrays if name.endswith(".num_labels")]
+    for task in tasks:
         count = int(arrays[f"{task}.num_labels"])
         for part in ("train", "dev", "test"):
             ends = np.cumsum(arrays[f"{task}.{part}.lengths"].astype(np.int64))[:-1]
             ids = np.split(arrays[f"{task}.{part}.ids"].astype(np.int64), ends)
             labels = arrays[f"{task}.{part}.labels"]
             parts.setdefault(task, {})[part] = Rows(ids, labels, count)
-    kept = {task: arrays[f"{task}.kept"] for task in TASKS}
-    return Bundle(encoder, parts, kept, arrays["frequent_ids"])
+    kept = {task: arrays[f"{task}.kept"] for task in tasks}
+    return Bundle(encoder, parts, kept, arrays["frequent_ids"], {task: str(arrays[f"{task}.metric"]) for task in tasks})
 
 
 # ---------------------------------------------------------------------- starts
@@ -414,11 +417,13 @@ def _chunks(items: list, size: int) -> Iterator[list]:
         yield [items[i] for i in part]
 
 
-def score(logits: np.ndarray, rows: Rows) -> float:
-    """Accuracy, or Pearson's correlation for a regression; 0 where all outputs are equal."""
-    if rows.num_labels > 1:
-        return float((logits.argmax(1) == rows.labels).mean())
-    return float(np.corrcoef(logits[:, 0], rows.labels)[0, 1]) if logits[:, 0].std() > 0 else 0.0
+def score(logits: np.ndarray, rows: Rows, metric: str | None = None) -> float:
+    """Accuracy, or a correlation: Pearson's for a regression, Matthews', which is Pearson's of classes 0 and 1, where
+    `metric` says so; 0 where all outputs are equal."""
+    outputs = logits.argmax(1) if rows.num_labels > 1 else logits[:, 0]
+    if rows.num_labels > 1 and metric != "matthews":
+        return float((outputs == rows.labels).mean())
+    return float(np.corrcoef(outputs, rows.labels)[0, 1]) if outputs.std() > 0 else 0.0
 
 
 # ---------------------------------------------------------------------- the stages
@@ -545,9 +550,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--wave", type=int, default=120, help="runs side by side")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--glue", type=Path, metavar="DIRECTORY", help="of GLUE's files, to be exported too")
     options = parser.parse_args()
     if options.what == "export":
-        export(options.directory)
+        export(options.directory, options.glue)
         return
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan every new length

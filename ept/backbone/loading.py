@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file, is_bitsandbytes_available
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
+from ept.backbone.precision import precision_for
 from ept.backbone.traits import head_names, is_causal, max_text_tokens
 from ept.console import without_load_reports
 
@@ -87,13 +88,13 @@ def has_causal_form(config: PreTrainedConfig) -> bool:
 def load_seq2seq(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained encoder-decoder; `dtype` as in `load_classifier`."""
     with without_load_reports():
-        return AutoModelForSeq2SeqLM.from_pretrained(absolute_path(name_or_path), **precision(dtype))
+        return AutoModelForSeq2SeqLM.from_pretrained(absolute_path(name_or_path), **precision(name_or_path, dtype))
 
 
 def load_causal(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained causal language model; `dtype` as in `load_classifier`."""
     with without_load_reports():
-        return AutoModelForCausalLM.from_pretrained(absolute_path(name_or_path), **precision(dtype))
+        return AutoModelForCausalLM.from_pretrained(absolute_path(name_or_path), **precision(name_or_path, dtype))
 
 
 def load_classifier(
@@ -106,20 +107,20 @@ def load_classifier(
         num_labels, problem_type: as in transformers' configs.
         head: "mean" (a linear head on the mean of the tokens), "first" (transformers' own head), or "auto": the mean
             where the directory is a sentence-transformers model that was trained with it.
-        dtype: one of `DTYPES`, of the frozen weights; "auto" takes the checkpoint's; "8bit" and "4bit" are
-            bitsandbytes' (nf4).
+        dtype: one of `DTYPES`, of the frozen weights; "auto" takes the checkpoint's, or float32 where that is bfloat16 and
+            the CPU has no instructions for it; "8bit" and "4bit" are bitsandbytes' (nf4).
     """
     name_or_path = absolute_path(name_or_path)
     with without_load_reports():
         if head == "mean" or (head == "auto" and _pools_the_mean(name_or_path)):
             return MeanPoolingForSequenceClassification.from_encoder(
-                name_or_path, num_labels, problem_type, **precision(dtype)
+                name_or_path, num_labels, problem_type, **precision(name_or_path, dtype)
             )
         return AutoModelForSequenceClassification.from_pretrained(
             name_or_path,
             num_labels=num_labels,
             problem_type=problem_type,
-            **precision(dtype, not_quantised=_heads_of(AutoModelForSequenceClassification, name_or_path)),
+            **precision(name_or_path, dtype, not_quantised=_heads_of(AutoModelForSequenceClassification, name_or_path)),
         )
 
 
@@ -128,7 +129,9 @@ def load_token_classifier(name_or_path: str, num_labels: int, dtype: str = "auto
     name_or_path, auto_class = absolute_path(name_or_path), AutoModelForTokenClassification
     with without_load_reports():
         return auto_class.from_pretrained(
-            name_or_path, num_labels=num_labels, **precision(dtype, not_quantised=_heads_of(auto_class, name_or_path))
+            name_or_path,
+            num_labels=num_labels,
+            **precision(name_or_path, dtype, not_quantised=_heads_of(auto_class, name_or_path)),
         )
 
 
@@ -143,18 +146,18 @@ def _heads_of(auto_class: Any, name_or_path: str) -> list[str]:
         return head_names(auto_class.from_config(AutoConfig.from_pretrained(name_or_path)))
 
 
-def precision(dtype: str, not_quantised: list[str] | None = None) -> dict[str, Any]:
+def precision(name_or_path: str, dtype: str, not_quantised: list[str] | None = None) -> dict[str, Any]:
     """Returns from_pretrained's arguments for a type of the frozen weights.
 
     Args:
+        name_or_path: of the model, whose config says what "auto" means.
         dtype: one of `DTYPES`.
         not_quantised: modules that keep their precision, such as a head that trains.
     """
-    if dtype == "bfloat16" and not torch.accelerator.is_available():
-        # On a CPU torch's fused attention spends half of a bf16 training step in its backward (bench/NOTES.md).
-        return {"dtype": dtype, "attn_implementation": "eager"}
     if dtype not in ("8bit", "4bit"):
-        return {"dtype": dtype}
+        saved_dtype = read_config(name_or_path).get_text_config().dtype if dtype == "auto" else None
+        chosen = precision_for(dtype, saved_dtype)
+        return {"dtype": chosen.dtype} | ({} if chosen.attention is None else {"attn_implementation": chosen.attention})
     if not is_bitsandbytes_available():
         raise ValueError(f"`dtype={dtype}` needs bitsandbytes: pip install bitsandbytes, or take `dtype=bfloat16`")
     if dtype == "8bit":

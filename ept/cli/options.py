@@ -1,5 +1,6 @@
 """The options that several commands share, and the EPTConfig that the adapter's options say."""
 
+import dataclasses
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, get_type_hints
 
@@ -9,6 +10,7 @@ from ept.backbone.loading import DTYPES
 from ept.cli.parser import option
 from ept.config import INITS, PRESETS, EPTConfig
 from ept.model.adapters import config_for
+from ept.model.files import AdapterFiles
 from ept.model.fresh import config_for_budget
 from ept.tasks.glue import BENCHMARK_TASKS
 from ept.training.checkpoints import adapter_settings
@@ -114,6 +116,11 @@ AdapterArguments = make_dataclass(
             "Trained prompt for --init decompose: a PEFT prompt-tuning adapter (directory or hub id), or a safetensors file "
             "with one matrix."
         )),
+        ("init_adapters", list[str] | None, option(
+            "Trained adapters (directories or hub ids) of the same model to start from; their sizes are taken. Up to 200 "
+            "training rows say how much each weighs; of several of different starts the best is taken. A task without a head, "
+            "or with one for each word, takes one."
+        )),
         *(
             (name, setting_type | None, option(_adapter_help(name)))
             for name, setting_type in get_type_hints(EPTConfig).items()
@@ -128,8 +135,12 @@ def ept_config(adapter: Any, backbone: PreTrainedModel, checkpoint: str | None =
 
     Without a preset or a budget, what is not given is as it was in the adapter of a checkpoint to go on from.
     """
-    not_settings = ("preset", "budget", "soft_prompt")
+    not_settings = ("preset", "budget", "soft_prompt", "init_adapters")
     settings = {k: v for k, v in vars(adapter).items() if v is not None and k not in not_settings}
+    if adapter.init_adapters is not None:
+        return _config_of_sources(adapter, settings, checkpoint)
+    if settings.get("init") == "adapters":
+        raise ValueError("--init adapters needs trained adapters: give --init_adapters DIR …")
     if (settings.get("init") == "decompose") != (adapter.soft_prompt is not None):
         raise ValueError("--init decompose and --soft_prompt go together: give both or neither")
     preset = adapter.preset or "default"
@@ -138,3 +149,15 @@ def ept_config(adapter: Any, backbone: PreTrainedModel, checkpoint: str | None =
     if checkpoint is not None and adapter.preset is None:
         return EPTConfig(**adapter_settings(checkpoint) | settings)
     return config_for(backbone, PRESETS[preset](**settings))
+
+
+def _config_of_sources(adapter: Any, settings: dict[str, Any], checkpoint: str | None) -> EPTConfig:
+    """Makes the config of an adapter that starts from trained ones: the first one's, or a checkpoint's, with `settings` over
+    it."""
+    for name in ("preset", "budget", "soft_prompt"):
+        if getattr(adapter, name) is not None:
+            raise ValueError(f"--{name} and --init_adapters: the sizes and the start are the adapters': leave one out")
+    if settings.get("init", "adapters") != "adapters":
+        raise ValueError(f"--init {settings['init']} and --init_adapters: an adapter has one start: leave one out")
+    source = AdapterFiles.read(adapter.init_adapters[0] if checkpoint is None else checkpoint).config
+    return dataclasses.replace(source, **settings | {"init": "adapters", "init_text": None})

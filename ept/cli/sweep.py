@@ -7,7 +7,7 @@ from ept.cli.errors import bad_input_is_one_line
 from ept.cli.parser import OptionParser, option
 from ept.compare.methods import ABLATIONS, METHODS
 from ept.compare.results import finished, key_of
-from ept.compare.sweep import Unfit, grid, keep, read_tasks, run_job, run_on_ray
+from ept.compare.sweep import Unfit, grid, keep, name_of_run, read_tasks, run_job, run_on_ray
 from ept.console import say
 
 __all__ = ["SweepArguments", "run"]
@@ -38,7 +38,8 @@ class SweepArguments:
     max_seq_length: int = option("Cut texts to this many tokens.", 256)
     budget: int | None = option("Trained parameters without the head; by default those of a 100-token prompt.")
     dtype: str = option(
-        "Type of the frozen weights; auto: as saved. What is trained is float32: BitFit and full always load that.",
+        "Type of the frozen weights; auto: as saved, but for bfloat16 on a CPU without its instructions. What is trained is "
+        "float32: BitFit and full always load that.",
         "auto",
         choices=("auto", "float32", "bfloat16"),
     )
@@ -65,11 +66,12 @@ def run(argv: list[str]) -> None:
             run_on_ray(missing, path, cpus_per_run=options.cpus_per_run, gpus_per_run=options.gpus_per_run)
             return
     unfit: dict[str, str] = {}
-    for job in missing:
+    for number, job in enumerate(missing, start=1):
         if job["method"] in unfit:
             continue
+        say(f"run {number} of {len(missing)}: {name_of_run(job)}, {job['steps']} steps")
         try:
-            keep(path, run_job(job))
+            keep(path, run_job(job, name_of_run(job)))
         except Unfit as error:
             unfit[job["method"]] = str(error)
     if unfit:

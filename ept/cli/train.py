@@ -17,7 +17,9 @@ from transformers.utils import is_liger_kernel_available
 
 from ept.backbone.embeddings import weight_of
 from ept.backbone.loading import input_limit, load_tokenizer, pad_like_tokenizer
+from ept.backbone.precision import precision_for
 from ept.cli.errors import bad_input_is_one_line, fail
+from ept.cli.init_adapters import init_rows, read_sources, start_in_words
 from ept.cli.optimizer_check import check_optimizer
 from ept.cli.options import ept_config
 from ept.cli.shared import check_prompt_start
@@ -86,6 +88,7 @@ def _prepare(options: TrainOptions) -> _Training:
     """Makes a trainer from the options; all that can be wrong is found here, before the first step."""
     args: Any = options.training
     checkpoint = _checkpoint(options)
+    sources = read_sources(options.adapter.init_adapters or ()) if checkpoint is None else []
     data = read_training_data(options)
     _check_validation(options, data)
     transformers.set_seed(args.seed)
@@ -93,7 +96,11 @@ def _prepare(options: TrainOptions) -> _Training:
     backbone = data.task.kind.load_backbone(
         options.model.model_name_or_path, head=options.model.head, dtype=options.model.dtype
     )
+    if args.bf16 and (attention := precision_for("bfloat16", None).attention) is not None:
+        backbone.set_attn_implementation(attention)
     pad_like_tokenizer(backbone, tokenizer)
+    for source in sources:
+        source.check_backbone(backbone)
     config = ept_config(options.adapter, backbone, checkpoint)
     max_length = input_limit(backbone, tokenizer, config.prompt_length, options.columns.max_seq_length)
     max_length, multiple = _few_lengths(max_length) if args.torch_compile else (max_length, None)
@@ -101,7 +108,7 @@ def _prepare(options: TrainOptions) -> _Training:
         name: data.task.encode(table, source, tokenizer, max_length, options.columns.max_target_length)
         for name, (table, source) in data.tables.items()
     }
-    model = _fresh_model(options, config, backbone, tokenizer, splits["train"])
+    model = _fresh_model(options, config, backbone, tokenizer, splits["train"], data.task, checkpoint)
     for split in splits.values():
         check_prompt_start(model, split.data, split.source)
     sizes = {name: f"{len(split.data)} {name} rows" for name, split in splits.items()}
@@ -208,16 +215,37 @@ def _fresh_model(
     backbone: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train: Split,
+    task: Task,
+    checkpoint: str | None,
 ) -> EPTModel:
-    """Puts a fresh adapter on the backbone; its prompt starts as the options say."""
+    """Puts a fresh adapter on the backbone, which starts as the options say.
+
+    Where it starts from trained ones and goes on from a checkpoint, that is its start.
+    """
     counts = None
     if config.init == "vocab":
         counts = token_counts(train.data["input_ids"], len(weight_of(backbone.get_input_embeddings())))
     path = options.adapter.soft_prompt
     soft_prompt = None if path is None else read_soft_prompt(path)
-    model = get_ept_model(backbone, config, tokenizer=tokenizer, token_counts=counts, soft_prompt=soft_prompt)
+    sources, rows = None, None
+    if config.init == "adapters":
+        sources = options.adapter.init_adapters if checkpoint is None else [checkpoint]
+        if checkpoint is None:
+            collate = task.kind.collator(tokenizer, backbone)
+            rows = init_rows(task, train.data, len(sources), collate, options.training.seed)
+    model = get_ept_model(
+        backbone,
+        config,
+        tokenizer=tokenizer,
+        token_counts=counts,
+        soft_prompt=soft_prompt,
+        init_adapters=sources,
+        init_rows=rows,
+    )
     if soft_prompt is not None:
         say(f"{path}: decomposed with a relative error of {model.ept.decomposition_error:.3g}")
+    if sources is not None and checkpoint is None:
+        say(start_in_words(model))
     return model
 
 
@@ -279,6 +307,7 @@ def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int 
         "max_seq_length": max_length,
         "seed": options.training.seed,
         "trained_parameters": model.trainable_parameters(),
+        "started_from": None if model.started_from is None else dataclasses.asdict(model.started_from),
         "versions": {
             "ept": __version__,
             "torch": torch.__version__,

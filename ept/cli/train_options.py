@@ -36,7 +36,8 @@ class ModelArguments:
         choices=HEADS,
     )
     dtype: str = option(
-        "Type of the frozen weights; auto: as saved; 8bit and 4bit need bitsandbytes. What is trained is float32.",
+        "Type of the frozen weights; auto: as saved, but float32 for bfloat16 on a CPU without its instructions; 8bit and 4bit "
+        "need bitsandbytes. What is trained is float32.",
         "auto",
         choices=DTYPES,
     )

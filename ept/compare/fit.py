@@ -1,6 +1,7 @@
 """Training any model with given optimiser groups through transformers' Trainer: the same for EPT and for its peers."""
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,11 +22,13 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from ept.console import say
 from ept.tasks.predicting import padding_collator
 
 __all__ = ["Fit", "fit"]
 
 WARMUP = 0.06
+LINE_SECONDS = 30  # between two lines about a run's steps, where standard error is no terminal
 
 
 @dataclass
@@ -38,11 +41,14 @@ class Fit:
 
 
 class _Watch(TrainerCallback):
-    """Fills a Fit and shows one progress bar with the loss."""
+    """Fills a Fit and shows the steps with the loss: a progress bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, fit: Fit, steps: int, description: str | None):
-        self.fit = fit
-        self.bar = tqdm(total=steps, desc=description, unit="step", disable=description is None)
+        self.fit, self.steps, self.description = fit, steps, description
+        is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, desc=description, unit="step", disable=description is None or not is_terminal)
+        self.writes_lines = description is not None and not is_terminal
+        self.last_line = time.perf_counter()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,8 +56,13 @@ class _Watch(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.fit.step_seconds.append(time.perf_counter() - self.started)
+        now = time.perf_counter()
+        self.fit.step_seconds.append(now - self.started)
         self.bar.update()
+        if self.writes_lines and now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            loss = f", loss {self.fit.losses[-1]:.3f}" if self.fit.losses else ""
+            say(f"{self.description}: step {state.global_step} of {self.steps}{loss}")
 
     def on_log(
         self,
@@ -84,7 +95,7 @@ def fit(
     description: str | None = None,
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
 ) -> Fit:
-    """Trains with AdamW, a short warm-up and linear decay, in batches of similar length; a bar if described.
+    """Trains with AdamW, a short warm-up and linear decay, in batches of similar length; shows its steps if described.
 
     Args:
         groups: the optimiser's, each with its learning rate.

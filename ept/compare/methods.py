@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification, in_float32
 from ept.backbone.traits import head_names
@@ -198,7 +199,6 @@ def _prompt_tuning(rows: int) -> Method:
 def _lora(order: _Order) -> nn.Module:
     """Puts LoRA on what PEFT names for the model's kind: on all of them where the budget holds a rank of them, else at rank
     1 on the first kind of them (the query) in as many last layers as fit."""
-    from peft import LoraConfig
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
     base, budget = order.base, order.budget
@@ -212,13 +212,47 @@ def _lora(order: _Order) -> nn.Module:
         raise ValueError(f"LoRA finds no {' or '.join(wanted)} in {type(base).__name__}: leave the method out")
     rank, targets = budget // sum(sizes.values()), list(sizes)
     if rank == 0:
-        rank, targets, room = 1, [], budget
-        for name in reversed(sizes):
-            if name.split(".")[-1] == wanted[0] and sizes[name] <= room:
-                targets.append(name)
-                room -= sizes[name]
-    if not targets:
+        first = {name: size for name, size in sizes.items() if name.split(".")[-1] == wanted[0]}
+        rank, targets = 1, _last_that_fit(first, budget)
+    return _with_lora(order, rank, targets)
+
+
+def _lora_everywhere(order: _Order) -> nn.Module:
+    """Puts LoRA on every linear layer in the backbone's layers where the budget holds a rank of all, else at rank 1 on as many
+    of the last ones as fit."""
+    sizes = {
+        name: sum(module.weight.shape)
+        for name, module in order.base.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and _is_in_a_layer(name) and not _is_in(order.heads, f"{name}.")
+    }
+    if not sizes:
+        raise ValueError(f"LoRA finds no linear layers in {type(order.base).__name__}: leave the method out")
+    rank, targets = order.budget // sum(sizes.values()), list(sizes)
+    if rank == 0:
+        rank, targets = 1, _last_that_fit(sizes, order.budget)
+    return _with_lora(order, rank, targets)
+
+
+def _last_that_fit(sizes: dict[str, int], budget: int) -> list[str]:
+    """Returns the names whose sizes fill a budget, from the last one back. ValueError if none fits."""
+    names, room = [], budget
+    for name in reversed(sizes):
+        if sizes[name] <= room:
+            names.append(name)
+            room -= sizes[name]
+    if not names:
         raise ValueError(f"a budget of {budget} parameters holds no LoRA of rank 1: raise it")
+    return names
+
+
+def _is_in_a_layer(name: str) -> bool:
+    """Tells whether a module is part of one of several layers, which are numbered."""
+    return any(part.isdecimal() for part in name.split("."))
+
+
+def _with_lora(order: _Order, rank: int, targets: list[str]) -> nn.Module:
+    from peft import LoraConfig
+
     return _with_peft(order, LoraConfig(
         task_type=_task_type(order), r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets,
     ))  # fmt: skip
@@ -272,6 +306,7 @@ METHODS: dict[str, Method] = {
     "prompt tuning 20": _prompt_tuning(20),
     "prompt tuning 100": _prompt_tuning(100),
     "LoRA": _peer("PEFT LoRA on query and value, of the rank that the budget holds", (0.002, 0.005, 0.01), _lora),
+    "LoRA all": _peer("PEFT LoRA on all linear layers of the layers", (0.002, 0.005, 0.01), _lora_everywhere),
     "BitFit": _peer("all biases of the backbone", (0.002, 0.005, 0.01), _biases, trains_backbone=True),
     "full": _peer("all weights of the backbone", (0.00005, 0.0001, 0.0002), _all_weights, trains_backbone=True),
 }

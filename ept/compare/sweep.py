@@ -33,7 +33,7 @@ from ept.tasks.predicting import predict
 from ept.tasks.task import Split, Task
 from ept.version import __version__
 
-__all__ = ["Unfit", "grid", "keep", "read_tasks", "run_job", "run_on_ray"]
+__all__ = ["Unfit", "grid", "keep", "name_of_run", "read_tasks", "run_job", "run_on_ray"]
 
 TARGET_LENGTH = 32  # the longest label word of a benchmark has 6 tokens in T5
 STEMS = {"train": ("train",), "validation": ("validation", "dev", "val"), "test": ("test",)}  # of own files, by split
@@ -80,8 +80,17 @@ def read_tasks(jobs: list[Job]) -> None:
         _read_task(model, task, data)
 
 
-def run_job(job: Job) -> dict[str, Any]:
-    """Runs one job of the grid; returns it with its metrics by split, its parameters and seconds, and the machine."""
+def name_of_run(job: Job) -> str:
+    """Names a run by what it does not share with all others."""
+    return f"{job['task']}, {job['method']}, rate {job['learning_rate']:g}, seed {job['seed']}"
+
+
+def run_job(job: Job, description: str | None = None) -> dict[str, Any]:
+    """Runs one job of the grid; returns it with its metrics by split, its parameters and seconds, and the machine.
+
+    Args:
+        description: what its progress is shown under; None shows none.
+    """
     started = time.perf_counter()
     task, tokenizer, splits = _splits(job["model"], job["task"], job["data"], job["max_seq_length"])
     transformers.set_seed(job["seed"])
@@ -98,7 +107,7 @@ def run_job(job: Job) -> dict[str, Any]:
         raise Unfit(str(error)) from error
     trace = fit(
         model, groups, rows, tokenizer, steps=job["steps"], batch_size=job["batch_size"], seed=job["seed"],
-        collate=task.kind.collator(tokenizer, model),
+        description=description, collate=task.kind.collator(tokenizer, model),
     )  # fmt: skip
     predictor = task.kind.predictor(model, tokenizer, TARGET_LENGTH)
     metrics = {
@@ -121,10 +130,7 @@ def keep(path: Path, record: dict[str, Any]) -> None:
     append(path, record)
     part, metrics = list(record["metrics"].items())[-1]
     name, value = next(iter(metrics.items()))
-    say(
-        f"{record['task']}, {record['method']}, rate {record['learning_rate']:g}, seed {record['seed']}: "
-        f"{part} {name} {value:.3f} in {record['seconds']:.0f} s"
-    )
+    say(f"{name_of_run(record)}: {part} {name} {value:.3f} in {record['seconds']:.0f} s")
 
 
 def run_on_ray(jobs: list[Job], path: Path, *, cpus_per_run: float, gpus_per_run: float) -> None:

@@ -14,6 +14,7 @@ import transformers
 from packaging.requirements import Requirement
 
 import ept_kernels
+from ept.backbone.precision import cpu_has_bfloat16
 from ept.version import __version__
 from ept_kernels.availability import why_no_triton
 
@@ -67,6 +68,8 @@ def devices(problems: list[str]) -> list[str]:
             name = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
         reason = why_no_triton(device) if device.type == "cuda" else f"the tensors are on {device.type}, not on a GPU"
         lines.append(f'{device} ({name}): impl="auto" takes {"triton" if reason is None else f"torch: {reason}"}')
+    has, takes = ("has", "bfloat16, with eager attention") if cpu_has_bfloat16() else ("has no", "float32")
+    lines.append(f"the CPU {has} bfloat16 instructions: weights that were saved in bfloat16 are loaded in {takes}")
     if torch.version.cuda and not torch.cuda.is_available():
         lines.append(f"torch was built for CUDA {torch.version.cuda}, but finds no GPU")
     return lines

@@ -52,7 +52,7 @@ class BenchmarkTask:
         prompt: for a text-to-text or causal model: T5's input.
         cut: the fields that give way where a row is too long (several: the longer ones first).
         labels: the classes' names, which T5 writes, in the order of the hub's numbers; empty for a regression.
-        metrics: names in `ept.tasks.metrics.METRICS`, the paper's first.
+        metrics: names in `ept.tasks.metrics.METRICS`, that of published results first.
         label_columns: names of the column that holds the label.
         prepare: makes the texts' fields from a row's columns where they are not the columns themselves.
     """
@@ -95,7 +95,7 @@ class BenchmarkTask:
         return value if 0 <= value <= 5 else -1.0
 
     def judge(self, predicted: list[float], rows: Rows) -> dict[str, float]:
-        """Computes the task's metrics of predicted class numbers or scores, the paper's first."""
+        """Computes the task's metrics of predicted class numbers or scores, in the order of `metrics`."""
         number = len(self.labels)
         return metrics_of(self.metrics, Answers(list(rows.labels), list(predicted), number, range(number), rows.groups))
 
@@ -194,7 +194,7 @@ BENCHMARK_TASKS = {task.name: task for task in (
     BenchmarkTask("rte", ("RTE",), "glue", _PREMISE, ("{premise}", "{hypothesis}"),
         "rte sentence1: {premise} sentence2: {hypothesis}", ("premise",), _ENTAILS),
     BenchmarkTask("cola", ("CoLA",), "glue", _same("sentence"), ("{sentence}",),
-        "cola sentence: {sentence}", ("sentence",), ("unacceptable", "acceptable"), ("accuracy", "matthews")),
+        "cola sentence: {sentence}", ("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy")),
     BenchmarkTask("multirc", ("MultiRC",), "super_glue", _same("paragraph", "question", "answer"),
         ("{paragraph}", "{question} {answer}"),
         "multirc question: {question} answer: {answer} paragraph: {paragraph}", ("paragraph",), _BOOLS,

@@ -15,6 +15,7 @@ SPLITS = {
     "train": ("train", "msr_paraphrase_train"),
     "validation": ("dev", "val", "validation", "dev_matched", "validation_matched"),
     "validation_mismatched": ("dev_mismatched", "validation_mismatched"),
+    "validation_out_of_domain": ("out_of_domain_dev",),
     "test": ("test", "test_matched", "msr_paraphrase_test"),
     "test_mismatched": ("test_mismatched",),
 }
@@ -38,7 +39,7 @@ def read_task(task: BenchmarkTask, split: str, data_dir: str | None = None) -> t
     """Reads a split; returns its rows and where they are from, or None where there is no such split.
 
     Args:
-        split: "train", "validation", "validation_mismatched" (MNLI) or "test".
+        split: "train", "validation", "validation_mismatched" (MNLI), "validation_out_of_domain" (CoLA) or "test".
         data_dir: the directory with the task's files, or the one that holds it under the benchmark's own name; None
             asks the hub.
 

@@ -162,7 +162,7 @@ class Task:
         return Dataset.from_dict(values | {"label": labels}), columns
 
     def metrics(self, predictions: Any, split: Split) -> dict[str, float]:
-        """Computes the metrics of all of a split's rows in their order, the paper's first.
+        """Computes the metrics of all of a split's rows in their order, the task's first one first.
 
         Args:
             predictions: logits or label scores [rows, classes]; values [rows] or [rows, 1]; or written texts.
@@ -185,7 +185,7 @@ class Task:
         return compute
 
     def best_metric(self, metric_for_best_model: str | None = None) -> tuple[str, bool]:
-        """Returns the metric that tells the best checkpoint (by default the paper's), and whether more of it is better."""
+        """Returns the metric that tells the best checkpoint (by default the task's first), and whether more of it is better."""
         if self.benchmark is None:
             return self.kind.best_metric(metric_for_best_model)
         loss = ["loss"] if "loss" in self.kind.evaluated else []

