@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
 import transformers as hf
 
 import tiny_text
+from ept import AutoEPTModel
 from ept.cli import main
+from ept.cli.predict_output import Output
 from ept.data.chats import checked_chat
 from ept.data.columns import Columns, choose_writing_columns, holds_text_to_write
 from ept.data.streaming import RowStream, TokenStream
@@ -360,6 +363,24 @@ def test_answers_are_written_for_lines_tables_and_conversations(adapter, place, 
     assert len(capsys.readouterr().out.splitlines()) == 6
 
 
+class Killed(BaseException):
+    pass
+
+
+def predict_and_die(batches: int, *arguments) -> None:
+    """Runs `predict` until some batches are written."""
+    write, left = Output.write, iter(range(batches))
+
+    def write_or_die(*batch):
+        if next(left, None) is None:
+            raise Killed
+        write(*batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Output, "write", write_or_die)
+        predict(*arguments)
+
+
 def test_predictions_go_on_where_they_were_interrupted_with_what_one_run_would_have_written(
     adapter, place, tmp_path, capsys, monkeypatch
 ):
@@ -367,14 +388,56 @@ def test_predictions_go_on_where_they_were_interrupted_with_what_one_run_would_h
     for name in ("whole.jsonl", "whole.txt"):
         out = tmp_path / name
         assert predict(adapter, *run, "--output_file", out) == 0
-        whole = out.read_bytes()
-        part = tmp_path / f"part{out.suffix}"
-        part.write_bytes(b"".join(whole.splitlines(keepends=True)[:16]) + b'{"id": 17, "te')  # a kill in mid-line
+        whole, part = out.read_bytes(), tmp_path / f"part{out.suffix}"
+        predict_and_die(2, adapter, *run, "--output_file", part)
+        assert part.read_bytes() == b"".join(whole.splitlines(keepends=True)[:16])
+        begun = (tmp_path / f"{part.name}.partial.json").read_text()
+        with open(part, "ab") as file:
+            file.write(b'{"id": 17, "te')  # a kill in mid-line
         capsys.readouterr()
         assert predict(adapter, *run, "--output_file", part) == 0
         assert part.read_bytes() == whole and "part" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.partial.json"))
+    (tmp_path / "part.txt.partial.json").write_text(begun)  # a kill after the last row
     monkeypatch.setattr("ept.pretrained.SavedAdapter.load", None)  # nothing is left to do
-    assert predict(adapter, *run, "--output_file", tmp_path / "whole.jsonl") == 0
+    assert predict(adapter, *run, "--output_file", part) == 0 and not list(tmp_path.glob("*.partial.json"))
+    with pytest.raises(SystemExit):  # a finished file
+        predict(adapter, *run, "--output_file", part)
+    assert "part.txt.partial.json is not beside it" in capsys.readouterr().err
+
+
+def test_only_what_an_interrupted_run_of_the_same_adapter_input_and_options_left_is_gone_on_with(
+    adapter, place, tmp_path, capsys, monkeypatch
+):
+    out, run = tmp_path / "out.jsonl", ["--input_file", place / "rows.jsonl"]
+    predict_and_die(1, adapter, *run, "--batch_size", 8, "--output_file", out)
+    retrained = shutil.copytree(adapter, tmp_path / "retrained")
+    model = AutoEPTModel.from_pretrained(adapter)
+    with torch.no_grad():
+        model.ept.prompt += 1
+    model.save_pretrained(retrained)
+    rows = (place / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "more.jsonl").write_text("".join(rows[::-1]))
+    (tmp_path / "notes.txt").write_text("one\ntwo\n")
+    (tmp_path / "stub.txt").write_text("no end of line")
+    monkeypatch.setattr("ept.pretrained.SavedAdapter.load", None)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for arguments, message in (
+        ((retrained, *run), "was left by an interrupted run with another adapter: give another name"),
+        ((adapter, "--input_file", tmp_path / "more.jsonl"), "with another input"),
+        ((adapter, *run, "--max_seq_length", 9), "with another --max_seq_length"),
+        ((adapter,), "which standard input cannot go on with"),
+        ((adapter, *run, "--output_file", tmp_path / "notes.txt"), "notes.txt exists, and no interrupted ept predict"),
+        ((adapter, *run, "--output_file", tmp_path / "stub.txt"), "--overwrite_output_file, which writes over it"),
+    ):
+        with pytest.raises(SystemExit):
+            predict(arguments[0], "--output_file", out, *arguments[1:])
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    out.write_text('{"id": 9, "text": "x"}\n')  # put in place of what the run left
+    with pytest.raises(SystemExit):
+        predict(adapter, *run, "--output_file", out)
+    assert "line 1 has the id 9, not 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, message", [
@@ -382,7 +445,7 @@ def test_predictions_go_on_where_they_were_interrupted_with_what_one_run_would_h
     (["--text_column", "body"], "has no column 'body' (--text_column); it has: prompt, completion"),
     (["--id_column", "key"], "has no column 'key' (--id_column)"),
     (["--text_pair_column", "completion"], "leave out --text_pair_column"),
-    (["--output_file", "other.jsonl"], "line 1 has the id 9, not 1"),
+    (["--output_file", "other.jsonl"], "other.jsonl exists, and no interrupted ept predict left it"),
     (["--output_file", "absent/out.txt"], "there is no such directory"),
     (["--output_file", "."], "--output_file . is a directory"),
     (["--input_file", "lines.txt", "--output_file", "lines.txt"], "is the --input_file"),

@@ -1,5 +1,6 @@
 """`ept predict`: labels, values or written texts for lines of text and for tables."""
 
+import hashlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from ept.cli.predict_output import Output
 from ept.console import say
 from ept.data.columns import Columns
 from ept.data.rows import has_optional_header
+from ept.files.adapter_dir import weights_sha256
 from ept.pretrained import SavedAdapter
 from ept.tasks.glue import benchmark_task
 from ept.tasks.kind import TaskKind
@@ -35,10 +37,10 @@ class PredictArguments:
         "input, a text a line."
     )
     output_file: str | None = option(
-        "Where the predictions go, by default standard output. A .jsonl gets an object a row with its id. Rows that the "
-        "file holds already are not done again."
+        "Where the predictions go, by default standard output. A .jsonl gets an object a row with its id. A run that was "
+        "interrupted goes on, by FILE.partial.json beside it; any other file that holds something is refused."
     )
-    overwrite_output_file: bool = option("Begin anew where --output_file holds predictions.", False)
+    overwrite_output_file: bool = option("Write over what --output_file holds.", False)
     all_probabilities: bool = option("Also write the probability of every class.", False)
     text_column: str | None = option("Of a table: column with the text; by default as in training, or the only one.")
     text_pair_column: str | None = option("Of a table: column with the second text; by default as in training.")
@@ -69,7 +71,7 @@ def run(argv: list[str]) -> None:
         source = _source(options, saved_adapter, saved_adapter.kind())
         # A first pass over a file finds what is wrong with any row before the model is loaded.
         total = None if options.input_file is None else sum(1 for _ in source)
-        output = _output(options)
+        output = _output(options, saved_adapter)
         rows = iter(source)
         output.skip_done(rows)
         if output.done:
@@ -78,6 +80,7 @@ def run(argv: list[str]) -> None:
                 "(--overwrite_output_file does them again)"
             )
         if output.done == total:
+            output.finish()
             return
         model, tokenizer, kind = saved_adapter.load(place.model_name_or_path, dtype=place.dtype)
         if options.threshold is not None:
@@ -94,6 +97,7 @@ def run(argv: list[str]) -> None:
                 encoded = kind.encode_texts(tokenizer, [row.texts for row in batch], limit)
                 output.write(batch, kind, predictor(encoded))
                 bar.update(len(batch))
+        output.finish()
 
 
 def _source(options: PredictArguments, saved_adapter: SavedAdapter, kind: TaskKind) -> Lines | TableRows:
@@ -121,12 +125,27 @@ def _source(options: PredictArguments, saved_adapter: SavedAdapter, kind: TaskKi
     )
 
 
-def _output(options: PredictArguments) -> Output:
+# What the written lines depend on beside the adapter and the input file's content.
+OPTIONS_OF_LINES = (
+    "all_probabilities", "text_column", "text_pair_column", "id_column", "no_header", "threshold", "max_seq_length",
+    "max_target_length",
+)  # fmt: skip
+
+
+def _output(options: PredictArguments, saved_adapter: SavedAdapter) -> Output:
     """Opens where the predictions go; ValueError if that is where the texts are."""
     read, written = options.input_file, options.output_file
     if read is not None and written is not None and Path(written).exists() and Path(written).samefile(read):
         raise ValueError(f"--output_file {written} is the --input_file: give another")
-    return Output(written, all_probabilities=options.all_probabilities, overwrite=options.overwrite_output_file)
+    origin = None
+    if written is not None and read is not None:
+        of_input = hashlib.sha256()
+        with open(read, "rb") as file:
+            while block := file.read(1 << 20):
+                of_input.update(block)
+        of_options = {f"--{name}": getattr(options, name) for name in OPTIONS_OF_LINES}
+        origin = {"adapter": weights_sha256(saved_adapter.directory), "input": of_input.hexdigest()} | of_options
+    return Output(written, origin, all_probabilities=options.all_probabilities, overwrite=options.overwrite_output_file)
 
 
 def _reads_pairs(kind: TaskKind, record: dict[str, Any]) -> bool:

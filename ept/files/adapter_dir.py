@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "check_weights", "read_adapter", "write_adapter"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "check_weights", "read_adapter", "weights_sha256", "write_adapter"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -86,6 +86,13 @@ def check_weights(directory: str | os.PathLike) -> None:
             f"{directory / WEIGHTS_NAME} is not the file that {CONFIG_NAME} names: copy both again, or delete "
             '"weights_sha256" from it if you changed the weights on purpose'
         )
+
+
+def weights_sha256(directory: str | os.PathLike) -> str:
+    """Returns the SHA-256 of an adapter directory's weights, of which `read_adapter` found nothing wrong."""
+    directory = Path(directory)
+    sha256 = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")).get("weights_sha256")
+    return hashlib.sha256(_weights(directory, sha256)).hexdigest()
 
 
 def _weights(directory: Path, sha256: str | None) -> bytes:
