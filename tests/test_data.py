@@ -279,6 +279,16 @@ def test_a_separator_stands_between_the_labels_of_a_cell(tmp_path):
     "cells, kind, said",
     [
         ([[1, 0, 0], [0, 1, 0]], None, "stands twice in the list .* a zero or a one for each class"),
+        (
+            [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]],
+            None,
+            "every row of 'label' has the labels 0, 1, .* a one for each class",
+        ),
+        (
+            [["b", "a"], ["a", "b"]],
+            "multi_label",
+            "every row of 'label' has the labels a, b, .* nothing to tell apart$",
+        ),
         ([["a", None]], None, "row 1: a label in the list .* is missing"),
         ([["a"], None], None, "row 2: the label .* is missing"),
         ([["a"], ["b"]], "classification", "are lists, of which classification makes nothing"),
@@ -290,6 +300,9 @@ def test_a_separator_stands_between_the_labels_of_a_cell(tmp_path):
 def test_what_is_no_list_of_labels_is_refused(cells, kind, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         Labels.of(lists(tmp_path, cells), "x", "label", kind)
+    if "every row" in said:
+        counts = RowStream(str(tmp_path / "lists.jsonl")).label_counts(Columns("text", None, "label"))
+        assert counts.alike and counts.several
 
 
 def test_a_single_class_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from ept.data.chats import ends_with_answer, is_chat
 from ept.data.rows import listed
 
 __all__ = [
+    "NAMES_NOT_MARKS",
     "Columns",
     "choose_columns",
     "choose_pair_columns",
@@ -38,6 +39,8 @@ PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
     ("text1", "text2"),
 )  # fmt: skip
+
+NAMES_NOT_MARKS = "a list names a row's labels, it does not hold a zero or a one for each class"
 
 
 @dataclass(frozen=True)
@@ -266,10 +269,7 @@ def labels_in(cell: Any, at: str, column: str) -> list[str]:
     labels = list(map(str, cell))
     for label in labels:
         if labels.count(label) > 1:
-            raise ValueError(
-                f"{at}: the label {label!r} stands twice in the list {cell!r}: a list names a row's labels, it does "
-                "not hold a zero or a one for each class"
-            )
+            raise ValueError(f"{at}: the label {label!r} stands twice in the list {cell!r}: {NAMES_NOT_MARKS}")
     return labels
 
 

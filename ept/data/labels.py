@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from datasets import ClassLabel, Dataset
 
-from ept.data.columns import Columns, element_of, holds_lists, label_lists, label_strings, tags_of
+from ept.data.columns import (
+    NAMES_NOT_MARKS,
+    Columns,
+    element_of,
+    holds_lists,
+    label_lists,
+    label_strings,
+    tags_of,
+)
 from ept.data.rows import listed
 
 __all__ = ["LabelCounts", "Labels"]
@@ -25,18 +33,20 @@ class LabelCounts:
         rows: the number of rows by label.
         several: whether a row may have several labels.
         unit: what has a label, in the plural.
+        alike: whether every row has all of several labels.
     """
 
     rows: dict[str, int]
     several: bool = False
     unit: str = "rows"
+    alike: bool = False
 
     @classmethod
     def of(cls, table: Dataset, source: str, column: str) -> "LabelCounts":
         """Counts a table's labels; ValueError names the first row that has none."""
         if holds_lists(table, column):
             lists = label_lists(table, source, column)
-            return cls.merged(Counter(label for labels in lists for label in labels), several=True)
+            return cls.merged(Counter(label for labels in lists for label in labels), lists=len(lists))
         return cls.merged(Counter(label_strings(table, source, column)))
 
     @classmethod
@@ -45,15 +55,17 @@ class LabelCounts:
         return cls(Counter(tag for tags in tags_of(table, source, columns) for tag in tags), unit="words")
 
     @classmethod
-    def merged(cls, rows: Mapping[str, int], *, several: bool = False) -> "LabelCounts":
-        """Counts by label, where whole numbers that are written as floats are one with those that are not."""
-        counts = cls(dict(rows), several)
-        if not counts.is_whole:
-            return counts
-        merged: Counter[str] = Counter()
+    def merged(cls, rows: Mapping[str, int], *, lists: int | None = None) -> "LabelCounts":
+        """Counts by label, where whole numbers that are written as floats are one with those that are not.
+
+        Args:
+            lists: how many rows there are, if each may have several labels.
+        """
+        is_whole, merged = cls(dict(rows)).is_whole, Counter[str]()
         for label, number in rows.items():
-            merged[_without_decimals(label)] += number
-        return cls(dict(merged), several)
+            merged[_without_decimals(label) if is_whole else label] += number
+        alike = len(merged) > 1 and all(number == lists for number in merged.values())
+        return cls(dict(merged), several=lists is not None, alike=alike)
 
     @property
     def is_whole(self) -> bool:
@@ -180,6 +192,12 @@ class Labels:
         names.sort(key=(lambda name: (float(name), name)) if counts.is_whole else None)
         if counts.several and not names:
             raise ValueError(f"{source}: no row of {column!r} has a label: there is nothing to learn")
+        if counts.alike:
+            hint = f": {NAMES_NOT_MARKS}" if names == ["0", "1"] else ""
+            raise ValueError(
+                f"{source}: every row of {column!r} has the labels {_first(map(_shown, names))}, so that there is nothing to "
+                f"tell apart{hint}"
+            )
         if len(names) < 2 and not counts.several:
             raise ValueError(
                 f"{source}: every {counts.unit[:-1]} of {column!r} has the label {names[0]!r}: there is nothing to tell apart"

@@ -65,7 +65,7 @@ class RowStream:
     def label_counts(self, columns: Columns) -> LabelCounts:
         """Counts the label column's labels in one pass over all rows; ValueError names a row that has none."""
         column, several = columns.chosen_label, False
-        counts: Counter[str] = Counter()
+        counts, number = Counter[str](), 0
         for number, row in enumerate(self, start=1):
             cell, at = split_cell(row[column], columns.label_separator), f"{self.source}, row {number}"
             several |= isinstance(cell, list)
@@ -74,7 +74,7 @@ class RowStream:
             for label in labels_in(cell, at, column) if several else [str(cell)]:
                 if label in counts or len(counts) < DISTINCT:
                     counts[label] += 1
-        return LabelCounts.merged(counts, several=several)
+        return LabelCounts.merged(counts, lists=number if several else None)
 
     def _hub_rows(self, name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
         try:
