@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
-from ept.backbone.loading import absolute_path, load_tokenizer, pad_like_tokenizer, precision, read_config
+from ept.backbone.loading import absolute_path, load_tokenizer, load_whole, pad_like_tokenizer, precision, read_config
 from ept.backbone.traits import head_names
 from ept.console import without_load_reports
 from ept.files.adapter_dir import CONFIG_NAME
@@ -133,7 +133,8 @@ class SavedAdapter(AdapterFiles):
             settings: of the class's `from_pretrained`.
 
         Raises:
-            ValueError, OSError: the adapter does not say its backbone, it is of another kind, or it is not there.
+            ValueError, OSError: the adapter does not say its backbone, it is of another kind, lacks frozen weights, or is
+                not there.
         """
         source = self._backbone_name(name_or_path)
         hub_settings = {name: settings[name] for name in ("token", "cache_dir") if name in settings}
@@ -145,8 +146,7 @@ class SavedAdapter(AdapterFiles):
         labels = {} if num_labels is None or pools_mean else {"num_labels": num_labels}
         backbone: Any
         if with_weights:
-            with without_load_reports():
-                backbone = cls.from_pretrained(source, **labels, **settings)
+            backbone = load_whole(cls, source, reads_pooler=not pools_mean, **labels, **settings)
         else:
             config = read_config(source, **labels)
             with torch.device("meta"):
@@ -225,7 +225,7 @@ def load_peft_backbone(
         raise ValueError(f"{directory} is for the task type {task_type}, but EPT reads {', '.join(auto_classes)}")
     with without_load_reports():
         num_labels = _number_of_labels(auto_classes[task_type], source, head_tensors)
-        return auto_classes[task_type].from_pretrained(source, **num_labels)
+    return load_whole(auto_classes[task_type], source, **num_labels)
 
 
 def _number_of_labels(auto_class: Any, name_or_path: str, head_tensors: dict[str, Tensor]) -> dict[str, int]:

@@ -33,7 +33,7 @@ def place(tmp_path_factory):
     save_model(place / "bert")
     save_model(place / "mean", pooling=True)
     save_model(place / "t5", "t5", hf.AutoModelForSeq2SeqLM, eos_token_id=4)
-    save_model(place / "llama", "llama")
+    save_model(place / "llama", "llama", hf.AutoModelForCausalLM)
     for split, n in (("train", 64), ("validation", 24), ("test", 24)):
         write_csv(place / f"{split}.csv", reviews(n, seed=n + len(split)))
     return place

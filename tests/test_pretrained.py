@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 from ept import AutoEPTModel, EPTModel, MeanPoolingForSequenceClassification
+from ept.backbone.loading import load_classifier, load_whole
 from tiny_models import all_parts, backbone, ids, wrapped
 
 BACKBONES = {
@@ -68,6 +69,25 @@ def test_the_backbones_settings_and_another_place_are_taken(tmp_path):
         AutoEPTModel.from_pretrained(tmp_path / "adapter")
     loaded = AutoEPTModel.from_pretrained(tmp_path / "adapter", name_or_path=str(tmp_path / "moved"))
     torch.testing.assert_close(result(loaded), result(model))
+
+
+def test_frozen_weights_that_the_checkpoint_lacks_are_named_and_not_random(tmp_path, caplog):
+    saved(backbone("bert", hf.AutoModelForMaskedLM), tmp_path)
+    assert AutoEPTModel.from_pretrained(tmp_path / "adapter").base_model.cls.predictions.bias is not None
+    backbone("bert").save_pretrained(tmp_path / "backbone")  # the encoder alone
+    with pytest.raises(
+        ValueError, match=r"lacks weights of a BertForMaskedLM that .*: cls.predictions, .*Give a check"
+    ):
+        AutoEPTModel.from_pretrained(tmp_path / "adapter")
+    place = str(tmp_path / "no pooler")
+    backbone("bert", hf.AutoModelForMaskedLM).save_pretrained(place)
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification that .*: bert.pooler.dense.*`head=mean`"):
+        load_classifier(place, 2, "single_label_classification")
+    assert not caplog.records
+    load_classifier(place, 2, "single_label_classification", head="mean")
+    assert not caplog.records
+    load_whole(hf.AutoModel, place)
+    assert "has no pooler" in caplog.text
 
 
 def test_another_kind_of_backbone_or_one_without_a_name_is_refused(tmp_path):

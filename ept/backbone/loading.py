@@ -1,6 +1,7 @@
 """Loads pretrained models with the right head and precision, their configs and their tokenizers."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -38,10 +40,13 @@ __all__ = [
     "load_seq2seq",
     "load_token_classifier",
     "load_tokenizer",
+    "load_whole",
     "pad_like_tokenizer",
     "precision",
     "read_config",
 ]
+
+logger = logging.getLogger(__name__)
 
 HEADS = ("auto", "mean", "first")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "8bit", "4bit")
@@ -85,16 +90,47 @@ def has_causal_form(config: PreTrainedConfig) -> bool:
 # ---------------------------------------------------------------------- models
 
 
+def load_whole(
+    model_class: Any, name_or_path: str | os.PathLike, *, reads_pooler: bool = True, **settings: Any
+) -> PreTrainedModel:
+    """Loads a pretrained model that lacks no weights, except of a head, which trains.
+
+    Weights that the checkpoint lacks are random, others at each load. What is frozen must not be so, since no adapter
+    holds it.
+
+    Args:
+        model_class: of transformers, with `from_pretrained`.
+        reads_pooler: False where nothing reads a bare encoder's pooler. A bare encoder without is otherwise warned of.
+        settings: of `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint lacks weights that stay frozen; their modules are named.
+    """
+    with without_load_reports():
+        model, report = model_class.from_pretrained(name_or_path, output_loading_info=True, **settings)
+    trained, is_bare = head_names(model), model.base_model is model
+    missing = sorted({name.rpartition(".")[0] or name for name in report["missing_keys"]})
+    missing = [name for name in missing if name.split(".")[0] not in trained]
+    without_pooler = [name for name in missing if not (is_bare and name.split(".")[0] == "pooler")]
+    if len(without_pooler) < len(missing) and reads_pooler:
+        logger.warning("%s has no pooler: `pooler_output` is of random weights, others at each load", name_or_path)
+    if without_pooler:
+        raise ValueError(
+            f"{name_or_path} lacks weights of a {type(model).__name__} that stay frozen, and would be random: "
+            f"{', '.join(without_pooler)}. Give a checkpoint that has them"
+            + (", or let the head read the tokens' mean, `head=mean`" if "pooler" in " ".join(without_pooler) else "")
+        )
+    return model
+
+
 def load_seq2seq(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained encoder-decoder; `dtype` as in `load_classifier`."""
-    with without_load_reports():
-        return AutoModelForSeq2SeqLM.from_pretrained(absolute_path(name_or_path), **precision(name_or_path, dtype))
+    return load_whole(AutoModelForSeq2SeqLM, absolute_path(name_or_path), **precision(name_or_path, dtype))
 
 
 def load_causal(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained causal language model; `dtype` as in `load_classifier`."""
-    with without_load_reports():
-        return AutoModelForCausalLM.from_pretrained(absolute_path(name_or_path), **precision(name_or_path, dtype))
+    return load_whole(AutoModelForCausalLM, absolute_path(name_or_path), **precision(name_or_path, dtype))
 
 
 def load_classifier(
@@ -111,28 +147,27 @@ def load_classifier(
             the CPU has no instructions for it; "8bit" and "4bit" are bitsandbytes' (nf4).
     """
     name_or_path = absolute_path(name_or_path)
-    with without_load_reports():
-        if head == "mean" or (head == "auto" and _pools_the_mean(name_or_path)):
-            return MeanPoolingForSequenceClassification.from_encoder(
-                name_or_path, num_labels, problem_type, **precision(name_or_path, dtype)
-            )
-        return AutoModelForSequenceClassification.from_pretrained(
-            name_or_path,
-            num_labels=num_labels,
-            problem_type=problem_type,
-            **precision(name_or_path, dtype, not_quantised=_heads_of(AutoModelForSequenceClassification, name_or_path)),
-        )
+    if head == "mean" or (head == "auto" and _pools_the_mean(name_or_path)):
+        encoder = load_whole(AutoModel, name_or_path, reads_pooler=False, **precision(name_or_path, dtype))
+        return MeanPoolingForSequenceClassification(encoder, num_labels, problem_type)
+    return load_whole(
+        AutoModelForSequenceClassification,
+        name_or_path,
+        num_labels=num_labels,
+        problem_type=problem_type,
+        **precision(name_or_path, dtype, not_quantised=_heads_of(AutoModelForSequenceClassification, name_or_path)),
+    )
 
 
 def load_token_classifier(name_or_path: str, num_labels: int, dtype: str = "auto") -> PreTrainedModel:
     """Loads the pretrained model with a head on every token; `dtype` as in `load_classifier`."""
     name_or_path, auto_class = absolute_path(name_or_path), AutoModelForTokenClassification
-    with without_load_reports():
-        return auto_class.from_pretrained(
-            name_or_path,
-            num_labels=num_labels,
-            **precision(name_or_path, dtype, not_quantised=_heads_of(auto_class, name_or_path)),
-        )
+    return load_whole(
+        auto_class,
+        name_or_path,
+        num_labels=num_labels,
+        **precision(name_or_path, dtype, not_quantised=_heads_of(auto_class, name_or_path)),
+    )
 
 
 def absolute_path(name_or_path: str) -> str:
