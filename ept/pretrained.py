@@ -224,7 +224,7 @@ def load_peft_backbone(
     if task_type not in auto_classes:
         raise ValueError(f"{directory} is for the task type {task_type}, but EPT reads {', '.join(auto_classes)}")
     with without_load_reports():
-        num_labels = _number_of_labels(auto_classes[task_type], source, head_tensors)
+        num_labels: dict[str, Any] = _number_of_labels(auto_classes[task_type], source, head_tensors)
     return load_whole(auto_classes[task_type], source, **num_labels)
 
 

@@ -116,6 +116,15 @@ def test_what_goes_with_rows_alone_is_refused(place, tmp_path, capsys):
     assert "must be a list of words" in refusal or "give a list with one label a word" in refusal
 
 
+def test_an_encoder_decoder_is_told_which_models_label_words(place, tmp_path, capsys):
+    model = save_model(tmp_path / "t5", "t5", hf.AutoModelForSeq2SeqLM, eos_token_id=4)
+    command = ["train", "--model_name_or_path", model, "--output_dir", tmp_path / "out"]
+    file = ["--train_file", write(tmp_path / "x.jsonl", sentences(4))]
+    for task in ([], ["--task", "token_classification"]):
+        refusal = refused(capsys, [*command, *file, *task])
+        assert "labels no words (--task token_classification): take an encoder, such as BERT" in refusal
+
+
 def byte_tokenizer() -> hf.PreTrainedTokenizerFast:
     """One token a byte, a space before a word among them; it has no unknown token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

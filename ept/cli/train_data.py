@@ -57,8 +57,9 @@ def read_training_data(options: TrainOptions) -> TrainingData:
     writes = asked_kind(Text2Text.name, model_name) == CausalText2Text.name
     if kind is None and writes and wanted == Columns() and holds_text_to_write(tables["train"][0]):
         kind = CausalText2Text.name
-    if kind is None and columns.label_separator is None and holds_tagged_words(tables["train"][0], wanted):
-        kind = TokenClassification.name
+    may_tag = asked is None and kind in (None, Text2Text.name) and columns.label_separator is None
+    if may_tag and holds_tagged_words(tables["train"][0], wanted):
+        kind = TokenClassification.name  # which says of an encoder-decoder that it labels no words
     if stream is not None and kind is not None and not KINDS[kind].can_stream:
         raise ValueError(f"--streaming is not for {KINDS[kind].asked_as}, whose rows are read whole: leave it out")
     task = Task.of_table(*tables["train"], wanted, kind, stream)

@@ -228,7 +228,10 @@ class TokenClassification(_Headed):
 
     def load_backbone(self, name_or_path: str, *, head: str = "auto", dtype: str = "auto") -> PreTrainedModel:
         if architecture_of(read_config(name_or_path)) == "seq2seq":
-            raise ValueError(f"{name_or_path} is an encoder-decoder, which labels no words: take an encoder")
+            raise ValueError(
+                f"{name_or_path} is an encoder-decoder, which labels no words (`kind=token_classification`): take an encoder, "
+                "such as BERT or ModernBERT"
+            )
         if head == "mean":
             raise ValueError(
                 "`head=mean` gives one label a row, and token_classification labels each word: leave it out"
