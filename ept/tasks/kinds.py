@@ -82,7 +82,31 @@ class _Headed(TaskKind):
         return task.labels or None
 
 
-class Classification(_Headed):
+class _OfOneClass(TaskKind):
+    """A row has one class: the one with the highest of its logits or scores [rows, classes]."""
+
+    def answers(self, predictions: Any, truth: list[Any]) -> Answers:
+        return Answers(truth, _chosen(predictions), num_classes=predictions.shape[-1])
+
+    def lines(self, predictions: Tensor) -> Iterator[str]:
+        """The likeliest label and its probability among the labels with a tab between."""
+        words, best = self.words, predictions.softmax(-1).max(-1)
+        for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            yield f"{words[label]}\t{probability:.6f}"
+
+    def records(self, predictions: Tensor) -> Iterator[dict[str, Any]]:
+        """Yields the likeliest `label` of each row, its `probability`, and all `probabilities` by name."""
+        words = self.words
+        for row in predictions.softmax(-1).tolist():
+            best, row = max(range(len(row)), key=row.__getitem__), [round(value, 6) for value in row]
+            yield {
+                "label": words[best],
+                "probability": row[best],
+                "probabilities": dict(zip(words, row, strict=True)),
+            }
+
+
+class Classification(_Headed, _OfOneClass):
     """A head with a logit for each class."""
 
     name = "classification"
@@ -110,16 +134,6 @@ class Classification(_Headed):
 
     def benchmark_values(self, task: BenchmarkTask, predictions: Any, rows: Rows) -> list[float]:
         return _chosen(predictions)
-
-    def answers(self, predictions: Any, truth: list[Any]) -> Answers:
-        return Answers(truth, _chosen(predictions), num_classes=predictions.shape[-1])
-
-    def lines(self, predictions: Tensor) -> Iterator[str]:
-        """The likeliest label and its probability with a tab between."""
-        return _label_lines(self.words, predictions)
-
-    def records(self, predictions: Tensor) -> Iterator[dict[str, Any]]:
-        return _label_records(self.words, predictions)
 
 
 class MultiLabel(Classification):
@@ -491,7 +505,7 @@ class CausalText2Text(Text2Text):
         return answer_predictor(model, tokenizer, max_new_tokens)
 
 
-class Continuation(TaskKind):
+class Continuation(_OfOneClass):
     """A causal language model that scores each label's words after the text, see `ept.tasks.continuation`."""
 
     name = "continuation"
@@ -562,16 +576,6 @@ class Continuation(TaskKind):
     def predictor(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Predictor:
         return score_predictor(model, self.collator(tokenizer, model))
 
-    def answers(self, predictions: Any, truth: list[Any]) -> Answers:
-        return Answers(truth, _chosen(predictions), num_classes=predictions.shape[-1])
-
-    def lines(self, predictions: Tensor) -> Iterator[str]:
-        """The likeliest label and its probability among the labels with a tab between."""
-        return _label_lines(self.words, predictions)
-
-    def records(self, predictions: Tensor) -> Iterator[dict[str, Any]]:
-        return _label_records(self.words, predictions)
-
 
 KINDS: dict[str, type[TaskKind]] = {
     kind.name: kind
@@ -620,23 +624,6 @@ def kind_of_adapter(settings: dict[str, Any], record: dict[str, Any], config_fil
 def _chosen(predictions: Any) -> list[Any]:
     """Returns the number of the highest of each row's logits or scores [rows, labels]."""
     return torch.as_tensor(predictions).argmax(-1).tolist()
-
-
-def _label_lines(words: list[str], predictions: Tensor) -> Iterator[str]:
-    best = predictions.softmax(-1).max(-1)
-    for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        yield f"{words[label]}\t{probability:.6f}"
-
-
-def _label_records(words: list[str], predictions: Tensor) -> Iterator[dict[str, Any]]:
-    """Yields the likeliest `label` of each row, its `probability`, and all `probabilities` by name."""
-    for row in predictions.softmax(-1).tolist():
-        best, row = max(range(len(row)), key=row.__getitem__), [round(value, 6) for value in row]
-        yield {
-            "label": words[best],
-            "probability": row[best],
-            "probabilities": dict(zip(words, row, strict=True)),
-        }
 
 
 def _refuse_seq2seq(name_or_path: str) -> None:
