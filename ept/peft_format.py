@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ept.backbone.heads import MeanPoolingForSequenceClassification
 from ept.config import EPTConfig
-from ept.files.adapter_dir import CONFIG_NAME, WEIGHTS_NAME
+from ept.files.adapter_dir import CONFIG_NAME, WEIGHTS_NAME, read_json_config
 from ept.files.hub import local_directory
 from ept.layer.folded import fold_layer
 from ept.model.model import EPTModel
@@ -123,12 +123,7 @@ def read_soft_prompt(
 def read_peft(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of a directory that PEFT, or DePT's fork of it, wrote."""
     config_file = Path(path) / CONFIG_NAME
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{path} holds no {CONFIG_NAME}: give the directory of a PEFT adapter")
-    try:
-        settings = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not valid JSON ({error}): the file is damaged, copy it again") from error
+    settings = read_json_config(path, wanted="the directory of a PEFT adapter", remedy="copy it again")
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind not in ("PROMPT_TUNING", "PROMPT_TUNING_LORA"):
         ours = isinstance(settings, dict) and settings.get("method") == "EPT"

@@ -15,6 +15,7 @@ from kernel_cases import (
     errors,
     fenced_buffers,
     kernel_case,
+    matrix,
     run,
     source_dtype,
 )
@@ -30,21 +31,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 SHORT, FULL = 14, 300
 CASES = covering_cases(0, FULL)
-SHARD, SHARDS = map(int, os.environ.get("EPT_SHARD", "0/1").split("/"))  # the part of the long form that runs here
 
 
-def label(case):
-    return "-".join(str(value).removeprefix("torch.").replace(" ", "_") for value in case.values())
-
-
-@pytest.mark.parametrize(
-    ("seed", "axes"),
-    [
-        pytest.param(seed, axes, id=label(axes), marks=[] if seed < SHORT else [pytest.mark.full])
-        for seed, axes in enumerate(CASES)
-        if seed % SHARDS == SHARD
-    ],
-)
+@pytest.mark.parametrize(("seed", "axes"), matrix(CASES, SHORT))
 def test_error_is_at_most_twice_that_of_the_plain_formula(seed, axes):
     case = kernel_case(seed, **axes)
     with fenced_buffers():

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch._dynamo.testing
-from kernel_cases import bytes_of, counted_accesses, covering_cases, fenced_buffers
+from kernel_cases import bytes_of, counted_accesses, covering_cases, fenced_buffers, matrix
 from layer_cases import AXES, errors, layer_case, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,11 +17,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 SHORT, FULL = 20, 200
 CASES = covering_cases(0, FULL, AXES)
-SHARD, SHARDS = map(int, os.environ.get("EPT_SHARD", "0/1").split("/"))  # the part of the long form that runs here
-
-
-def label(case):
-    return "-".join(str(value).removeprefix("torch.").replace(" ", "_") for value in case.values())
 
 
 def plain_case(seed=0, **changes):
@@ -32,14 +27,7 @@ def plain_case(seed=0, **changes):
     return layer_case(seed, **axes | changes)
 
 
-@pytest.mark.parametrize(
-    ("seed", "axes"),
-    [
-        pytest.param(seed, axes, id=label(axes), marks=[] if seed < SHORT else [pytest.mark.full])
-        for seed, axes in enumerate(CASES)
-        if seed % SHARDS == SHARD
-    ],
-)
+@pytest.mark.parametrize(("seed", "axes"), matrix(CASES, SHORT))
 def test_error_is_at_most_twice_that_of_the_plain_formula(seed, axes):
     case = layer_case(seed, **axes)
     before = {name: value.clone() for name, value in case.items() if isinstance(value, torch.Tensor)}

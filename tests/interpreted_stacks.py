@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch._dynamo.testing
-from kernel_cases import bytes_of, counted_accesses, covering_cases, fenced_buffers
+from kernel_cases import bytes_of, counted_accesses, covering_cases, fenced_buffers, matrix
 from stack_cases import AXES, errors, run, stack_case
 from test_prompt_columns import CASES as COLUMNS
 from test_prompt_columns import columns_case
@@ -17,25 +17,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 SHORT, FULL = 20, 200
 CASES = covering_cases(0, FULL, AXES)
-SHARD, SHARDS = map(int, os.environ.get("EPT_SHARD", "0/1").split("/"))  # the part of the long form that runs here
 PLAIN = dict(
     shape="plain", dtype=torch.float32, source_dtype=torch.float32, lowrank="factors", token=True, text="holes",
     start="by row", lengths=True, index=torch.int64, inputs=False, activation="silu", e=0.5,
 )  # fmt: skip
 
 
-def label(case):
-    return "-".join(str(value).removeprefix("torch.").replace(" ", "_") for value in case.values())
-
-
-@pytest.mark.parametrize(
-    ("seed", "axes"),
-    [
-        pytest.param(seed, axes, id=label(axes), marks=[] if seed < SHORT else [pytest.mark.full])
-        for seed, axes in enumerate(CASES)
-        if seed % SHARDS == SHARD
-    ],
-)
+@pytest.mark.parametrize(("seed", "axes"), matrix(CASES, SHORT))
 def test_error_is_at_most_twice_that_of_the_plain_formula(seed, axes):
     case = stack_case(seed, **axes)
     before = {name: value.clone() for name, value in case.items() if isinstance(value, torch.Tensor)}

@@ -2,9 +2,11 @@
 
 import contextlib
 import itertools
+import os
 import random
 
 import numpy as np
+import pytest
 import torch
 from test_prompt_embed import PARTS, double, make_case
 
@@ -67,6 +69,20 @@ AXES = dict(
     shape=tuple(SHAPES), dtypes=DTYPES, parts=tuple(PARTS), mask=MASKS, start=("first", "second", "last", "by row"),
     activation=ACTIVATIONS, switch=tuple(SWITCHES), inputs=(False, True), e=(1.0, 0.055),
 )  # fmt: skip
+
+
+def matrix(cases, short):
+    """Pytest's parameters (seed, axes), those from `short` on in the long form alone; EPT_SHARD says which part runs here."""
+    shard, shards = map(int, os.environ.get("EPT_SHARD", "0/1").split("/"))
+    return [
+        pytest.param(seed, axes, id=label(axes), marks=[] if seed < short else [pytest.mark.full])
+        for seed, axes in enumerate(cases)
+        if seed % shards == shard
+    ]
+
+
+def label(case):
+    return "-".join(str(value).removeprefix("torch.").replace(" ", "_") for value in case.values())
 
 
 def covering_cases(strength_seed: int, at_least: int, axes: dict[str, tuple] = AXES) -> list[dict]:

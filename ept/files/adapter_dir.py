@@ -17,7 +17,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "check_weights", "read_adapter", "weights_sha256", "write_adapter"]
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "check_weights",
+    "read_adapter",
+    "read_json_config",
+    "weights_sha256",
+    "write_adapter",
+]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -49,12 +57,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
     """Reads an adapter directory: settings and tensors. ValueError or FileNotFoundError says what is wrong with it."""
     directory = Path(directory)
     config_file = directory / CONFIG_NAME
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{directory} holds no {CONFIG_NAME}: give a directory that save_pretrained wrote")
-    try:
-        settings = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not valid JSON ({error}): the file is damaged, save again") from error
+    settings = read_json_config(directory, wanted="a directory that save_pretrained wrote", remedy="save again")
     if isinstance(settings, dict) and "peft_type" in settings:
         raise ValueError(
             f"{directory} holds a PEFT adapter: ept import makes an EPT adapter of it, if it is a prompt's"
@@ -72,6 +75,25 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{directory / WEIGHTS_NAME}: tensor {name} holds NaN or infinity: the training diverged")
     return settings, tensors
+
+
+def read_json_config(directory: str | os.PathLike, *, wanted: str, remedy: str) -> Any:
+    """Reads adapter_config.json, whoever wrote it; returns what the JSON holds, which may be no object.
+
+    Args:
+        wanted: the directory that the caller reads, in an error's words.
+        remedy: what to do about a damaged file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is no JSON.
+    """
+    file = Path(directory) / CONFIG_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} holds no {CONFIG_NAME}: give {wanted}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): the file is damaged, {remedy}") from error
 
 
 def check_weights(directory: str | os.PathLike) -> None:

@@ -17,17 +17,15 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from ept.files.adapter_dir import CONFIG_NAME, WEIGHTS_NAME
-from ept.files.model_card import CARD_NAME, described_card, is_public_name
+from ept.files.model_card import CARD_NAME, described_card, is_public_name, is_repo_name
 from ept.files.run_record import RUN_NAME
 from ept.version import __version__
 
@@ -183,13 +181,7 @@ def _warn_of_backbone(repo_id: str, name: str | None) -> None:
 
 def _is_hub_id(name: str) -> bool:
     """Whether a name has a repository's form: a user and a name with one slash between."""
-    if name.count("/") != 1:
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+    return name.count("/") == 1 and is_repo_name(name)
 
 
 def _card_on_hub(repo_id: str, revision: str | None, token: str | bool | None) -> str | None:

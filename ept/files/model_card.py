@@ -1,13 +1,13 @@
 """README.md of an adapter on the hub: the metadata that the hub reads, and how the adapter is loaded."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-__all__ = ["CARD_NAME", "described_card", "is_public_name"]
+__all__ = ["CARD_NAME", "described_card", "is_public_name", "is_repo_name"]
 
 CARD_NAME = "README.md"
 TAGS = ("ept", "prompt-tuning")
@@ -65,10 +65,13 @@ def described_card(
     return card
 
 
-def is_public_name(name: str | None) -> bool:
+def is_public_name(name: str | None) -> TypeGuard[str]:
     """Whether a backbone's name is one that the hub may know, and no directory of this machine."""
-    if not name or Path(name).is_absolute() or Path(name).is_dir():
-        return False
+    return bool(name) and not Path(name).is_absolute() and not Path(name).is_dir() and is_repo_name(name)
+
+
+def is_repo_name(name: str) -> bool:
+    """Whether a name has the form of a repository's on the hub, with a user or without."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -211,13 +211,8 @@ class SeveralAdapters(Routing):
     def __init__(
         self, members: Sequence[Member], stacks: Sequence[Stack], rows: Tensor, starts: int | None, is_even: bool
     ):
-        self.members, self.stacks, self.rows, self._starts, self._is_even = (
-            tuple(members),
-            tuple(stacks),
-            rows,
-            starts,
-            is_even,
-        )
+        self.members, self.stacks, self.rows = tuple(members), tuple(stacks), rows
+        self._starts, self._is_even = starts, is_even
 
     @property
     def owners(self) -> Tensor:

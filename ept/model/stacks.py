@@ -20,7 +20,7 @@ from ept.layer.constants import Constants
 __all__ = ["LinearStack", "Stack", "Stacks"]
 
 Made = TypeVar("Made")
-Stamp = tuple[tuple[Tensor, float, int], ...]
+Stamp = dict[int, tuple[Tensor, float, int]]  # by the id of a tensor: itself, its version, its address
 
 
 class Stack(NamedTuple):
@@ -194,13 +194,16 @@ def _linear_tensors(head: nn.Linear | None) -> list[Tensor]:
 
 
 def _stamp_of(tensors: Sequence[Tensor]) -> Stamp:
-    return tuple((t, _version(t), t.data_ptr()) for t in tensors)
+    return {id(t): (t, _version(t), t.data_ptr()) for t in tensors}
 
 
 def _is_current(stamp: Stamp, tensors: Sequence[Tensor]) -> bool:
     """Whether none of the tensors, which are among those of the stamp, has changed."""
-    known = {id(t): (version, pointer) for t, version, pointer in stamp}
-    return all(known.get(id(t)) == (_version(t), t.data_ptr()) for t in tensors)
+    for t in tensors:
+        kept = stamp.get(id(t))
+        if kept is None or kept[1] != _version(t) or kept[2] != t.data_ptr():
+            return False
+    return True
 
 
 def _version(tensor: Tensor) -> float:

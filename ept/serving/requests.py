@@ -33,17 +33,17 @@ def _with_rows(process_inputs: Callable) -> Callable:
     def with_rows(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
-        given = call.arguments
-        adapter = adapters.find(self, given["lora_request"])
+        arguments = call.arguments
+        adapter = adapters.find(self, arguments["lora_request"])
         if adapter is not None:
-            if isinstance(given["params"], PoolingParams) and given["params"].task != "classify":
+            if isinstance(arguments["params"], PoolingParams) and arguments["params"].task != "classify":
                 raise VLLMValidationError(
-                    f"an adapter of EPT classifies texts, and does not serve {given['params'].task}"
+                    f"an adapter of EPT classifies texts, and does not serve {arguments['params'].task}"
                 )
-            if given["resumable"]:
+            if arguments["resumable"]:
                 raise VLLMValidationError("a prompt that comes in pieces cannot have an adapter of EPT: send it whole")
-            prompt = _rendered(self, given["prompt"], given["tokenization_kwargs"])
-            given["prompt"] = _with_room(prompt, adapter)
+            prompt = _rendered(self, arguments["prompt"], arguments["tokenization_kwargs"])
+            arguments["prompt"] = _with_room(prompt, adapter)
         return process_inputs(*call.args, **call.kwargs)
 
     return with_rows

@@ -13,7 +13,6 @@ What vLLM does not read stands under "ept" in adapter_config.json. `peft_type` i
 directory for a LoRA adapter.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ept.files.adapter_dir import CONFIG_NAME, WEIGHTS_NAME, check_weights, write_adapter
+from ept.files.adapter_dir import WEIGHTS_NAME, check_weights, read_json_config, write_adapter
 from ept.layer.folded import FoldedLayer
 
 __all__ = ["ARCHITECTURES", "ROWS", "UPDATE", "ServedAdapter", "module_name", "write_served"]
@@ -105,13 +104,7 @@ class ServedAdapter:
         Raises:
             FileNotFoundError, ValueError: the directory is not of `ept fold --format vllm`, or is damaged.
         """
-        file = Path(directory) / CONFIG_NAME
-        if not file.is_file():
-            raise FileNotFoundError(f"{directory} holds no {CONFIG_NAME}: give a directory of ept fold --format vllm")
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON ({error}): the file is damaged, fold again") from error
+        settings = read_json_config(directory, wanted="a directory of ept fold --format vllm", remedy="fold again")
         facts = settings.get("ept") if isinstance(settings, dict) else None
         if not isinstance(facts, dict):
             raise ValueError(f"{directory} is not in the form that vLLM serves: ept fold --format vllm writes it")
