@@ -1,7 +1,7 @@
 """README.md of an adapter on the hub: the metadata that the hub reads, and how the adapter is loaded."""
 
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
@@ -65,9 +65,11 @@ def described_card(
     return card
 
 
-def is_public_name(name: str | None) -> TypeGuard[str]:
+def is_public_name(name: str | None) -> bool:
     """Whether a backbone's name is one that the hub may know, and no directory of this machine."""
-    return bool(name) and not Path(name).is_absolute() and not Path(name).is_dir() and is_repo_name(name)
+    if not name or Path(name).is_absolute() or Path(name).is_dir():
+        return False
+    return is_repo_name(name)
 
 
 def is_repo_name(name: str) -> bool:
