@@ -58,7 +58,7 @@ def _launch_input(d: int, q: int, source_dtype: torch.dtype, dtype: torch.dtype)
 
     ids, mask = torch.zeros(batch, length, dtype=torch.int64), torch.ones(batch, length, dtype=torch.int64)
     tokens = (weight(q, d), weight(q, d)) if q else (None, None)
-    out, _ = prompt_embed(
+    out = prompt_embed(
         Text(ids, torch.zeros(10, d, dtype=source_dtype), mask),
         Weights(weight(s, d), weight(n, r), weight(r, d), weight(k, h, d), weight(k, h, d), weight(k, d), *tokens),
         Settings(scale=1.0),

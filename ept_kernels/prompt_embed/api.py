@@ -167,7 +167,8 @@ def reconstruct_prompt(
     if impl == "triton":
         from . import triton_op
 
-        out, gate = triton_op.prompt_embed(Text(None, prompt.new_empty(1, 0, prompt.shape[1]), None), weights, settings)
+        text = Text(None, prompt.new_empty(1, 0, prompt.shape[1]), None)
+        out, gate = triton_op.prompt_embed_with_gate(text, weights, settings)
         return out[0], gate
     with torch.autocast(prompt.device.type, enabled=False):
         dtype = _compute_dtype(impl, *weights)
@@ -235,8 +236,7 @@ def _input_of_backbone(text: Text, weights: Weights, settings: Settings, rows: R
     if impl == "triton":
         from . import triton_op
 
-        out, _ = triton_op.prompt_embed(text, weights, settings, call)
-        return out
+        return triton_op.prompt_embed(text, weights, settings, call)
     of_text = weights.of_text(settings.lowrank_update)
     functions, source_dtype = _functions(impl), text.source.dtype
     with torch.autocast(text.source.device.type, enabled=False):
