@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.triton_device import activate
-from ..common.triton_launch import compute_dtype, divided_up, launching_on, power_of_two, triton_dtype
+from ..common.triton_launch import compute_dtype, divided_up, launch, launching_on, power_of_two, triton_dtype
 from ..common.triton_rows import add_outer, group_of, project, rows_of, warps_of
 from .arguments import Settings, Stack, Text
 
@@ -141,7 +141,8 @@ def forward(text: Text, stack: Stack, settings: Settings) -> Tensor:
     mask = text.mask if text.mask is None or text.mask.dtype != torch.bool else text.mask.view(torch.uint8)
     dtype = compute_dtype(text.source, *stack[:5])
     with launching_on(out):
-        by_row_kernel[(batch * tiles,)](
+        launch(
+            by_row_kernel, batch * tiles,
             text.ids, text.source, mask, text.starts, *stack, out,
             length, num_rows, adapters, 0 if stack.lowrank_a is None else stack.lowrank_a.shape[1],
             settings.prompt_start, text.source.stride(-2), stack.prompt.stride(0), text_tiles, tiles,

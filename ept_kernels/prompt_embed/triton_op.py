@@ -210,13 +210,18 @@ def _(*flat: Any) -> Tensor:
     return triton_by_row.empty_result(text, stack)
 
 
-def prompt_embed_by_row(text: Text, stack: Stack, settings: Settings) -> Tensor:
-    """X [batch, S + L, d] of rows of several adapters; without gradients."""
-    text = _row_major(text)
-    prompt, *others = stack
-    if prompt.stride()[1:] != (prompt.shape[2], 1):  # the first or last rows of a longer stack are taken as they are
-        prompt = prompt.contiguous()
-    stack = Stack(prompt, *(None if t is None else t.contiguous() for t in others))
-    if is_eager(*text, *stack):
-        return triton_by_row.forward(text, stack, settings)
-    return prompt_embed_by_row_op(*text, *stack, *settings)
+def prompt_embed_by_row(text: Text, stack: Stack, settings: Settings, call: Call | None = None) -> Tensor:
+    """X [batch, S + L, d] of rows of several adapters; without gradients. `call` as for `prompt_embed`."""
+    if call is None or not call.contiguous:
+        text = _row_major(text)
+        prompt, *others = stack
+        if prompt.stride()[1:] != (prompt.shape[2], 1):  # the first or last rows of a longer stack are taken as they are
+            prompt = prompt.contiguous()
+        stack = Stack(prompt, *(None if t is None else t.contiguous() for t in others))
+    if call is None:
+        return prompt_embed_by_row_op(*text, *stack, *settings)
+
+    def function(*tensors: Any) -> Sequence[Tensor]:
+        return (triton_by_row.forward(*unflatten(tensors, Text, Stack), settings),)
+
+    return repeat(call, "by row", function, (*text, *stack))[0]
