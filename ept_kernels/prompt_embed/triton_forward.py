@@ -48,6 +48,7 @@ from ..common.triton_launch import (
     tile_of,
     triton_dtype,
 )
+from . import triton_by_row
 from .arguments import Settings, Text, Weights
 from .triton_forward_prompt import project_prompt, write_prompt
 from .triton_forward_text import order_row, write_text
@@ -181,6 +182,10 @@ def forward(text: Text, weights: Weights, settings: Settings, save: bool) -> Res
     results = empty_results(text, weights, settings, save)
     out, gate, kept = results
     if out.numel() == 0:
+        return results
+    if triton_by_row.suits(weights):
+        of_rows = triton_by_row.Kept(kept.slots, kept.starts, kept.inner)
+        triton_by_row.forward_of_one(text, weights, settings, out, of_rows if save else None)
         return results
     batch, length, d = text.shape
     s, r, q, (k, h) = len(weights.prompt), weights.rank, weights.token_rank, weights.spaces

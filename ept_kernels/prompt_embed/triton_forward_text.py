@@ -88,13 +88,14 @@ def write_text(
         for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
             inside = exists[:, :, None] & (columns < D)[None, None, :]
-            x = tl.load(source + source_row[:, :, None] + columns[None, None, :], inside, other=0.0).to(COMPUTE)
             if UPDATE:
                 b = load_rows(lowrank_b, ranks, ranks < R, columns, D, COMPUTE)
                 update = lowrank_update(a, b, SLOTS, BLOCK_D, COMPUTE, PRECISION)
-                x += tl.where(text[:, :, None], update[None, :, :], 0.0)
             up = load_rows(token_up, token_ranks, token_ranks < Q, columns, D, COMPUTE)
             token_update = multiply(token_mix, up, tl.zeros([BATCH * SLOTS, BLOCK_D], COMPUTE), PRECISION)
+            x = tl.load(source + source_row[:, :, None] + columns[None, None, :], inside, other=0.0).to(COMPUTE)
+            if UPDATE:
+                x += tl.where(text[:, :, None], update[None, :, :], 0.0)
             x += tl.where(text[:, :, None], tl.reshape(token_update, [BATCH, SLOTS, BLOCK_D]), 0.0)
             tl.store(out + out_row[:, :, None] + columns[None, None, :], x, inside)
 
