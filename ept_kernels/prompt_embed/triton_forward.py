@@ -125,7 +125,7 @@ def forward_kernel(
                 lowrank_a, lowrank_b, token_down, token_up, inner, out,
                 batch, length, num_rows, num_positions, prompt_start, source_stride, scale, unit,
                 D, R, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, GATHER, MASK, STARTS, UPDATE, SAVE,
-                MASK == "slots" and ROLE == "all", ACTIVATION, COMPUTE, PRECISION,
+                MASK == "slots" and ROLE == "all", ACTIVATION, COMPUTE, PRECISION, AMD,
             )  # fmt: skip
         item -= text_items
     if ROLE == "all" or ROLE == "prompt":  # noqa: SIM102  the first is known to the compiler, the second is not
