@@ -13,7 +13,8 @@ Every program takes a ticket and with it one item of work. Roles in the order of
 
 A program waits for lower tickets only. Those have started, and the ones it waits for wait for nobody, so the launch
 ends whatever order the hardware starts programs in. The prompt's chain (project, then prompt) hides behind the text.
-Where nobody waits, programs take no tickets: the default preset's prompt is P itself, and its text needs no slots.
+Where nobody waits, programs take no tickets. The default preset's prompt is P itself and its text needs no slots:
+triton_by_row.py makes that form, with whole rows in registers.
 
 Slots: the text tokens of a row in their order, then its padding in its order. A tile of slots therefore needs the
 same rows of A in every batch row, and A·B is computed once for all of them. Without a mask, or without A·B, slot = column.
