@@ -247,7 +247,7 @@ def test_a_launch_that_raises_leaves_no_dirty_counters():
 @pytest.mark.parametrize(("parts", "q"), [("paper", 0), ("all", 5), ("token", 5), ("token", 9)])
 @pytest.mark.parametrize("masked", [True, False])
 def test_traffic_is_what_the_model_says(masked, parts, q):
-    """E and dX are read, X is written as often as predicted: E once more from the cache where its rows do not stay in registers."""
+    """E and dX are read, X is written as often as predicted: E once more from the cache if its rows leave the registers."""
     from ept_kernels.prompt_embed import traffic, triton_backward, triton_forward
 
     prompt = dict(n=34, r=5, k=3, h=2)
@@ -265,7 +265,9 @@ def test_traffic_is_what_the_model_says(masked, parts, q):
     with counted_accesses() as (loads, stores):
         out, _, kept = triton_forward.forward(text, weights, settings, save=True)
     predicted = traffic.forward(x).memory
-    assert bytes_of(loads, source) == predicted["rows of E"] * (1 if q == 0 or (parts == "token" and q <= UNROLLED) else 2)
+    assert bytes_of(loads, source) == predicted["rows of E"] * (
+        1 if q == 0 or (parts == "token" and q <= UNROLLED) else 2
+    )
     assert bytes_of(stores, out) == predicted["X"] + predicted["P* in every row"]
     kept_bytes = sum(bytes_of(stores, t) for t in kept if t.is_floating_point())
     assert kept_bytes == predicted["kept"]

@@ -4,7 +4,8 @@
 
 A Triton driver stands in for a GPU's: kernels are compiled for sm_90, and their launcher does nothing. What is known of a
 GPU after the first call (that Triton runs there) is taken as known; values of ids and indices are looked at, as on a CPU.
-Backward is `torch.autograd.grad`; stacks and columns have none. The floor is an autograd function that allocates as many results and keeps as many tensors.
+Backward is `torch.autograd.grad`; stacks and columns have none. The floor is an autograd function that allocates as many
+results and keeps as many tensors.
 
 Figures are microseconds of the thread's CPU time, the least mean of 20 calls among all rounds: what other processes
 take does not count. `--against` measures the `ept_kernels` of another checkout in turn, in processes of its own.

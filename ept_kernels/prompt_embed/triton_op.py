@@ -132,9 +132,7 @@ class PromptEmbed(torch.autograd.Function):
         return _backward_launches(tensors, ctx.settings, ctx.needs_input_grad[1], ctx.call)
 
 
-def _forward_launch(
-    tensors: Sequence[Tensor | None], settings: Settings, save: bool, call: Call
-) -> Sequence[Tensor]:
+def _forward_launch(tensors: Sequence[Tensor | None], settings: Settings, save: bool, call: Call) -> Sequence[Tensor]:
     """X and what is kept. `tensors` are the fields of Text and of Weights."""
 
     def function(*tensors: Any) -> Sequence[Tensor]:
@@ -215,7 +213,10 @@ def prompt_embed_by_row(text: Text, stack: Stack, settings: Settings, call: Call
     if call is None or not call.contiguous:
         text = _row_major(text)
         prompt, *others = stack
-        if prompt.stride()[1:] != (prompt.shape[2], 1):  # the first or last rows of a longer stack are taken as they are
+        if prompt.stride()[1:] != (
+            prompt.shape[2],
+            1,
+        ):  # the first or last rows of a longer stack are taken as they are
             prompt = prompt.contiguous()
         stack = Stack(prompt, *(None if t is None else t.contiguous() for t in others))
     if call is None:
