@@ -117,16 +117,11 @@ def cases() -> Iterator[tuple[str, Callable[[], Any], list[Tensor]]]:
         lambda: layer_update(hidden, *stack, hidden_scale=2.0, adapter_index=index, impl="triton"),
         [hidden, *stack],
     )
-    constants: list[Any] = [torch.randn(ADAPTERS, *t.shape) for t in pair]
-    of_tokens = {"token_down": stack[0].detach(), "token_up": stack[1].detach()}
-    yield (
-        "prompt_embed, adapter_index",
-        lambda: prompt_embed(
-            ids, mask, table, *constants, None, None, None,
-            scale=1.0, adapter_index=index, impl="triton", **of_tokens,
-        ),
-        [],
-    )  # fmt: skip
+    constants: list[Any] = [*(torch.randn(ADAPTERS, *t.shape) for t in pair), None, None, None]
+    of_rows: dict[str, Any] = dict(
+        token_down=stack[0].detach(), token_up=stack[1].detach(), adapter_index=index, impl="triton"
+    )
+    yield "prompt_embed, adapter_index", lambda: prompt_embed(ids, mask, table, *constants, scale=1.0, **of_rows), []
     yield "prompt_columns, labels", lambda: prompt_columns(mask, S, labels=ids, impl="triton"), []
 
 

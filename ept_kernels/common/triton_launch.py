@@ -160,13 +160,15 @@ class Counters:
 
     def buffer(self, size: int, device: torch.device) -> Tensor:
         """`take` without its end: `drop` the buffer where the launch raises."""
-        size = -(-size // self.SIZE) * self.SIZE
-        stream = 0
-        if device.type == "cuda":
-            stream = None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
-        buffer = self.of_stream.get((device, stream, size))
-        if buffer is None:
-            buffer = self._for_capture(size, device) if stream is None else self._of_stream(stream, size, device)
+        size = divided_up(size, self.SIZE) * self.SIZE
+        buffer: Tensor | None
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            buffer = self._for_capture(size, device)
+        else:
+            stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+            buffer = self.of_stream.get((device, stream, size))
+            if buffer is None:
+                buffer = self._of_stream(stream, size, device)
         recording = getattr(_of_thread, "recording", None)
         if recording is not None:
             recording.counters.append(buffer)

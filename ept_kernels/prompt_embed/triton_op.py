@@ -144,7 +144,7 @@ def _forward_launch(tensors: Sequence[Tensor | None], settings: Settings, save: 
 
 
 def _backward_launches(
-    tensors: Sequence[Tensor | None], settings: Settings, input_grad: bool, call: Call
+    tensors: Sequence[Any], settings: Settings, input_grad: bool, call: Call
 ) -> Sequence[Tensor | None]:
     """The gradients of PromptEmbed's arguments for that of X and what `_keep` saved."""
 
@@ -223,6 +223,7 @@ def prompt_embed_by_row(text: Text, stack: Stack, settings: Settings, call: Call
         return prompt_embed_by_row_op(*text, *stack, *settings)
 
     def function(*tensors: Any) -> Sequence[Tensor]:
-        return (triton_by_row.forward(*unflatten(tensors, Text, Stack), settings),)
+        text, stack = unflatten(tensors, Text, Stack)
+        return (triton_by_row.forward(text, stack, settings),)
 
     return repeat(call, "by row", function, (*text, *stack))[0]
