@@ -37,7 +37,7 @@ from ept.model.lock import calling, changing, lock_of
 from ept.model.packing import Packing, take_starts
 from ept.model.routing import Member, OneAdapter, Routing, route
 from ept.model.signature import with_backbones_arguments
-from ept.model.stacks import Stack, Stacks
+from ept.model.stacks import Stacks
 from ept.model.start_values import init_prompt
 from ept.model.switching import activate, check_new_name, fresh_adapter, loaded_adapter
 from ept.model.tied import write_tied_once
@@ -187,11 +187,7 @@ class EPTModel(nn.Module):
             return OneAdapter(self._member(self.active_adapter))
         text = kwargs["encoder_outputs"][0] if kwargs.get("encoder_outputs") is not None else inputs.text
         members = {self.active_adapter: self._member(self.active_adapter)} | self._inactive_members()
-
-        def stacks_of(layers: list[AdapterLayer]) -> list[Stack]:
-            return self._stacks.of_layers([member.layer for member in members.values()], layers)
-
-        routing = route(adapter_ids, len(text), members, stacks_of, text.device)
+        routing = route(adapter_ids, len(text), members, self._stacks, text.device)
         if inputs.labels is not None and self.head_names and any(layer is not self.ept for layer in routing.layers):
             raise ValueError("labels need the active adapter's head: set_adapter first, and leave adapter_ids out")
         return routing
