@@ -326,3 +326,32 @@ def test_adapters_of_several_activations_and_implementations_share_a_batch():
 def logits_of_row(model, batch, adapter):
     with torch.no_grad():
         return model(**batch, adapter_ids=[adapter]).logits[0]
+
+
+def test_adapters_by_their_places_are_those_by_name():
+    model, batch = with_adapters("bert", PRESETS["other sizes"])
+    names = names_of(model, 5)
+    numbers = torch.tensor([model.list_adapters().index(name) for name in names], dtype=torch.int32)
+    with torch.no_grad():
+        by_number, by_name = (model(**batch, adapter_ids=adapters).logits for adapters in (numbers, names))
+    torch.testing.assert_close(by_number[:, : by_name.shape[1]], by_name)
+    model.set_adapter("3")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch, adapter_ids=numbers).logits, by_number)
+    for adapters, error, words in (
+        (numbers + 30, ValueError, "adapters are 0 … 31"),
+        (numbers.float(), TypeError, "must hold integers"),
+        (numbers[:2], ValueError, "one number per row of 32"),
+    ):
+        with pytest.raises(error, match=words):
+            model(**batch, adapter_ids=adapters)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])  # heads of one linear map and of two
+def test_heads_of_several_dtypes_share_a_batch(name):
+    model, batch = with_adapters(name, PRESETS["other sizes"])
+    want = logits_of(model, batch)
+    model.base_model.bfloat16()  # with the active head alone
+    logits = logits_of(model, batch)
+    finite = want.isfinite()
+    torch.testing.assert_close(logits[finite].float(), want[finite], rtol=0.05, atol=0.02)

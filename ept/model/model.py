@@ -66,7 +66,8 @@ class EPTModel(nn.Module):
     distances and attention windows are those of the row alone. What stands in padding columns of an output is undefined.
 
     Rows with several examples are right where `position_ids` restart (or `cu_seq_lens_q` says so): each example has a
-    prompt of its own. `adapter_ids` names an adapter per row; see docs/generation.md for both.
+    prompt of its own. `adapter_ids` names an adapter per row, or gives its place in `list_adapters()` as integers [batch]; see
+    docs/generation.md for both.
 
     Any number of threads may call one model at once, each with its own `adapter_ids` and `disable_adapter`. Adding,
     removing and switching adapters waits until no other thread is in a call; inside a call it raises RuntimeError.
@@ -136,7 +137,7 @@ class EPTModel(nn.Module):
         labels: Tensor | None = None,
         past_key_values: Any | None = None,
         return_dict: bool | None = None,
-        adapter_ids: list[str] | None = None,
+        adapter_ids: list[str] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         others = take_per_token(kwargs)
@@ -163,7 +164,7 @@ class EPTModel(nn.Module):
     def _call(self, routing: Routing, decoding: Decoding | None = None) -> Call:
         """What the hooks are to know of a call."""
         active = self._member(self.active_adapter)
-        return self._backbone.call(routing, active, [active, *self._inactive_members().values()], decoding)
+        return self._backbone.call(routing, active, list(self._members().values()), decoding)
 
     def _bare_forward(self, inputs: Inputs, past_key_values: Any, return_dict: bool | None, kwargs: Any) -> Any:
         """The wrapped model's own forward."""
@@ -181,13 +182,12 @@ class EPTModel(nn.Module):
             with changing(self.base_model, "the first packed call"):
                 self._packing.way()
 
-    def _route(self, inputs: Inputs, adapter_ids: list[str] | None, kwargs: dict[str, Any]) -> Routing:
+    def _route(self, inputs: Inputs, adapter_ids: list[str] | Tensor | None, kwargs: dict[str, Any]) -> Routing:
         """The rows by adapter."""
         if adapter_ids is None:
             return OneAdapter(self._member(self.active_adapter))
         text = kwargs["encoder_outputs"][0] if kwargs.get("encoder_outputs") is not None else inputs.text
-        members = {self.active_adapter: self._member(self.active_adapter)} | self._inactive_members()
-        routing = route(adapter_ids, len(text), members, self._stacks, text.device)
+        routing = route(adapter_ids, len(text), self._members(), self._stacks, text.device)
         if inputs.labels is not None and self.head_names and any(layer is not self.ept for layer in routing.layers):
             raise ValueError("labels need the active adapter's head: set_adapter first, and leave adapter_ids out")
         return routing
@@ -198,7 +198,7 @@ class EPTModel(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        adapter_ids: list[str] | None = None,
+        adapter_ids: list[str] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The wrapped model's `generate`; the prompt's rows are not tokens: they do not count and are not returned.
@@ -207,7 +207,8 @@ class EPTModel(nn.Module):
             input_ids: [batch, L] (also as `inputs`), or `inputs_embeds` [batch, L, d], which gives the same tokens and
                 returns the new ones alone. Causal models want their padding on the left.
             attention_mask: [batch, L], 1 on text; None: transformers' rule, padding by its id.
-            adapter_ids: each row's adapter by name; None: the active one for all.
+            adapter_ids: each row's adapter by name, or [batch] integers, its place in `list_adapters()`; None: the active
+                one for all.
             kwargs: everything that `generate` of the wrapped model takes. With `past_key_values` of an earlier turn the
                 whole text goes in again, as in transformers; only what the cache lacks is computed.
 
@@ -377,10 +378,12 @@ class EPTModel(nn.Module):
         adapter = self._inactive(adapter_name)
         return Member(adapter.layer, list(adapter.heads))
 
-    def _inactive_members(self) -> dict[str, Member]:
-        """The adapters that are not the active one, by name."""
+    def _members(self) -> dict[str, Member]:
+        """All adapters by name, in the order of `list_adapters`."""
         adapters = (adapter for adapter in self.inactive_adapters if isinstance(adapter, Adapter))
-        return {adapter.name: Member(adapter.layer, list(adapter.heads)) for adapter in adapters}
+        members = {adapter.name: Member(adapter.layer, list(adapter.heads)) for adapter in adapters}
+        members[self.active_adapter] = Member(self.ept, self.trained_heads())
+        return {name: members[name] for name in self.adapter_names}
 
     def _inactive(self, adapter_name: str) -> Adapter:
         for adapter in self.inactive_adapters:

@@ -16,6 +16,7 @@ from ept.layer.base import AdapterLayer, PromptShape
 from ept.layer.constants import Constants, LayerUpdates
 from ept.model.columns import Places, source_columns
 from ept.model.stacks import Stack, Stacks
+from ept_kernels.common.checks import has_readable_values
 
 __all__ = ["Member", "OneAdapter", "Routing", "SeveralAdapters", "TextSteps", "route"]
 
@@ -220,6 +221,7 @@ class SeveralAdapters(Routing):
     ):
         self.members, self.stacks, self.rows = tuple(members), tuple(stacks), rows
         self._starts, self._sources = starts, sources
+        self._by_length: dict[int, Tensor] = {}  # what `sources` gave for these rows, so that a call asks once
 
     @property
     def owners(self) -> Tensor:
@@ -283,19 +285,21 @@ class SeveralAdapters(Routing):
         start = self.rows[2] if self._starts is None else self._starts
         if self._sources is None:
             return Places(self.prompt_width, start, None, prompt_last)
-        sources = None if prompt_last else functools.cache(self._sources_of_rows)
+        sources = None if prompt_last else self._sources_of_rows
         return Places(self.prompt_width, start, self.rows[1], prompt_last, sources)
 
     def _sources_of_rows(self, length: int) -> Tensor:
         """[batch, S + length] `source_columns` of each row's prompt."""
         if torch.compiler.is_compiling():  # a graph holds no tensor of an earlier call
             return source_columns(self.prompt_width, self.rows[2], self.rows[1], length)
-        assert self._sources is not None
-        return self._sources(length).index_select(0, self.numbers)
+        if length not in self._by_length:
+            assert self._sources is not None
+            self._by_length[length] = self._sources(length).index_select(0, self.numbers)
+        return self._by_length[length]
 
 
 def route(
-    adapter_ids: Sequence[str],
+    adapter_ids: Sequence[str] | Tensor,
     batch: int,
     members_by_name: Mapping[str, Member],
     stacks: Stacks,
@@ -304,25 +308,24 @@ def route(
     """The routing of a batch whose rows name their adapters.
 
     Args:
-        adapter_ids: a name a row.
+        adapter_ids: a name a row, or [batch] integers, the number of each row's adapter among all. A batch of numbers is
+            laid out for all adapters: it is as wide as the longest prompt, and as the widest head.
         batch: rows of the batch.
         members_by_name: all of the model's adapters.
         stacks: what is kept of them.
         device: of the batch's tensors.
 
     Raises:
-        ValueError: not one name a row, or an adapter that there is not.
+        ValueError: not one name or number a row, or an adapter that there is not.
+        TypeError: a tensor of another dtype than an integer's.
     """
-    if isinstance(adapter_ids, str) or len(adapter_ids) != batch:
-        raise ValueError(f"adapter_ids must name one adapter per row, {batch} in all, not {adapter_ids!r}")
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(adapter_ids))}
-    for name in numbers:
-        if name not in members_by_name:
-            names = ", ".join(map(repr, members_by_name))
-            raise ValueError(f"there is no adapter {name!r}: there are {names}")
+    if isinstance(adapter_ids, Tensor):
+        _check_numbers(adapter_ids, batch, list(members_by_name))
+        numbers = {name: number for number, name in enumerate(members_by_name)}
+    else:
+        _check_names(adapter_ids, batch, list(members_by_name))
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(adapter_ids))}
     members = [members_by_name[name] for name in numbers]
-    if not members:
-        raise ValueError("adapter_ids is empty: a batch needs at least one row")
     if len(members) == 1:
         return OneAdapter(members[0])
     layers = [each.layer for each in members_by_name.values()]
@@ -333,8 +336,33 @@ def route(
         (number, *shape, all_numbers[name], *(group.numbers.get(each.layer, -1) for group in groups))
         for number, (name, each, shape) in enumerate(zip(numbers, members, shapes, strict=True))
     ]
-    of_row = [of_member[numbers[name]] for name in adapter_ids]
+    of_row = of_member if isinstance(adapter_ids, Tensor) else [of_member[numbers[name]] for name in adapter_ids]
     rows = torch.tensor([list(each) for each in zip(*of_row, strict=True)], device=device)  # one transfer for all
+    if isinstance(adapter_ids, Tensor):
+        rows = rows.index_select(1, adapter_ids.to(device))
     starts, widths = {shape.start for shape in shapes}, {shape.length for shape in shapes}
     sources = functools.partial(stacks.source_columns_of, layers, max(widths), device) if len(widths) > 1 else None
     return SeveralAdapters(members, groups, rows, starts.pop() if len(starts) == 1 else None, sources)
+
+
+def _check_names(adapter_ids: Sequence[str], batch: int, names: list[str]) -> None:
+    """ValueError where they are not one name of an adapter a row."""
+    if isinstance(adapter_ids, str) or len(adapter_ids) != batch:
+        raise ValueError(f"adapter_ids must name one adapter per row, {batch} in all, not {adapter_ids!r}")
+    if not batch:
+        raise ValueError("adapter_ids is empty: a batch needs at least one row")
+    for name in adapter_ids:
+        if name not in names:
+            raise ValueError(f"there is no adapter {name!r}: there are {', '.join(map(repr, names))}")
+
+
+def _check_numbers(adapter_ids: Tensor, batch: int, names: list[str]) -> None:
+    """TypeError or ValueError where they are not one number of an adapter a row; values are read on the CPU alone."""
+    if adapter_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"adapter_ids must hold integers, int64 or int32, or be names, not {adapter_ids.dtype}")
+    if adapter_ids.shape != (batch,) or not batch:
+        raise ValueError(f"adapter_ids must be [batch], one number per row of {batch}, not {tuple(adapter_ids.shape)}")
+    if has_readable_values(adapter_ids) and not 0 <= int(adapter_ids.min()) <= int(adapter_ids.max()) < len(names):
+        raise ValueError(
+            f"adapter_ids holds {adapter_ids.tolist()}, but adapters are 0 … {len(names) - 1}: their places in list_adapters()"
+        )

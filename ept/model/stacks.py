@@ -46,7 +46,8 @@ class LinearStack(NamedTuple):
         `index` [batch] is the number of each row's head. Rows may come several times in a row.
         """
         own = self.weight[:, :width].index_select(0, index)
-        rows, weight = features.reshape(len(index), -1, self.features), own[..., : self.features].mT
+        rows = features.reshape(len(index), -1, self.features).to(own.dtype)  # a head may have been cast to another
+        weight = own[..., : self.features].mT
         if own.shape[2] == self.features:
             out = torch.bmm(rows, weight)
         else:
