@@ -249,7 +249,7 @@ class EPTModel(nn.Module):
         """Training mode; the frozen backbone's dropout stays off unless `backbone_dropout` is set."""
         if mode:
             self._stacks.drop()
-        if self._walked is not None and self._walked.is_as_left(mode):
+        if self._walked is not None and self._walked.is_as_left(self, mode):
             return self
         super().train(mode)
         if mode and not self.ept_config.backbone_dropout:
@@ -259,9 +259,7 @@ class EPTModel(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's, without a walk through all modules where the parameters are those of the last `train`."""
-        if set_to_none and self._walked is not None and self._walked.has_parameters_of(self):
-            self._walked.clear_gradients()
-        else:
+        if not set_to_none or self._walked is None or not self._walked.clear_gradients():
             super().zero_grad(set_to_none)
 
     def activation_checkpointing_enable(
