@@ -259,8 +259,11 @@ class EPTModel(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's, without a walk through all modules where the parameters are those of the last `train`."""
-        if not set_to_none or self._walked is None or not self._walked.clear_gradients():
-            super().zero_grad(set_to_none)
+        if set_to_none and self._walked is not None:
+            if self._walked.clear_gradients():
+                return
+            self._walked = None  # the next `train` takes the walk again
+        super().zero_grad(set_to_none)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **settings: Any
