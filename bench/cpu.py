@@ -71,7 +71,7 @@ def _steps(
     rows: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
     for shape in shapes:
-        of_shape, of_pairs = training(shape, "cpu", rounds(shape.rounds), clock)
+        *_, (of_shape, of_pairs) = training(shape, "cpu", rounds(shape.rounds), clock)
         rows += of_shape
         ratios += of_pairs
         if shape.paper:

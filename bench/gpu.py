@@ -99,9 +99,9 @@ def _steps(run: Run, shape: Shape) -> int:
     for method in METHODS:
         if not is_here(method):
             print(f"{shape.name}: {method} is left out, PEFT is not installed")
-    rows, ratios = training(shape, run.device, shape.rounds, methods=METHODS)
-    run.keep("end_to_end", rows)
-    run.keep("ratios", ratios)
+    for rows, ratios in training(shape, run.device, shape.rounds, methods=METHODS):
+        run.keep("end_to_end", rows)
+        run.keep("ratios", ratios)
     for rows, ratios, reason in captured_training(shape, run.device, shape.rounds):
         run.keep("end_to_end", rows)
         run.keep("ratios", ratios)
@@ -119,9 +119,9 @@ def _mixed(run: Run) -> int:
 
 def _decoding(run: Run) -> int:
     new_tokens = 3 if run.small else NEW_TOKENS
-    rows, ratios = decoding(run.many_rows(run.shapes[-1]), run.device, 3, new_tokens=new_tokens)
-    run.keep("decoding", rows)
-    run.keep("ratios", ratios)
+    for rows, ratios in decoding(run.many_rows(run.shapes[-1]), run.device, 3, new_tokens=new_tokens):
+        run.keep("decoding", rows)
+        run.keep("ratios", ratios)
     return 0
 
 
@@ -149,7 +149,7 @@ def _compile(run: Run, kind: str, what: Any, preset: str = "") -> None:
     if kind == "mixed":
         mixed(run.many_rows(shape), run.device, 3, counts=(2,), preset=preset)
     elif kind == "decoding":
-        decoding(run.many_rows(shape), run.device, 3, new_tokens=2)
+        list(decoding(run.many_rows(shape), run.device, 3, new_tokens=2))
     else:
         if shape.task == "CAUSAL_LM":  # several processes share the GPU's memory
             shape = dataclasses.replace(shape, batch=shape.batch // 2)

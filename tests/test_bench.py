@@ -2,6 +2,7 @@
 a floor that is fair, a script for a GPU that runs as it stands."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from bench.accuracy import demo
 from bench.accuracy.compare import run_all
 from bench.kernels import costs
 from bench.steps import step
+from bench.steps import training as training_steps
 from bench.steps.clock import interleaved, quartiles
 from bench.steps.methods import bare, build
 from bench.steps.shapes import SMALL_SHAPES, backbone, batch_of
@@ -159,6 +161,24 @@ def test_the_gpus_script_measures_everything_and_ends_with_a_short_table(small_r
         "decoding tiny Llama, batch 32",
     ):
         assert words in lines.split("done")[-1]
+
+
+def test_a_run_that_is_cut_off_has_written_the_first_rounds_of_every_method(tmp_path, monkeypatch):
+    shape, rounds = dataclasses.replace(SMALL_SHAPES[0], rounds=9), []
+
+    def interrupted(steps, count, **settings):
+        rounds.append(count)
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+        return {name: [1.0 + number for number in range(count)] for name in steps}
+
+    monkeypatch.setattr(training_steps, "interleaved", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu._steps(gpu.Run("cpu", True, tmp_path, {"clock": "wall"}), shape)
+    tables = records.tables(tmp_path)
+    assert rounds == [3, 6] and {row["rounds"] for row in tables["end_to_end"]} == {"3"}
+    assert {"floor of EPT deep", "EPT deep", "LoRA"} < {row["method"] for row in tables["end_to_end"]}
+    assert ("EPT deep", "LoRA") in {(row["method"], row["over"]) for row in tables["ratios"]}
 
 
 def test_the_figures_of_the_gpus_tables_are_drawn(small_run, tmp_path):

@@ -79,8 +79,21 @@ def test_a_pass_of_the_other_presets_is_one_graph(preset):
 
 def test_a_pass_of_several_adapters_is_one_graph():
     model = wrapped(backbone("bert", MODELS["bert"]), EPTConfig.deep())
-    model.add_adapter("other", EPTConfig.deep(token_rank=3))
+    model.add_adapter("other", EPTConfig.deep(token_rank=3, prompt_length=5))
     check(model, batch_of("bert") | {"adapter_ids": ["other", "default"]})
+
+
+def test_other_rows_of_other_adapters_need_one_more_compilation_at_most_where_they_are_numbers():
+    model = wrapped(backbone("bert", MODELS["bert"]), EPTConfig.deep())
+    model.add_adapter("other", EPTConfig.deep(token_rank=3, prompt_length=5), num_labels=4)
+    fast, counter = compiled(model)
+    with torch.no_grad():
+        for lengths, numbers in (((9, 4), [1, 0]), ((5, 7, 2), [0, 1, 0]), ((12, 3), [1, 1])):
+            batch = batch_of("bert", lengths)
+            logits = fast(**batch, adapter_ids=torch.tensor(numbers)).logits
+            want = model(**batch, adapter_ids=[model.list_adapters()[number] for number in numbers]).logits
+            torch.testing.assert_close(logits[:, : want.shape[1]], want, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2
 
 
 def test_a_pass_of_a_folded_adapter_is_one_graph():

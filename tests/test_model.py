@@ -948,6 +948,9 @@ def test_train_walks_through_the_modules_once_and_notices_a_mode_that_its_owner_
     dropout.train()
     model.train()
     assert not dropout.training and model.ept.training
+    model.base_model.bert.encoder.layer[0].output.dropout = dropout = torch.nn.Dropout(0.5)  # in training mode
+    model.train()
+    assert not dropout.training
     model.eval()
     assert not any(module.training for module in model.modules())
     model.add_adapter("other")
@@ -959,8 +962,15 @@ def test_train_walks_through_the_modules_once_and_notices_a_mode_that_its_owner_
 def test_zero_grad_clears_the_gradients_of_all_parameters_also_of_new_ones():
     model = wrapped(backbone("bert", hf.AutoModelForSequenceClassification)).train()
     some = model.base_model.bert.encoder.layer[0].output.dense.weight.requires_grad_(True)  # its owner thaws a layer
-    for change in (lambda: None, lambda: setattr(model.ept, "prompt", torch.nn.Parameter(model.ept.prompt.detach()))):
+    changes = (
+        lambda: None,
+        lambda: setattr(model.ept, "prompt", torch.nn.Parameter(model.ept.prompt.detach())),
+        lambda: setattr(model.base_model.bert.encoder.layer[0], "new", torch.nn.Parameter(torch.ones(1))),
+    )
+    for change in changes:
         change()
+        if hasattr(model.base_model.bert.encoder.layer[0], "new"):
+            model.base_model.bert.encoder.layer[0].new.grad = torch.ones(1)
         model(input_ids=ids(2, 5), labels=torch.tensor([0, 1])).loss.backward()
         assert some.grad is not None and model.ept.prompt.grad is not None
         model.zero_grad()

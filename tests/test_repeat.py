@@ -3,7 +3,10 @@
 A driver that compiles and launches nothing stands in for a GPU, so what is compared is each launch's arguments.
 """
 
+import inspect
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +224,60 @@ def test_one_tensor_passed_twice_and_two_of_its_shape_are_told_apart(launches):
         layer_update(hidden, *pair, impl="triton")
         addresses = [a if isinstance(a, int) else a.data_ptr() for a in launched.pop()[1][1:3]]
         assert addresses == [t.data_ptr() for t in pair]
+
+
+def arguments_of_tritons_launcher():
+    """The names of what Triton's compiled launcher for NVIDIA parses, in their order, from its source in C."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    source = (Path(driver.__file__).parent / "driver.c").read_text()
+    if hasattr(driver, "make_launcher"):  # Triton 3.6 writes a launcher for each signature
+        source = driver.make_launcher({}, {0: "*fp32"}, None)
+    (names,) = re.findall(r'PyArg_ParseTuple\(args,\s*"[^"]*",\s*(&gridX,[^)]*)\)', source)
+    return [name.strip(" \n&") for name in names.split(",")]
+
+
+def test_tritons_launcher_is_given_by_a_repeated_call_what_the_binder_gives_it(launches, monkeypatch):
+    """What is used of Triton is no interface of its own: another release may take its arguments in another order."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    calls = []
+    launcher = object.__new__(CudaLauncher)
+    vars(launcher).update(
+        num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
+        launch_cooperative_grid=False, launch_pdl=False, arg_annotations="annotations", kernel_signature="signature",
+        launch=lambda *args: calls.append(args),
+    )  # fmt: skip
+    monkeypatch.setattr(Compiled, "run", property(lambda compiled: launcher))
+    monkeypatch.setattr(Compiled, "function", 11)
+    monkeypatch.setattr(Compiled, "packed_metadata", (4, 1, 1024))
+    names = arguments_of_tritons_launcher()
+    layer()[1]()
+    layer()[1]()
+    by_binder, by_repeat = (dict(zip(names, in_order(call, names), strict=False)) for call in calls)
+    for name in ("gridX", "gridY", "gridZ", "_stream", "_function", "num_warps", "kernel_metadata", "shared_memory"):
+        assert by_repeat.get(name) == by_binder.get(name), name
+    for name in ("launch_metadata", "launch_enter_hook", "launch_exit_hook", "global_scratch_obj"):
+        assert by_repeat[name] is None, name
+    assert by_repeat["_function"] == 11 and by_repeat["gridY"] == 1
+    assert by_repeat.get("kernel_metadata", (4, 1, 1024)) == (4, 1, 1024) and by_repeat.get("num_warps", 4) == 4
+    of_kernel = [call[-1] if "kernel_args" in names else call[len(names) - 1 :] for call in calls]
+    assert len(of_kernel[0]) == len(of_kernel[1])
+    for bound, repeated in zip(*of_kernel, strict=True):
+        assert type(repeated) is int if isinstance(bound, torch.Tensor) else repeated == bound
+
+
+def in_order(call, names):
+    """The arguments of a launch, those of the packed metadata one by one where the launcher parses them so."""
+    values = []
+    for value in call:
+        values += value if isinstance(value, tuple) and "num_warps" in names else [value]
+    return values
+
+
+def test_torchs_own_compiled_code_allocates_as_a_repeated_call_does():
+    from torch._inductor.codegen import wrapper
+
+    assert "torch._C._dynamo.guards._empty_strided_cuda" in inspect.getsource(wrapper)
+    assert hasattr(torch._C._dynamo.guards, "_empty_strided_cuda")
+    made = torch._C._dynamo.guards._empty_strided_cpu((2, 3), (4, 1), torch.bfloat16)
+    assert made.shape == (2, 3) and made.stride() == (4, 1) and made.dtype == torch.bfloat16

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -26,20 +26,20 @@ NEW_TOKENS = 17  # the first comes out of the text's pass
 
 def decoding(
     shape: Shape, device: str, rounds: int, clock: Clock = time.perf_counter, new_tokens: int = NEW_TOKENS
-) -> tuple[Rows, Rows]:
+) -> Iterator[tuple[Rows, Rows]]:
     """Tokens per second beyond the first, greedily with a dynamic cache: rows of decoding.csv and of ratios.csv.
 
-    The shape has a text for each of the most rows. A method's time is that of `new_tokens` less that of one token, in
-    the same round.
+    Yields those of one text, then those of many. The shape has a text for each of the most rows. A method's time is that of
+    `new_tokens` less that of one token, in the same round.
     """
     base = backbone(shape, device)
     models: dict[str, Any] = {"backbone": base}
     for preset in PRESETS:
         models[preset] = cast(EPTModel, build(preset, shape, base)[0]).eval()
         models[f"{preset} folded"] = cast(EPTModel, build(preset, shape, base)[0]).fold().eval()
-    rows: Rows = []
-    ratios: Rows = []
     for count in ROWS:
+        rows: Rows = []
+        ratios: Rows = []
         ids = batch_of(shape, device)["input_ids"][:count]
         seconds = _seconds(models, ids, new_tokens, device, rounds, clock)
         identity = {"batch": count}
@@ -50,7 +50,7 @@ def decoding(
             if name != "backbone":
                 row = ratio_row(shape, f"{name}, decoding", "backbone, decoding", each, seconds["backbone"])
                 ratios.append(row | identity)
-    return rows, ratios
+        yield rows, ratios
 
 
 def _seconds(

@@ -6,7 +6,7 @@ the backbone alone on as many columns, with tensors of the preset's sizes to tra
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ __all__ = ["PRESETS", "captured_training", "training"]
 PRESETS = ("EPT", "EPT deep")
 OVERS = ((PROMPT_TUNING, (*PRESETS, "EPT paper", "DePT", "LoRA")), ("LoRA", PRESETS))
 CAPTURED = (*PRESETS, PROMPT_TUNING, "LoRA")
+FIRST_ROUNDS = 3
 
 Rows = list[dict[str, Any]]
 Steps = dict[str, Callable[[], Any]]
@@ -34,9 +35,11 @@ Steps = dict[str, Callable[[], Any]]
 
 def training(
     shape: Shape, device: str, rounds: int, clock: Clock = time.perf_counter, methods: tuple[str, ...] | None = None
-) -> tuple[Rows, Rows]:
+) -> Iterator[tuple[Rows, Rows]]:
     """Step times and peak memory of every method of a shape, and their ratios: rows of end_to_end.csv and ratios.csv.
 
+    Yields the times and ratios of the first rounds, so that something stands in the tables when the run is cut off, and
+    then everything.
     Without `methods`: both presets and the peers, the paper's preset where the shape asks for it. A method of PEFT's is
     left out where that is not installed.
     """
@@ -45,7 +48,12 @@ def training(
     batch = batch_of(shape, device)
     steps, models = _steps(shape, device, batch, methods)
     steps = {name: settled(step, device) for name, step in steps.items()}
-    seconds = interleaved(steps, rounds, warmup=1, description=f"{shape.name}, training", clock=clock)
+    first = min(FIRST_ROUNDS, rounds)
+    seconds = interleaved(steps, first, warmup=1, description=f"{shape.name}, training", clock=clock)
+    if rounds > first:
+        yield [_time_row(shape, name, seconds[name]) for name in steps], _ratios(shape, seconds)
+        more = interleaved(steps, rounds - first, warmup=1, description=f"{shape.name}, training", clock=clock)
+        seconds = {name: [*seconds[name], *more[name]] for name in steps}
     rows = []
     for name, step in steps.items():
         row = _time_row(shape, name, seconds[name]) | {"peak_bytes": peak_bytes(step, device)}
@@ -55,7 +63,7 @@ def training(
         if isinstance(model, EPTModel) and not model.ept_config.deep_layers:
             row |= _own_part(model, batch)
         rows.append(row)
-    return rows, [ratio_row(shape, name, over, seconds[name], seconds[over]) for name, over in _pairs(steps)]
+    yield rows, _ratios(shape, seconds)
 
 
 def captured_training(
@@ -100,11 +108,15 @@ def _steps(
     return steps, models
 
 
-def _pairs(steps: Steps) -> list[tuple[str, str]]:
+def _pairs(steps: Collection[str]) -> list[tuple[str, str]]:
     """The method and what it is compared with, of those that are there."""
     pairs = [(name, floor_name(name)) for name in steps if name.startswith("EPT")]
     pairs += [(name, over) for over, names in OVERS for name in names]
     return [(name, over) for name, over in pairs if name in steps and over in steps]
+
+
+def _ratios(shape: Shape, seconds: dict[str, list[float]]) -> Rows:
+    return [ratio_row(shape, name, over, seconds[name], seconds[over]) for name, over in _pairs(seconds)]
 
 
 def _time_row(shape: Shape, name: str, seconds: list[float]) -> dict[str, Any]:

@@ -128,10 +128,19 @@ class Constants(NamedTuple):
 
         -1 is padding. None is text without padding that starts at position 0.
         """
-        no_prompt = self._replace(prompt=self.prompt[:, :0])
-        return no_prompt.embed(
+        return self.without_prompt().embed(
             input_ids, None, embedding_weight, inputs_embeds, 0, index, text_positions=text_positions
         )
+
+    def without_prompt(self) -> "Constants":
+        """The same with prompts of no rows."""
+        return self._replace(prompt=self.prompt[:, :0])
+
+    def runs_in_torch(self, embedding_weight: Tensor | None, inputs_embeds: Tensor | None) -> bool:
+        """Whether `embed` of a text takes eager torch."""
+        source = embedding_weight if inputs_embeds is None else inputs_embeds
+        assert source is not None
+        return resolve(self._impl(source, inputs_embeds is None), source.device) == "torch"
 
     @property
     def _has_text_update(self) -> bool:

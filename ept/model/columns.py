@@ -1,12 +1,13 @@
 """Columns of a batch: where the prompt's go in, where the caller's come to stand."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Places", "leading_padding", "taken"]
+__all__ = ["Places", "leading_padding", "source_columns", "taken"]
 
 
 def leading_padding(attention_mask: Tensor) -> Tensor:
@@ -20,6 +21,22 @@ def taken(tensor: Tensor, columns: Tensor) -> Tensor:
     return tensor.gather(1, columns.reshape(*columns.shape, *(1 for _ in deeper)).expand(*columns.shape, *deeper))
 
 
+def source_columns(width: int, starts: int | Tensor, lengths: Tensor, size: int) -> Tensor:
+    """[n, width + size] which of the columns [prompt of `width` rows, text, filling] each column of a row has.
+
+    Args:
+        width: S.
+        starts: the text column before which a prompt stands, one for all or [n].
+        lengths: [n] how many of the S columns are prompt.
+        size: text columns, or more: those that a shorter text has are the first.
+    """
+    start = starts.unsqueeze(1) if isinstance(starts, Tensor) else starts
+    own, column = lengths.unsqueeze(1), torch.arange(width + size, device=lengths.device)
+    behind_start = column - start
+    text = torch.where(behind_start < 0, column + width, column + (width - own))
+    return torch.where((behind_start >= 0) & (behind_start < own), behind_start, text)
+
+
 @dataclass(frozen=True)
 class Places:
     """The columns that a batch's prompts take: S in each row.
@@ -30,12 +47,14 @@ class Places:
         lengths: [batch] how many of them are the row's prompt; None: all.
         prompt_last: whether the prompt is the last of the S columns, behind columns that count as padding. Otherwise it
             stands first, and these are at the end of the row.
+        sources: gives `source_columns` of the rows for L text columns; None where all prompts have S rows, or stand last.
     """
 
     width: int
     start: int | Tensor
     lengths: Tensor | None
     prompt_last: bool
+    sources: Callable[[int], Tensor] | None = None
 
     def behind(self, starts: Tensor) -> "Places":
         """The places before the text columns `starts` [batch]."""
@@ -46,8 +65,14 @@ class Places:
 
         `filling` is the value of what is neither text nor prompt.
         """
-        if self.lengths is not None and not self.prompt_last and not isinstance(value, Tensor):
-            return self._insert_number(columns, value, filling, self.lengths)
+        if self.sources is not None:
+            deeper = (0, 0) * (columns.dim() - 2)
+            text = F.pad(columns, (*deeper, 0, self.width), value=filling)
+            if isinstance(value, Tensor):
+                joined = torch.cat([value, text], dim=1)
+            else:
+                joined = F.pad(text, (*deeper, self.width, 0), value=value)
+            return taken(joined, self.sources(columns.shape[1]))
         if not isinstance(value, Tensor):
             value = columns.new_full((len(columns), self.width, *columns.shape[2:]), value)
         if self.lengths is None and not isinstance(self.start, Tensor):
@@ -57,32 +82,18 @@ class Places:
             parts.append(columns.new_full((len(columns), 1, *columns.shape[2:]), filling))
         return taken(torch.cat(parts, dim=1), self._sources(len(columns), columns.shape[1], columns.device))
 
-    def _insert_number(self, columns: Tensor, value: int, filling: int, lengths: Tensor) -> Tensor:
-        """`insert` of one value where the filling stands at the end of a row, in ten operations."""
-        length, deeper = columns.shape[1], (0, 0) * (columns.dim() - 2)
-        start = self.start.unsqueeze(1) if isinstance(self.start, Tensor) else self.start
-        column = torch.arange(self.width + length, device=columns.device)
-        moved = column - lengths.unsqueeze(1)
-        before = column.masked_fill(column >= start, length + 1)
-        source = torch.where(moved >= start, moved.clamp(max=length), before)
-        columns = F.pad(F.pad(columns, (*deeper, 0, 1), value=filling), (*deeper, 0, 1), value=value)
-        return taken(columns, source.expand(len(columns), -1))
-
     def _sources(self, batch: int, length: int, device: torch.device) -> Tensor:
         """[batch, S + L]: the column of [text, prompt, filling] that each column has."""
         start = self.start.unsqueeze(1) if isinstance(self.start, Tensor) else self.start
         column = torch.arange(self.width + length, device=device)
         behind_start = column - start
-        own: int | Tensor = self.width
         prompt = behind_start + length
-        if self.lengths is not None and self.prompt_last:
+        if self.lengths is not None:
             filling = self.width - self.lengths.unsqueeze(1)
             prompt = prompt.where(behind_start >= filling, length + self.width)
-        elif self.lengths is not None:
-            own = self.lengths.unsqueeze(1)
-        source = torch.where(behind_start < 0, column, torch.where(behind_start < own, prompt, column - own))
-        if self.lengths is not None and not self.prompt_last:
-            source = source.where(column < length + own, length + self.width)
+        source = torch.where(
+            behind_start < 0, column, torch.where(behind_start < self.width, prompt, column - self.width)
+        )
         return source.expand(batch, -1)
 
     def text_columns(self, text: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def _route_head(head: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> T
     if own is None:
         return None
     features, *others = args
-    return own(features, tuple(others), kwargs)
+    return own(features, tuple(others), kwargs).to(output.dtype)
 
 
 def hook_entries(backbone: nn.Module) -> None:

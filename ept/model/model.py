@@ -37,7 +37,7 @@ from ept.model.lock import calling, changing, lock_of
 from ept.model.packing import Packing, take_starts
 from ept.model.routing import Member, OneAdapter, Routing, route
 from ept.model.signature import with_backbones_arguments
-from ept.model.stacks import Stack, Stacks
+from ept.model.stacks import Stacks
 from ept.model.start_values import init_prompt
 from ept.model.switching import activate, check_new_name, fresh_adapter, loaded_adapter
 from ept.model.tied import write_tied_once
@@ -66,7 +66,8 @@ class EPTModel(nn.Module):
     distances and attention windows are those of the row alone. What stands in padding columns of an output is undefined.
 
     Rows with several examples are right where `position_ids` restart (or `cu_seq_lens_q` says so): each example has a
-    prompt of its own. `adapter_ids` names an adapter per row; see docs/generation.md for both.
+    prompt of its own. `adapter_ids` names an adapter per row, or gives its place in `list_adapters()` as integers [batch]; see
+    docs/generation.md for both.
 
     Any number of threads may call one model at once, each with its own `adapter_ids` and `disable_adapter`. Adding,
     removing and switching adapters waits until no other thread is in a call; inside a call it raises RuntimeError.
@@ -136,7 +137,7 @@ class EPTModel(nn.Module):
         labels: Tensor | None = None,
         past_key_values: Any | None = None,
         return_dict: bool | None = None,
-        adapter_ids: list[str] | None = None,
+        adapter_ids: list[str] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         others = take_per_token(kwargs)
@@ -163,7 +164,7 @@ class EPTModel(nn.Module):
     def _call(self, routing: Routing, decoding: Decoding | None = None) -> Call:
         """What the hooks are to know of a call."""
         active = self._member(self.active_adapter)
-        return self._backbone.call(routing, active, [active, *self._inactive_members().values()], decoding)
+        return self._backbone.call(routing, active, list(self._members().values()), decoding)
 
     def _bare_forward(self, inputs: Inputs, past_key_values: Any, return_dict: bool | None, kwargs: Any) -> Any:
         """The wrapped model's own forward."""
@@ -181,17 +182,12 @@ class EPTModel(nn.Module):
             with changing(self.base_model, "the first packed call"):
                 self._packing.way()
 
-    def _route(self, inputs: Inputs, adapter_ids: list[str] | None, kwargs: dict[str, Any]) -> Routing:
+    def _route(self, inputs: Inputs, adapter_ids: list[str] | Tensor | None, kwargs: dict[str, Any]) -> Routing:
         """The rows by adapter."""
         if adapter_ids is None:
             return OneAdapter(self._member(self.active_adapter))
         text = kwargs["encoder_outputs"][0] if kwargs.get("encoder_outputs") is not None else inputs.text
-        members = {self.active_adapter: self._member(self.active_adapter)} | self._inactive_members()
-
-        def stacks_of(layers: list[AdapterLayer]) -> list[Stack]:
-            return self._stacks.of_layers([member.layer for member in members.values()], layers)
-
-        routing = route(adapter_ids, len(text), members, stacks_of, text.device)
+        routing = route(adapter_ids, len(text), self._members(), self._stacks, text.device)
         if inputs.labels is not None and self.head_names and any(layer is not self.ept for layer in routing.layers):
             raise ValueError("labels need the active adapter's head: set_adapter first, and leave adapter_ids out")
         return routing
@@ -202,7 +198,7 @@ class EPTModel(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        adapter_ids: list[str] | None = None,
+        adapter_ids: list[str] | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The wrapped model's `generate`; the prompt's rows are not tokens: they do not count and are not returned.
@@ -211,7 +207,8 @@ class EPTModel(nn.Module):
             input_ids: [batch, L] (also as `inputs`), or `inputs_embeds` [batch, L, d], which gives the same tokens and
                 returns the new ones alone. Causal models want their padding on the left.
             attention_mask: [batch, L], 1 on text; None: transformers' rule, padding by its id.
-            adapter_ids: each row's adapter by name; None: the active one for all.
+            adapter_ids: each row's adapter by name, or [batch] integers, its place in `list_adapters()`; None: the active
+                one for all.
             kwargs: everything that `generate` of the wrapped model takes. With `past_key_values` of an earlier turn the
                 whole text goes in again, as in transformers; only what the cache lacks is computed.
 
@@ -252,7 +249,7 @@ class EPTModel(nn.Module):
         """Training mode; the frozen backbone's dropout stays off unless `backbone_dropout` is set."""
         if mode:
             self._stacks.drop()
-        if self._walked is not None and self._walked.is_as_left(mode):
+        if self._walked is not None and self._walked.is_as_left(self, mode):
             return self
         super().train(mode)
         if mode and not self.ept_config.backbone_dropout:
@@ -262,10 +259,11 @@ class EPTModel(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's, without a walk through all modules where the parameters are those of the last `train`."""
-        if set_to_none and self._walked is not None and self._walked.has_parameters_of(self):
-            self._walked.clear_gradients()
-        else:
-            super().zero_grad(set_to_none)
+        if set_to_none and self._walked is not None:
+            if self._walked.clear_gradients():
+                return
+            self._walked = None  # the next `train` takes the walk again
+        super().zero_grad(set_to_none)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, **settings: Any
@@ -381,10 +379,12 @@ class EPTModel(nn.Module):
         adapter = self._inactive(adapter_name)
         return Member(adapter.layer, list(adapter.heads))
 
-    def _inactive_members(self) -> dict[str, Member]:
-        """The adapters that are not the active one, by name."""
+    def _members(self) -> dict[str, Member]:
+        """All adapters by name, in the order of `list_adapters`."""
         adapters = (adapter for adapter in self.inactive_adapters if isinstance(adapter, Adapter))
-        return {adapter.name: Member(adapter.layer, list(adapter.heads)) for adapter in adapters}
+        members = {adapter.name: Member(adapter.layer, list(adapter.heads)) for adapter in adapters}
+        members[self.active_adapter] = Member(self.ept, self.trained_heads())
+        return {name: members[name] for name in self.adapter_names}
 
     def _inactive(self, adapter_name: str) -> Adapter:
         for adapter in self.inactive_adapters:

@@ -4,6 +4,7 @@ A batch of one adapter is the plain case (`OneAdapter`). `SeveralAdapters` gives
 stack of constants: the rows stay where they are, and every step is one for all of them.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from ept.layer.base import AdapterLayer, PromptShape
 from ept.layer.constants import Constants, LayerUpdates
-from ept.model.columns import Places
-from ept.model.stacks import Stack
+from ept.model.columns import Places, source_columns
+from ept.model.stacks import Stack, Stacks
+from ept_kernels.common.checks import has_readable_values
 
 __all__ = ["Member", "OneAdapter", "Routing", "SeveralAdapters", "TextSteps", "route"]
 
@@ -205,14 +207,21 @@ class SeveralAdapters(Routing):
         rows: [4 + stacks, batch] for each row: the number of its adapter among the members, the length and the start of its
             prompt, its number among all of the model's adapters, and in each stack, -1 where it is in another.
         starts: the column of all prompts where it is one, else None.
-        is_even: whether all prompts are as long as the widest.
+        sources: gives `source_columns` of all of the model's adapters for L text columns; None where all prompts of the
+            batch are equally long.
     """
 
     def __init__(
-        self, members: Sequence[Member], stacks: Sequence[Stack], rows: Tensor, starts: int | None, is_even: bool
+        self,
+        members: Sequence[Member],
+        stacks: Sequence[Stack],
+        rows: Tensor,
+        starts: int | None,
+        sources: Callable[[int], Tensor] | None,
     ):
         self.members, self.stacks, self.rows = tuple(members), tuple(stacks), rows
-        self._starts, self._is_even = starts, is_even
+        self._starts, self._sources = starts, sources
+        self._by_length: dict[int, Tensor] = {}  # what `sources` gave for these rows, so that a call asks once
 
     @property
     def owners(self) -> Tensor:
@@ -229,7 +238,7 @@ class SeveralAdapters(Routing):
         return tuple((stack.constants, index) for stack, index in zip(self.stacks, self.rows[4:], strict=True))
 
     def _with_rows(self, rows: Tensor) -> "SeveralAdapters":
-        return SeveralAdapters(self.members, self.stacks, rows, self._starts, self._is_even)
+        return SeveralAdapters(self.members, self.stacks, rows, self._starts, self._sources)
 
     def of_rows(self, rows: Tensor) -> Routing:
         return self._with_rows(self.rows.index_select(1, rows))
@@ -247,18 +256,21 @@ class SeveralAdapters(Routing):
         places: Places,
     ) -> Tensor:
         def of_group(constants: Constants, index: Tensor | None) -> Tensor:
+            assert index is not None
             missing = constants.prompt.shape[1] - places.width
             if missing < 0:  # another group has longer prompts
                 sides = (0, 0, -missing, 0) if places.prompt_last else (0, 0, 0, -missing)
                 prompt = nn.functional.pad(constants.prompt, sides)
             else:
                 prompt = constants.prompt[:, missing:] if places.prompt_last else constants.prompt[:, : places.width]
-            lengths = None
-            if places.lengths is not None and not places.prompt_last and constants.prompt_lengths is not None:
-                lengths = constants.prompt_lengths
-            return constants._replace(prompt=prompt).embed(
-                input_ids, attention_mask, embedding_weight, inputs_embeds, places.start, index, lengths
-            )
+            text = (input_ids, attention_mask, embedding_weight, inputs_embeds)
+            constants = constants._replace(prompt=prompt)
+            if places.sources is None:
+                return constants.embed(*text, places.start, index)
+            if constants.runs_in_torch(embedding_weight, inputs_embeds):  # the mask's places serve
+                updated = constants.without_prompt().embed(*text, 0, index)
+                return places.insert(updated, prompt.index_select(0, index).to(updated.dtype))
+            return constants.embed(*text, places.start, index, constants.prompt_lengths)
 
         return _of_groups(self._groups, of_group)
 
@@ -271,48 +283,86 @@ class SeveralAdapters(Routing):
 
     def places(self, *, prompt_last: bool) -> Places:
         start = self.rows[2] if self._starts is None else self._starts
-        return Places(self.prompt_width, start, None if self._is_even else self.rows[1], prompt_last)
+        if self._sources is None:
+            return Places(self.prompt_width, start, None, prompt_last)
+        sources = None if prompt_last else self._sources_of_rows
+        return Places(self.prompt_width, start, self.rows[1], prompt_last, sources)
+
+    def _sources_of_rows(self, length: int) -> Tensor:
+        """[batch, S + length] `source_columns` of each row's prompt."""
+        if torch.compiler.is_compiling():  # a graph holds no tensor of an earlier call
+            return source_columns(self.prompt_width, self.rows[2], self.rows[1], length)
+        if length not in self._by_length:
+            assert self._sources is not None
+            self._by_length[length] = self._sources(length).index_select(0, self.numbers)
+        return self._by_length[length]
 
 
 def route(
-    adapter_ids: Sequence[str],
+    adapter_ids: Sequence[str] | Tensor,
     batch: int,
     members_by_name: Mapping[str, Member],
-    stacks_of: Callable[[list[AdapterLayer]], list[Stack]],
+    stacks: Stacks,
     device: torch.device,
 ) -> Routing:
     """The routing of a batch whose rows name their adapters.
 
     Args:
-        adapter_ids: a name a row.
+        adapter_ids: a name a row, or [batch] integers, the number of each row's adapter among all. A batch of numbers is
+            laid out for all adapters: it is as wide as the longest prompt, and as the widest head.
         batch: rows of the batch.
         members_by_name: all of the model's adapters.
-        stacks_of: gives the stacks that hold layers.
+        stacks: what is kept of them.
         device: of the batch's tensors.
 
     Raises:
-        ValueError: not one name a row, or an adapter that there is not.
+        ValueError: not one name or number a row, or an adapter that there is not.
+        TypeError: a tensor of another dtype than an integer's.
     """
-    if isinstance(adapter_ids, str) or len(adapter_ids) != batch:
-        raise ValueError(f"adapter_ids must name one adapter per row, {batch} in all, not {adapter_ids!r}")
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(adapter_ids))}
-    for name in numbers:
-        if name not in members_by_name:
-            names = ", ".join(map(repr, members_by_name))
-            raise ValueError(f"there is no adapter {name!r}: there are {names}")
+    if isinstance(adapter_ids, Tensor):
+        _check_numbers(adapter_ids, batch, list(members_by_name))
+        numbers = {name: number for number, name in enumerate(members_by_name)}
+    else:
+        _check_names(adapter_ids, batch, list(members_by_name))
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(adapter_ids))}
     members = [members_by_name[name] for name in numbers]
-    if not members:
-        raise ValueError("adapter_ids is empty: a batch needs at least one row")
     if len(members) == 1:
         return OneAdapter(members[0])
-    stacks = stacks_of([each.layer for each in members])
+    layers = [each.layer for each in members_by_name.values()]
+    groups = stacks.of_layers(layers, [each.layer for each in members])
     shapes = [each.layer.prompt_shape for each in members]
     all_numbers = {name: number for number, name in enumerate(members_by_name)}
     of_member = [
-        (number, *shape, all_numbers[name], *(stack.numbers.get(each.layer, -1) for stack in stacks))
+        (number, *shape, all_numbers[name], *(group.numbers.get(each.layer, -1) for group in groups))
         for number, (name, each, shape) in enumerate(zip(numbers, members, shapes, strict=True))
     ]
-    of_row = [of_member[numbers[name]] for name in adapter_ids]
+    of_row = of_member if isinstance(adapter_ids, Tensor) else [of_member[numbers[name]] for name in adapter_ids]
     rows = torch.tensor([list(each) for each in zip(*of_row, strict=True)], device=device)  # one transfer for all
-    starts, lengths = {shape.start for shape in shapes}, {shape.length for shape in shapes}
-    return SeveralAdapters(members, stacks, rows, starts.pop() if len(starts) == 1 else None, len(lengths) == 1)
+    if isinstance(adapter_ids, Tensor):
+        rows = rows.index_select(1, adapter_ids.to(device))
+    starts, widths = {shape.start for shape in shapes}, {shape.length for shape in shapes}
+    sources = functools.partial(stacks.source_columns_of, layers, max(widths), device) if len(widths) > 1 else None
+    return SeveralAdapters(members, groups, rows, starts.pop() if len(starts) == 1 else None, sources)
+
+
+def _check_names(adapter_ids: Sequence[str], batch: int, names: list[str]) -> None:
+    """ValueError where they are not one name of an adapter a row."""
+    if isinstance(adapter_ids, str) or len(adapter_ids) != batch:
+        raise ValueError(f"adapter_ids must name one adapter per row, {batch} in all, not {adapter_ids!r}")
+    if not batch:
+        raise ValueError("adapter_ids is empty: a batch needs at least one row")
+    for name in adapter_ids:
+        if name not in names:
+            raise ValueError(f"there is no adapter {name!r}: there are {', '.join(map(repr, names))}")
+
+
+def _check_numbers(adapter_ids: Tensor, batch: int, names: list[str]) -> None:
+    """TypeError or ValueError where they are not one number of an adapter a row; values are read on the CPU alone."""
+    if adapter_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"adapter_ids must hold integers, int64 or int32, or be names, not {adapter_ids.dtype}")
+    if adapter_ids.shape != (batch,) or not batch:
+        raise ValueError(f"adapter_ids must be [batch], one number per row of {batch}, not {tuple(adapter_ids.shape)}")
+    if has_readable_values(adapter_ids) and not 0 <= int(adapter_ids.min()) <= int(adapter_ids.max()) < len(names):
+        raise ValueError(
+            f"adapter_ids holds {adapter_ids.tolist()}, but adapters are 0 … {len(names) - 1}: their places in list_adapters()"
+        )

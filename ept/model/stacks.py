@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ept.layer.base import AdapterLayer
 from ept.layer.constants import Constants
+from ept.model.columns import source_columns
 
 __all__ = ["LinearStack", "Stack", "Stacks"]
 
@@ -45,7 +46,8 @@ class LinearStack(NamedTuple):
         `index` [batch] is the number of each row's head. Rows may come several times in a row.
         """
         own = self.weight[:, :width].index_select(0, index)
-        rows, weight = features.reshape(len(index), -1, self.features), own[..., : self.features].mT
+        rows = features.reshape(len(index), -1, self.features).to(own.dtype)  # a head may have been cast to another
+        weight = own[..., : self.features].mT
         if own.shape[2] == self.features:
             out = torch.bmm(rows, weight)
         else:
@@ -123,6 +125,21 @@ class Stacks:
         tensors = [t for head in used for t in _linear_tensors(head)]
         everything = [t for head in heads for t in _linear_tensors(head)]
         return self._kept(place, tuple(heads), tensors, lambda: _stack_linears(heads), lambda: everything)
+
+    def source_columns_of(
+        self, layers: Sequence[AdapterLayer], width: int, device: torch.device, length: int
+    ) -> Tensor:
+        """[layers, width + length] `source_columns` of each layer's prompt, which has `width` rows at most."""
+        size = max(64, 1 << (length - 1).bit_length())  # few sizes, so that few tables are kept
+        owners = tuple(each for layer in layers for each in (layer.config, layer.prompt_start))
+
+        def make() -> Tensor:
+            starts, lengths = zip(*((layer.prompt_start, layer.prompt_shape.length) for layer in layers), strict=True)
+            return source_columns(
+                width, torch.tensor(starts, device=device), torch.tensor(lengths, device=device), size
+            )
+
+        return self._kept(("columns", width, size, device), owners, [], make, list)[:, : width + length]
 
     def remembered(self, place: str, heads: Sequence[nn.Module], make: Callable[[Sequence[nn.Module]], Made]) -> Made:
         """`make` of the heads at one place of a model, as long as they are the same modules."""

@@ -1,6 +1,5 @@
 """Training mode and activation checkpointing of a backbone that stays frozen."""
 
-import operator
 from typing import Any
 
 from torch import nn
@@ -9,9 +8,11 @@ __all__ = ["Walked", "enable_checkpointing", "freeze_dropout"]
 
 
 class Walked:
-    """Keeps the modes of a model's modules and its parameters, so that a training step need not walk through them.
+    """Keeps what a walk through a model's modules finds, so that a training step need not take one.
 
     transformers' Trainer calls `train` and `zero_grad` before every step. torch's walks take longer than a small forward.
+    Modules and parameters that somebody has put in, taken out or replaced since, and modes that somebody has changed, are
+    noticed.
 
     Args:
         model: the model, whose modes are as they shall be.
@@ -19,31 +20,45 @@ class Walked:
     """
 
     def __init__(self, model: nn.Module, mode: bool):
-        self.mode = mode
-        self.modes = [(module, module.training) for module in model.modules()]
-        self.parameters = list(model.parameters())
-        self.witnesses = _witnesses(model)
+        modules = list(model.modules())
+        self.mode, self.model_mode = mode, model.training
+        self.children = [
+            (module._modules, name, child, child.training)
+            for module in modules
+            for name, child in module._modules.items()
+            if child is not None
+        ]
+        self.parameters = [
+            (module._parameters, name, parameter)
+            for module in modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        holders = [holder for module in modules for holder in (module._modules, module._parameters)]
+        self.sizes = [(holder, len(holder)) for holder in holders]
 
-    def is_as_left(self, mode: bool) -> bool:
-        """Whether `train(mode)` would change nothing: nobody has changed the mode of any module since."""
-        return self.mode is mode and all(module.training is flag for module, flag in self.modes)
+    def is_as_left(self, model: nn.Module, mode: bool) -> bool:
+        """Whether `train(mode)` would change nothing."""
+        return (
+            self.mode is mode
+            and model.training is self.model_mode
+            and all(holder.get(name) is child and child.training is flag for holder, name, child, flag in self.children)
+            and self._has_sizes()
+        )
 
-    def has_parameters_of(self, model: Any) -> bool:
-        """Whether the model's parameters are still the same objects; what spreads them over processes replaces all."""
-        return len(now := _witnesses(model)) == len(self.witnesses) and all(map(operator.is_, self.witnesses, now))
-
-    def clear_gradients(self) -> None:
-        """Sets every gradient to None."""
-        for parameter in self.parameters:
+    def clear_gradients(self) -> bool:
+        """Sets every gradient to None where the model's parameters are still the same; returns whether they are."""
+        if not self._has_sizes() or any(holder.get(name) is not kept for holder, name, kept in self.parameters):
+            return False
+        if any(holder.get(name) is not child for holder, name, child, _ in self.children):
+            return False
+        for _, _, parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad = None
+        return True
 
-
-def _witnesses(model: Any) -> list[Any]:
-    """Some parameters of each kind: the adapter's, the heads', and the backbone's word embeddings."""
-    heads = [parameter for head in model.trained_heads() for parameter in head.parameters()]
-    embedding = getattr(model.base_model.get_input_embeddings(), "weight", None)
-    return [*model.ept.parameters(), *heads, embedding]
+    def _has_sizes(self) -> bool:
+        return all(len(holder) == size for holder, size in self.sizes)
 
 
 def freeze_dropout(backbone: nn.Module, heads: list[nn.Module]) -> None:
