@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_kernels import prompt_embed, reconstruct_prompt
 from ept_kernels.common.triton_launch import counters
+from ept_kernels.common.triton_rows import UNROLLED
 from ept_kernels.prompt_embed.arguments import Settings, Text, Weights
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -243,17 +244,18 @@ def test_a_launch_that_raises_leaves_no_dirty_counters():
         assert not counter.any()
 
 
-@pytest.mark.parametrize("q", [0, 5])
+@pytest.mark.parametrize(("parts", "q"), [("paper", 0), ("all", 5), ("token", 5), ("token", 9)])
 @pytest.mark.parametrize("masked", [True, False])
-def test_traffic_is_what_the_model_says(masked, q):
-    """E and dX are read, X is written as often as predicted: for E once more from the cache with q > 0."""
+def test_traffic_is_what_the_model_says(masked, parts, q):
+    """E and dX are read, X is written as often as predicted: E once more from the cache if its rows leave the registers."""
     from ept_kernels.prompt_embed import traffic, triton_backward, triton_forward
 
+    prompt = dict(n=34, r=5, k=3, h=2)
     x = traffic.Shapes(
-        batch=3, length=19, d=40, s=18, n=34, r=5, k=3, h=2, q=q, masked=masked, source_bytes=4
-    )  # fmt: skip
-    sizes = dict(s=x.s, n=x.n, r=x.r, k=x.k, h=x.h, q=max(q, 1), d=x.d, length=x.length, batch=x.batch)
-    case = make_case(8, parts="all" if q else "paper", **sizes)
+        batch=3, length=19, d=40, s=18, **{} if parts == "token" else prompt, q=q, masked=masked, source_bytes=4
+    )
+    sizes = prompt | dict(s=x.s, q=max(q, 1), d=x.d, length=x.length, batch=x.batch)
+    case = make_case(8, parts=parts, **sizes)
     weights = Weights(*(case.get(name) for name in Weights._fields))
     mask = case["attention_mask"] if masked else None
     # Every token has its own row, so that the rows of E can be told apart.
@@ -263,7 +265,9 @@ def test_traffic_is_what_the_model_says(masked, q):
     with counted_accesses() as (loads, stores):
         out, _, kept = triton_forward.forward(text, weights, settings, save=True)
     predicted = traffic.forward(x).memory
-    assert bytes_of(loads, source) == predicted["rows of E"] * (2 if q else 1)
+    assert bytes_of(loads, source) == predicted["rows of E"] * (
+        1 if q == 0 or (parts == "token" and q <= UNROLLED) else 2
+    )
     assert bytes_of(stores, out) == predicted["X"] + predicted["P* in every row"]
     kept_bytes = sum(bytes_of(stores, t) for t in kept if t.is_floating_point())
     assert kept_bytes == predicted["kept"]

@@ -47,7 +47,7 @@ RESET = "    if last:\n        tl.store(counter, 0)"
 TICKET = 'tl.atomic_add(counter + TICKET, 1, sem="relaxed") if WAITS else'
 FINISH = "    if arrive(arrived, parts, AMD):\n        finish"
 PARTIAL = "partial + (block * parts + part) * ROWS * PARTIAL"
-STRIDE = "* (num_rows + length) + prompt_start + rows"
+STRIDE = "* (num_rows + length) + start + rows"
 DONE = 'if tl.atomic_add(counter + DONE, 1, sem="acq_rel") == total - 1:'
 MISTAKES = [
     Mistake("control: no mistake", C, "pass", "pass", "wave", "it is right"),
@@ -70,8 +70,8 @@ MISTAKES = [
     Mistake("counters set back one program early", F, DONE, DONE.replace("total - 1", "total - 2")),
     Mistake("flag before its data", FP, FINISH, FINISH.replace("finish", "release(flag, AMD)\n        finish")),
     Mistake("prompt does not wait", F, 'if MIXES and ROLE == "all":', "if False:"),
-    Mistake("text does not wait for its slots", F, 'if MASK == "slots" and ROLE == "all":', "if False:"),
-    Mistake("text waits for one row too few", F, "wait(counter + ORDERED, batch)", "wait(counter + ORDERED, batch - 1)"),
+    Mistake("text does not wait for its slots", FT, "    if WAITS:", "    if False:"),
+    Mistake("text waits for one row too few", FT, "wait(ordered, batch)", "wait(ordered, batch - 1)"),
     Mistake("stride of X without the prompt", FP, STRIDE, STRIDE.replace("(num_rows + length)", "length")),
     Mistake("stride of the partial sums", FP, PARTIAL, PARTIAL.replace("* PARTIAL", "* (PARTIAL - 1)")),
     Mistake("scale twice in the backward", BR, "        dy *= scale / D**0.5", "        dy *= scale * scale / D**0.5"),

@@ -21,15 +21,19 @@ TOKEN_RANKS = (0, 24)
 SIZES = dict(s=60, n=256, r=30, k=4, h=8, batch=2, length=64)  # kernels depend on r, k, h and d only, not on the rest
 LAYER_WIDTHS = (384, 768, 1024, 2048, 4096, 8192)
 LAYER_RANKS = (1, 4, 8, 16, 64)
+DEFAULT_WIDTHS, DEFAULT_RANK = (768, 4096), 4  # of the default preset
 STACK_WIDTHS = (384, 768, 4096)
 STACK_RANKS = (0, 4, 24)
 HIGHER_IS_WORSE = ("registers", "shared", "spilled")
 
 
 def keys():
-    """One for each compilation: of the input stage, of the layer's update, of stacks of adapters, of padded columns."""
+    """One for each compilation: of the input stage, with all parts and with the default preset's, of the layer's update, of
+    stacks of adapters, of padded columns."""
     for target, d, dtypes, q in itertools.product(TARGETS, WIDTHS, DTYPES, TOKEN_RANKS):
         yield f"{target} d={d} {dtypes} q={q}"
+    for target, d in itertools.product(TARGETS, DEFAULT_WIDTHS):
+        yield f"default {target} d={d} bf16+fp32 q={DEFAULT_RANK}"
     for target, d, q in itertools.product(TARGETS, LAYER_WIDTHS, LAYER_RANKS):
         yield f"layer {target} d={d} bf16+fp32 q={q}"
     for target, d, q, lowrank in itertools.product(TARGETS, STACK_WIDTHS, STACK_RANKS, ("factors", "table")):
@@ -58,11 +62,21 @@ def _launch_input(d: int, q: int, source_dtype: torch.dtype, dtype: torch.dtype)
 
     ids, mask = torch.zeros(batch, length, dtype=torch.int64), torch.ones(batch, length, dtype=torch.int64)
     tokens = (weight(q, d), weight(q, d)) if q else (None, None)
-    out, _ = prompt_embed(
+    out = prompt_embed(
         Text(ids, torch.zeros(10, d, dtype=source_dtype), mask),
         Weights(weight(s, d), weight(n, r), weight(r, d), weight(k, h, d), weight(k, h, d), weight(k, d), *tokens),
         Settings(scale=1.0),
     )
+    out.backward(torch.zeros_like(out))
+
+
+def _launch_default(d: int, q: int, source_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    from ept_kernels import prompt_embed
+
+    ids, mask = torch.zeros(2, 64, dtype=torch.int64), torch.ones(2, 64, dtype=torch.int64)
+    prompt, down, up = (torch.zeros(rows, d, dtype=dtype, requires_grad=True) for rows in (2, q, q))
+    table, others = torch.zeros(10, d, dtype=source_dtype), [None] * 5
+    out = prompt_embed(ids, mask, table, prompt, *others, scale=1.0, token_down=down, token_up=up, impl="triton")
     out.backward(torch.zeros_like(out))
 
 
@@ -101,7 +115,7 @@ def _launch_columns(d: int, q: int, source_dtype: torch.dtype, dtype: torch.dtyp
 
 
 LAUNCHES = {
-    "input": _launch_input, "layer": _launch_layer, "columns": _launch_columns,
+    "input": _launch_input, "default": _launch_default, "layer": _launch_layer, "columns": _launch_columns,
     "factors": functools.partial(_launch_stack, "factors"), "table": functools.partial(_launch_stack, "table"),
 }  # fmt: skip
 

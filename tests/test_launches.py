@@ -93,8 +93,8 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(triton_op.triton_by_row, "forward", embed_by_row)
     monkeypatch.setattr(layer_op.triton_forward, "forward", update)
     monkeypatch.setattr(columns_op.triton_forward, "forward", columns_eager.prompt_columns)
-    for operators in (triton_op, layer_op):
-        monkeypatch.setattr(operators, "repeat", lambda call, key, function, *tensors: function(*tensors))
+    for operators in (triton_op, layer_op, columns_op):
+        monkeypatch.setattr(operators, "repeat", lambda call, key, function, tensors: function(*tensors))
     for module in (embed_checks, layer_checks, ept.model.layout):
         monkeypatch.setattr(module, "has_readable_values", lambda tensor: False)
 

@@ -13,12 +13,14 @@ import torch
 from kernel_compiler import compiling_for
 
 triton = pytest.importorskip("triton")
-from ept_kernels import layer_update, prompt_embed  # noqa: E402
+from ept_kernels import layer_update, prompt_columns, prompt_embed  # noqa: E402
 from ept_kernels.layer_update import triton_backward as layer_backward  # noqa: E402
 from ept_kernels.layer_update import triton_forward as layer_forward  # noqa: E402
-from ept_kernels.prompt_embed import triton_backward, triton_forward  # noqa: E402
+from ept_kernels.prompt_columns import triton_forward as columns_forward  # noqa: E402
+from ept_kernels.prompt_embed import triton_backward, triton_by_row, triton_forward  # noqa: E402
 
 KERNELS = [
+    triton_by_row.by_row_kernel, columns_forward.columns_kernel,
     triton_forward.forward_kernel, triton_backward.reduce_kernel, triton_backward.weights_kernel,
     layer_forward.forward_kernel, layer_backward.hidden_kernel, layer_backward.weights_kernel,
 ]  # fmt: skip
@@ -81,10 +83,32 @@ def layer(index=None):
     return inputs, lambda: layer_update(hidden, down, up, hidden_scale=2.0, adapter_index=index, impl="triton")
 
 
+def stack(part_of_prompts=False):
+    ids, table = torch.randint(10, (2, 6)), torch.randn(10, 32).bfloat16()
+    mask, index, lengths = torch.ones(2, 6).bool(), torch.tensor([0, 2]), torch.tensor([3, 2, 3])
+    prompts = torch.randn(3, 5, 32)[:, 2:] if part_of_prompts else torch.randn(3, 3, 32)
+    constants = [prompts, torch.randn(3, 8, 4), torch.randn(3, 4, 32)]
+    tokens = {"token_down": torch.randn(3, 4, 32), "token_up": torch.randn(3, 4, 32)}
+    rows = {"adapter_index": index, "prompt_lengths": lengths}
+    inputs = [ids, mask, table, *constants, *tokens.values(), *rows.values()]
+    return inputs, lambda: prompt_embed(
+        ids, mask, table, *constants, None, None, None, scale=0.5, impl="triton", **tokens, **rows
+    )
+
+
+def columns(mask_dtype=torch.int64):
+    mask, labels, lengths = torch.ones(2, 6).to(mask_dtype), torch.randint(10, (2, 6)), torch.tensor([3, 2])
+    inputs = [mask, labels, lengths]
+    return inputs, lambda: prompt_columns(mask, 3, prompt_lengths=lengths, labels=labels, impl="triton")
+
+
 def step(inputs, call, launched):
     """The launches of a forward, then of its backward, in words, and all tensors that have a name."""
     out = call()
-    named = {f"input {i}": t for i, t in enumerate(inputs)} | {"result": out}
+    results = out if isinstance(out, tuple) else (out,)
+    named = {f"input {i}": t for i, t in enumerate(inputs)} | {f"result {i}": t for i, t in enumerate(results)}
+    if results[0].grad_fn is None:
+        return in_words(launched, named), ([], []), named
     named |= {f"kept {i}": t for i, t in enumerate(out.grad_fn.saved_tensors) if t is not None}
     forward = in_words(launched, named)
     launched.clear()
@@ -117,6 +141,10 @@ CASES = {
     "the prompt alone": prompt_alone,
     "a layer": layer,
     "several adapters": lambda: layer(index=torch.tensor([0, 2])),
+    "a stack": stack,
+    "a stack of parts of prompts": lambda: stack(part_of_prompts=True),
+    "columns": columns,
+    "columns of a mask of bools": lambda: columns(torch.bool),
 }
 
 
@@ -159,10 +187,34 @@ def test_what_triton_compiles_another_kernel_for_goes_through_its_binder(launche
 
 
 def test_a_result_of_a_repeated_call_is_a_new_tensor_each_time(launches):
-    _, call = layer()
-    outs = [call() for _ in range(3)]
-    assert len({out.data_ptr() for out in outs}) == 3
-    assert all(out.grad_fn is not None for out in outs)
+    for case in ("a layer", "all parts", "a stack", "columns"):
+        _, call = CASES[case]()
+        results = [call() for _ in range(3)]
+        outs = [result if isinstance(result, torch.Tensor) else result.positions for result in results]
+        assert len({out.data_ptr() for out in outs}) == 3
+        assert all((out.grad_fn is not None) is (case in ("a layer", "all parts")) for out in outs)
+
+
+def test_what_a_repeated_call_is_not_to_check_again_is_checked_in_the_first(launches):
+    _, call = stack()
+    call(), call()
+    inputs, _ = stack()
+    ids, mask, table, *constants, down, up, index, lengths = inputs
+
+    def again(**others):
+        tokens = {"token_down": down, "token_up": up, "adapter_index": index, "prompt_lengths": lengths} | others
+        prompt_embed(ids, mask, table, *constants, None, None, None, scale=0.5, impl="triton", **tokens)
+
+    for others, error, said in (
+        (dict(token_down=down[:, :3]), ValueError, "token_up must be"),
+        (dict(adapter_index=index.float()), TypeError, "adapter_index must hold integers"),
+        (dict(adapter_index=index + 1), IndexError, "adapter_index holds 3"),  # values, in each call
+        (dict(prompt_lengths=lengths - 4), IndexError, "prompt_lengths holds -2"),
+    ):
+        with pytest.raises(error, match=said):
+            again(**others)
+    with pytest.raises(TypeError, match="labels must hold integers"):
+        prompt_columns(mask, 3, labels=mask.float(), impl="triton")
 
 
 def test_one_tensor_passed_twice_and_two_of_its_shape_are_told_apart(launches):

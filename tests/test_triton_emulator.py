@@ -38,6 +38,7 @@ CASES = {
     "no fusion": dict(shape="tiles", switch="no fusion", parts="lowrank", inputs=True),
     "spaces": dict(shape="no text", parts="spaces", start="first"),
     "tokens": dict(shape="long", parts="token", mask="right", inputs=True),
+    "default preset": dict(shape="odd", source_dtype=torch.bfloat16, parts="token", mask="left", start="by row"),
 }
 SHORT = {"main case": "wave", "inputs_embeds": True, "layer": "wave"}
 STACK_DEFAULTS = dict(

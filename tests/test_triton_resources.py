@@ -22,7 +22,7 @@ SHORT = {
     "layer sm_90 d=768 bf16+fp32 q=4",
     "factors sm_90 d=768 bf16+fp32 q=4",
 }
-OTHERS = ("layer", "factors", "table", "columns")  # the keys that are not the input stage's
+OTHERS = ("default", "layer", "factors", "table", "columns")  # the keys that are not the input stage's
 BEFORE = json.loads(TABLE.read_text(encoding="utf-8"))
 
 
@@ -42,10 +42,10 @@ def test_the_input_stage_has_no_spills_wide_accesses_and_tensor_cores():
                 assert row["loads"].get("128", 0) > 0 and row["stores"].get("128", 0) > 0, (key, name)
 
 
-def test_the_layers_update_has_no_spills_and_wide_accesses():
+def test_the_default_preset_and_the_layers_update_have_no_spills_and_wide_accesses():
     for key, kernels in BEFORE.items():
         for name, row in kernels.items():
-            if key.startswith("layer"):
+            if key.startswith(("default", "layer")):
                 assert row["spilled"] == 0, (key, name)
                 if name != "weights_kernel":  # it reads narrow tiles on gfx942
                     assert row["loads"].get("128", 0) > 0 and row["stores"].get("128", 0) > 0, (key, name)

@@ -4,7 +4,8 @@
 
 A Triton driver stands in for a GPU's: kernels are compiled for sm_90, and their launcher does nothing. What is known of a
 GPU after the first call (that Triton runs there) is taken as known; values of ids and indices are looked at, as on a CPU.
-Backward is `torch.autograd.grad`. The floor is an autograd function that allocates as many results and keeps as many tensors.
+Backward is `torch.autograd.grad`; stacks and columns have none. The floor is an autograd function that allocates as many
+results and keeps as many tensors.
 
 Figures are microseconds of the thread's CPU time, the least mean of 20 calls among all rounds: what other processes
 take does not count. `--against` measures the `ept_kernels` of another checkout in turn, in processes of its own.
@@ -91,9 +92,9 @@ def weight(*shape: int) -> Tensor:
     return torch.randn(shape).requires_grad_()
 
 
-def cases() -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
+def cases() -> Iterator[tuple[str, Callable[[], Any], list[Tensor]]]:
     """Name, call, and the tensors whose gradients are asked for."""
-    from ept_kernels import layer_update, prompt_embed
+    from ept_kernels import layer_update, prompt_columns, prompt_embed
 
     ids, mask = torch.randint(VOCAB, (BATCH, LENGTH)), torch.ones(BATCH, LENGTH, dtype=torch.int64)
     table = torch.randn(VOCAB, D).bfloat16()
@@ -116,6 +117,12 @@ def cases() -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
         lambda: layer_update(hidden, *stack, hidden_scale=2.0, adapter_index=index, impl="triton"),
         [hidden, *stack],
     )
+    constants: list[Any] = [*(torch.randn(ADAPTERS, *t.shape) for t in pair), None, None, None]
+    of_rows: dict[str, Any] = dict(
+        token_down=stack[0].detach(), token_up=stack[1].detach(), adapter_index=index, impl="triton"
+    )
+    yield "prompt_embed, adapter_index", lambda: prompt_embed(ids, mask, table, *constants, scale=1.0, **of_rows), []
+    yield "prompt_columns, labels", lambda: prompt_columns(mask, S, labels=ids, impl="triton"), []
 
 
 def floor(weights: list[Tensor], results: int, out: Tensor) -> Callable[[], Tensor]:
@@ -147,29 +154,32 @@ def microseconds(call: Callable[[], Any]) -> float:
     return best / CALLS * 1e6
 
 
-def both_ways(call: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[float, float]:
+def both_ways(call: Callable[[], Any], leaves: list[Tensor]) -> list[float]:
+    if not leaves:
+        return [microseconds(call)]
     out = call()
     grad = torch.zeros_like(out)
-    return microseconds(call), microseconds(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
+    return [microseconds(call), microseconds(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))]
 
 
-def measure() -> dict[str, tuple[float, float]]:
+def measure() -> dict[str, list[float]]:
     """Microseconds forward and backward of each case, in this process."""
     import triton
 
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(stand_in())
-    for stem in ("prompt_embed", "layer_update"):
+    for stem in ("prompt_embed", "layer_update", "prompt_columns"):
         importlib.import_module(f"ept_kernels.{stem}.api").resolve = lambda impl, device: impl  # type: ignore[attr-defined]
     rows = {}
     for name, call, leaves in cases():
         rows[name] = both_ways(call, leaves)
-        saved = len(call().grad_fn.saved_tensors)  # type: ignore[union-attr]
-        rows[f"{name}: floor"] = both_ways(floor(leaves, max(0, saved - len(leaves)), call()), leaves)
+        if leaves:
+            saved = len(call().grad_fn.saved_tensors)
+            rows[f"{name}: floor"] = both_ways(floor(leaves, max(0, saved - len(leaves)), call()), leaves)
     return rows
 
 
-def in_process_of_its_own(tree: Path) -> dict[str, tuple[float, float]]:
+def in_process_of_its_own(tree: Path) -> dict[str, list[float]]:
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).resolve()), "--measure"]
     return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
@@ -189,11 +199,13 @@ def main() -> None:
     for _ in range(args.rounds):
         for tree, kept in zip(trees, best, strict=True):
             for name, pair in in_process_of_its_own(tree).items():
-                before = kept.setdefault(name, [float("inf")] * 2)
+                before = kept.setdefault(name, [float("inf")] * len(pair))
                 kept[name] = [min(one, other) for one, other in zip(before, pair, strict=True)]
     print(f"{'µs, forward and backward':40}" + "".join(f"{str(tree)[-24:]:>26}" for tree in trees))
     for name in best[0]:
-        print(f"{name:40}" + "".join(f"{kept[name][0]:18.1f}{kept[name][1]:8.1f}" for kept in best))
+        ways = ([*kept[name], None][:2] for kept in best)
+        cells = (f"{forward:18.1f}{'' if backward is None else f'{backward:.1f}':>8}" for forward, backward in ways)
+        print(f"{name:40}" + "".join(cells))
 
 
 if __name__ == "__main__":

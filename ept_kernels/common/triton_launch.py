@@ -161,16 +161,14 @@ class Counters:
     def buffer(self, size: int, device: torch.device) -> Tensor:
         """`take` without its end: `drop` the buffer where the launch raises."""
         size = divided_up(size, self.SIZE) * self.SIZE
+        buffer: Tensor | None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             buffer = self._for_capture(size, device)
         else:
             stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-            key = (device, stream, size)
-            with self._lock:
-                if key not in self.of_stream:
-                    self.of_stream[key] = self._zeros(size, device)
-                    self._fill_reserve(device)
-                buffer = self.of_stream[key]
+            buffer = self.of_stream.get((device, stream, size))
+            if buffer is None:
+                buffer = self._of_stream(stream, size, device)
         recording = getattr(_of_thread, "recording", None)
         if recording is not None:
             recording.counters.append(buffer)
@@ -181,6 +179,14 @@ class Counters:
         with self._lock:
             for key in [key for key, kept in self.of_stream.items() if kept is buffer]:
                 del self.of_stream[key]
+
+    def _of_stream(self, stream: int, size: int, device: torch.device) -> Tensor:
+        key = (device, stream, size)
+        with self._lock:
+            if key not in self.of_stream:
+                self.of_stream[key] = self._zeros(size, device)
+                self._fill_reserve(device)
+            return self.of_stream[key]
 
     def _for_capture(self, size: int, device: torch.device) -> Tensor:
         with self._lock:

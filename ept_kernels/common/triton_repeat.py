@@ -12,6 +12,7 @@ nothing. Addresses that are no multiples of 16 go to Triton's binder, which comp
 all launches while a profiler has hooks in Triton.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -26,10 +27,10 @@ from .triton_launch import Recording, counters, device_of, interpreting, recorde
 ALIGNMENT = 16  # bytes: what Triton's binder looks at
 SCRATCH_ALIGNMENT = 256  # of the tensors that share one allocation, as far apart as allocators place them
 
-Function = Callable[..., Sequence[Tensor]]
+Tensors = Sequence[Tensor | None]
 
 
-def repeat(call: Call, key: Hashable, function: Function, *tensors: Tensor | None) -> Sequence[Tensor]:
+def repeat(call: Call, key: Hashable, function: Callable[..., Any], tensors: Tensors) -> Any:
     """Returns `function(*tensors)`. `call` and `key` hold all that it depends on but for the addresses."""
     if interpreting():
         return function(*tensors)
@@ -58,13 +59,14 @@ def _hooked() -> bool:
 
 
 class _Replay:
-    """The allocations and launches of one recording. The tensors of the recording itself are not kept."""
+    """The allocations and launches of one recording. Of its tensors only results without elements are kept."""
 
-    def __init__(self, inputs: Sequence[Tensor | None], results: Sequence[Tensor], recording: Recording):
-        self._device = results[0].device
+    def __init__(self, inputs: Tensors, results: Tensors, recording: Recording):
+        self._device = next(t.device for t in results if t is not None)
+        self._driver = triton.runtime.driver.active
         # How code that torch.compile generates allocates: half the time of torch.empty_strided.
         self._empty = getattr(torch._C._dynamo.guards, f"_empty_strided_{self._device.type}")
-        self._results = [(tuple(t.shape), t.stride(), t.dtype) for t in results]
+        self._results = [_specification(t) for t in results]
         self._counters = sum(buffer.numel() for buffer in recording.counters)
         named = [*inputs, *results]
         scratch, place = _places(named, recording)
@@ -84,20 +86,17 @@ class _Replay:
                 (compiled.run, programs, compiled.function, compiled.packed_metadata, operator.itemgetter(*order))
             )
 
-    def __call__(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor] | None:
+    def __call__(self, tensors: Tensors) -> Tensors | None:
         """The results; None where an address is not aligned as it was, or where a profiler watches."""
         if _hooked():
             return None
         device = self._device
         with device_of(device):
-            results = [self._empty(*shape_strides_dtype) for shape_strides_dtype in self._results]
+            results = tuple([self._empty(*spec) if type(spec) is tuple else spec for spec in self._results])
             addresses = [0 if t is None else t.data_ptr() for t in tensors]
-            bits = 0
-            for address in addresses:
-                bits |= address
-            if bits % ALIGNMENT:
+            if functools.reduce(operator.or_, addresses) % ALIGNMENT:
                 return None
-            addresses += [t.data_ptr() for t in results]
+            addresses += [0 if t is None else t.data_ptr() for t in results]
             start = 0
             if self._scratch:
                 scratch = self._empty((self._scratch,), (1,), torch.uint8)
@@ -115,13 +114,19 @@ class _Replay:
         return results
 
     def _launch(self, values: tuple[Any, ...]) -> None:
-        driver = triton.runtime.driver.active
-        stream = driver.get_current_stream(driver.get_current_device())
+        stream = self._driver.get_current_stream(self._driver.get_current_device())
         for run, programs, function, metadata, arguments in self._steps:
             run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments(values))
 
 
-def _places(named: Sequence[Tensor | None], recording: Recording) -> tuple[list[Tensor], dict[int, int]]:
+def _specification(result: Tensor | None) -> Any:
+    """Shape, strides and dtype of what each call allocates. A result without elements is the same in every call."""
+    if result is None or result.numel() == 0:
+        return result
+    return tuple(result.shape), result.stride(), result.dtype
+
+
+def _places(named: Tensors, recording: Recording) -> tuple[list[Tensor], dict[int, int]]:
     """Scratch: what launches take beside `named` and counters. Then the place of each of their arguments, by its id."""
     if len(recording.counters) > 1:
         raise RuntimeError("launches that are repeated take counters once")

@@ -118,7 +118,7 @@ def _forward_launch(update: Update, settings: Settings, save: bool, call: Call) 
     def function(*tensors: Any) -> Sequence[Tensor]:
         return triton_forward.forward(Update(*tensors), settings, save)
 
-    return repeat(call, ("forward", save), function, *update)
+    return repeat(call, ("forward", save), function, update)
 
 
 def _backward_launches(
@@ -131,7 +131,7 @@ def _backward_launches(
     if call is None:
         return function(grad_out, z, *update)
     # What is saved may have been packed and unpacked, and come back with other strides.
-    return repeat(call, ("backward", update.hidden.stride(), wanted), function, grad_out, z, *update)
+    return repeat(call, ("backward", update.hidden.stride(), wanted), function, (grad_out, z, *update))
 
 
 def layer_update(update: Update, settings: Settings, call: Call | None = None) -> Tensor:

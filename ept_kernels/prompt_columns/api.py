@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ..availability import resolve
+from ..common.operators import Calls
 from . import eager, reference
 from .arguments import Columns, Rows, Settings
 from .checks import check_rows
@@ -47,9 +48,12 @@ def prompt_columns(
     impl = resolve(impl, attention_mask.device)
     rows = Rows(attention_mask, prompt_lengths, labels)
     settings = Settings(prompt_length, first_position, ignore_index, drops_first_label)
-    check_rows(rows, settings)
+    call = _calls.checked(rows, settings, rows, settings)
     if impl == "triton":
         from . import triton_op
 
-        return triton_op.prompt_columns(rows, settings)
+        return triton_op.prompt_columns(rows, settings, call)
     return (reference if impl == "reference" else eager).prompt_columns(rows, settings)
+
+
+_calls = Calls(check_rows)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.triton_launch import NUM_WARPS, launching_on
+from ..common.triton_launch import NUM_WARPS, launch, launching_on
 from .arguments import Columns, Rows, Settings
 
 CHUNK = 1024  # columns at a time: eight to a thread
@@ -60,7 +60,8 @@ def forward(rows: Rows, settings: Settings) -> Columns:
         return results
     mask, seen = (t.view(torch.uint8) if t.dtype == torch.bool else t for t in (rows.mask, wide))
     with launching_on(wide):
-        columns_kernel[(batch,)](
+        launch(
+            columns_kernel, batch,
             mask, rows.lengths, rows.labels, starts, seen, positions, moved,
             length, settings.width, settings.first_position, settings.ignore_index,
             CHUNK=CHUNK, LENGTHS=rows.lengths is not None, LABELS=rows.labels is not None,

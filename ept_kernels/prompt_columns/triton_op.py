@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.operators import is_eager, schema_of, unflatten
+from ..common.operators import Call, schema_of, unflatten
+from ..common.triton_repeat import repeat
 from . import triton_forward
 from .arguments import Columns, Rows, Settings
 
@@ -26,9 +27,17 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
     return tuple(triton_forward.empty_results(*unflatten(flat, Rows, Settings)))
 
 
-def prompt_columns(rows: Rows, settings: Settings) -> Columns:
-    """The columns in one launch."""
-    rows = Rows(*(None if t is None else t.contiguous() for t in rows))  # type: ignore[arg-type]
-    if is_eager(*rows):
-        return triton_forward.forward(rows, settings)
-    return Columns(*prompt_columns_op(*rows, *settings))
+def prompt_columns(rows: Rows, settings: Settings, call: Call | None = None) -> Columns:
+    """The columns in one launch.
+
+    `call` is that of the public function. Without it the tensors go through the operator.
+    """
+    if call is None or not call.contiguous:
+        rows = Rows(*(None if t is None else t.contiguous() for t in rows))  # type: ignore[arg-type]
+    if call is None:
+        return Columns(*prompt_columns_op(*rows, *settings))
+
+    def function(*tensors: Any) -> Columns:
+        return triton_forward.forward(Rows(*tensors), settings)
+
+    return Columns(*repeat(call, "columns", function, rows))

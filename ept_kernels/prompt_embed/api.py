@@ -24,6 +24,7 @@ from .checks import (
     check_positions,
     check_prompt,
     check_stack,
+    check_stack_values,
     check_start,
     check_start_values,
     check_text,
@@ -167,7 +168,8 @@ def reconstruct_prompt(
     if impl == "triton":
         from . import triton_op
 
-        out, gate = triton_op.prompt_embed(Text(None, prompt.new_empty(1, 0, prompt.shape[1]), None), weights, settings)
+        text = Text(None, prompt.new_empty(1, 0, prompt.shape[1]), None)
+        out, gate = triton_op.prompt_embed_with_gate(text, weights, settings)
         return out[0], gate
     with torch.autocast(prompt.device.type, enabled=False):
         dtype = _compute_dtype(impl, *weights)
@@ -235,8 +237,7 @@ def _input_of_backbone(text: Text, weights: Weights, settings: Settings, rows: R
     if impl == "triton":
         from . import triton_op
 
-        out, _ = triton_op.prompt_embed(text, weights, settings, call)
-        return out
+        return triton_op.prompt_embed(text, weights, settings, call)
     of_text = weights.of_text(settings.lowrank_update)
     functions, source_dtype = _functions(impl), text.source.dtype
     with torch.autocast(text.source.device.type, enabled=False):
@@ -254,14 +255,10 @@ def _input_of_stack(text: Text, weights: Weights, settings: Settings, rows: Rows
     """The same where `weights` are constants of several adapters, [adapters, …] each."""
     lowrank_a, lowrank_b = (weights.lowrank_a, weights.lowrank_b) if settings.lowrank_update else (None, None)
     stack = Stack(weights.prompt, lowrank_a, lowrank_b, weights.token_down, weights.token_up, *rows)
+    call = _stack_calls.checked((*text, *stack, *weights[3:6]), settings, text, stack, weights, settings)
     if text.ids is not None:
-        check_ids(text.ids, text.source)
         check_id_values(text.ids, len(text.source))
-    check_stack(text, stack, weights)
-    check_scale("embed_scale", settings.embed_scale, "the RMS of the embeddings' entries")
-    check_activation(settings.activation)
-    check_mask(text)
-    check_start(settings.prompt_start, text)
+    check_stack_values(stack)
     check_start_values(text)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (text.source, *stack))
     if impl == "triton" and trained:
@@ -272,7 +269,7 @@ def _input_of_stack(text: Text, weights: Weights, settings: Settings, rows: Rows
     if impl == "triton":
         from . import triton_op
 
-        return triton_op.prompt_embed_by_row(text, stack, settings)
+        return triton_op.prompt_embed_by_row(text, stack, settings, call)
     source_dtype = text.source.dtype
     with torch.autocast(text.source.device.type, enabled=False):
         start = settings.prompt_start if text.starts is None else text.starts
@@ -298,6 +295,20 @@ def _check(text: Text, weights: Weights, settings: Settings) -> None:
 
 
 _calls = Calls(_check)
+
+
+def _check_stack(text: Text, stack: Stack, weights: Weights, settings: Settings) -> None:
+    """All arguments beside a stack, but for the values of ids and of what the rows say."""
+    if text.ids is not None:
+        check_ids(text.ids, text.source)
+    check_stack(text, stack, weights)
+    check_scale("embed_scale", settings.embed_scale, "the RMS of the embeddings' entries")
+    check_activation(settings.activation)
+    check_mask(text)
+    check_start(settings.prompt_start, text)
+
+
+_stack_calls = Calls(_check_stack)
 
 
 def _positions(text: Text, impl: str) -> Tensor | None:

@@ -167,18 +167,27 @@ def check_stack(text: Text, stack: Stack, weights: Weights) -> None:
         raise ValueError(f"a stack of {adapters} adapters needs adapter_index: the number of each row's adapter")
     if stack.positions is not None and text.mask is not None:
         raise ValueError("text_positions and attention_mask both say where the text stands: give one of them")
-    wanted = (
-        ("adapter_index", stack.adapter_index, (batch,), 0, adapters - 1),
-        ("prompt_lengths", stack.lengths, (adapters,), 0, None),
-        ("text_positions", stack.positions, text.shape[:2], -1, None),
+    of_rows = (
+        ("adapter_index", stack.adapter_index, (batch,)),
+        ("prompt_lengths", stack.lengths, (adapters,)),
+        ("text_positions", stack.positions, text.shape[:2]),
     )
-    for name, tensor, shape, lowest, highest in wanted:
-        if tensor is None:
-            continue
-        check_integers(name, tensor, shape)
-        check_same_device(name, tensor, inputs_embeds=text.source)
-        if tensor.numel() and has_readable_values(tensor):
-            low, high = tensor.min().item(), tensor.max().item()
+    for name, tensor, shape in of_rows:
+        if tensor is not None:
+            check_integers(name, tensor, shape)
+            check_same_device(name, tensor, inputs_embeds=text.source)
+
+
+def check_stack_values(stack: Stack) -> None:
+    """What the rows say of the adapters, where reading it costs nothing."""
+    bounds = (
+        ("adapter_index", stack.adapter_index, 0, len(stack.prompt) - 1),
+        ("prompt_lengths", stack.lengths, 0, None),
+        ("text_positions", stack.positions, -1, None),
+    )
+    for name, tensor, lowest, highest in bounds:
+        if tensor is not None and tensor.numel() and has_readable_values(tensor):
+            low, high = (value.item() for value in tensor.aminmax())
             if low < lowest or (highest is not None and high > highest):
                 raise IndexError(
                     f"{name} holds {low if low < lowest else high}, but must be in {lowest} … {highest}"

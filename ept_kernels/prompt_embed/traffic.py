@@ -1,8 +1,8 @@
 """Bytes, launches and flops of the kernels, predicted from the shapes. Plain arithmetic: needs neither torch nor a GPU.
 
 `memory` counts what has to cross the memory bus once: inputs that are read, results, and what one launch leaves for
-the next. What a program reads again (a slice of B by every text tile, the rows of E by the token-conditioned update)
-comes from the caches and is not in it. tests/interpreted_kernels.py holds the large terms against a count of real
+the next. What a program reads again (a slice of B by every text tile, the rows of E by a token-conditioned update of many
+ranks) comes from the caches and is not in it. tests/interpreted_kernels.py holds the large terms against a count of real
 loads and stores.
 """
 

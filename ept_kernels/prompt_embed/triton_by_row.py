@@ -1,6 +1,9 @@
-"""Inference with the constants of several adapters: the backbone's input in one launch, whatever their number.
+"""Whole rows in registers: the backbone's input in one launch, with the constants of several adapters, whatever their number.
 
     X[b, j] = x + e·c·A[p]·B + e·σ(x/e·Dᵀ)·W      A, B, D, W and P* of the adapter of row b; e·c·A·B may stand in a table
+
+For inference; and the forward of one trained adapter where its prompt is P itself and its text has no update but a
+token-conditioned one of few ranks, as in the default preset (triton_forward.py asks for that).
 
 A program takes ROWS columns of one batch row with all of d, so that it reads one adapter's tensors: text, whose rows it
 holds in registers as layer_update does, or rows of P*. Programs share nothing and wait for nobody: with a mask each counts
@@ -10,31 +13,35 @@ Bytes: the rows of E once and those of X once. The mask of a row, 8 bytes for ea
 come from the caches.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.triton_device import activate
-from ..common.triton_launch import compute_dtype, divided_up, launching_on, power_of_two, triton_dtype
-from ..common.triton_rows import add_outer, group_of, project, rows_of, warps_of
-from .arguments import Settings, Stack, Text
+from ..common.triton_launch import compute_dtype, divided_up, launch, launching_on, power_of_two, triton_dtype
+from ..common.triton_rows import UNROLLED, add_outer, group_of, project, rows_of, warps_of
+from .arguments import Settings, Stack, Text, Weights
 
 MASK_CHUNK = 256  # entries of the mask counted at a time
 
 
 @triton.jit(
     do_not_specialize=[
-        "length", "num_rows", "adapters", "covered", "prompt_start", "prompt_stride", "text_tiles", "tiles",
+        "length", "num_rows", "adapters", "covered", "prompt_start", "text_tiles", "tiles",
     ]
 )  # fmt: skip
 def by_row_kernel(
     ids, source, mask, starts, prompt, lowrank_a, lowrank_b, token_down, token_up, index, lengths, positions, out,
+    kept_slots, kept_starts, kept_inner,
     length, num_rows, adapters, covered, prompt_start, source_stride, prompt_stride, text_tiles, tiles,
-    scale: tl.float64, embed_scale: tl.float64,
+    scale: tl.float64, embed_scale: tl.float64, prompt_scale: tl.float64,
     D: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, TILE_D: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
     CHUNK: tl.constexpr, GATHER: tl.constexpr, TEXT: tl.constexpr, STARTS: tl.constexpr, INDEXED: tl.constexpr,
-    LENGTHS: tl.constexpr, KIND: tl.constexpr, ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr,
+    LENGTHS: tl.constexpr, KIND: tl.constexpr, SAVE: tl.constexpr, ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -60,6 +67,8 @@ def by_row_kernel(
         token = row * length + column
         if GATHER:
             token = tl.load(ids + token, exists, other=0).to(tl.int64)
+        if SAVE and TEXT == "flags":
+            tl.store(kept_slots + row * length + column, text.to(tl.int32), exists)
         x = tl.load(
             source + token[:, None] * source_stride + places[None, :], inside, other=0.0, eviction_policy="evict_first"
         ).to(COMPUTE)  # fmt: skip
@@ -76,8 +85,12 @@ def by_row_kernel(
             for first in range(0, Q, GROUP):
                 products = project(x, own_down, first, places, D, Q, GROUP, COMPUTE)
                 for k in tl.static_range(GROUP):
-                    inner = tl.where(text, activate(products[k] / unit, ACTIVATION) * unit, 0.0)
-                    total = add_outer(total, inner, own_up, first + k, places, D, Q, COMPUTE)
+                    inner = products[k] / unit
+                    if SAVE:
+                        saved = (row * length + column) * Q + first + k
+                        tl.store(kept_inner + saved, inner, exists & (first + k < Q))
+                    mix = tl.where(text, activate(inner, ACTIVATION) * unit, 0.0)
+                    total = add_outer(total, mix, own_up, first + k, places, D, Q, COMPUTE)
         if KIND == "factors":
             own_b = lowrank_b + safe * R * D
             for k in range(R):
@@ -94,17 +107,26 @@ def by_row_kernel(
         rows = tl.load(
             prompt + safe * prompt_stride + number[:, None] * D + places[None, :], inside & of_prompt[:, None], other=0.0
         ).to(COMPUTE)  # fmt: skip
+        rows *= tl.full((), prompt_scale, COMPUTE)
         if INDEXED:
             rows = tl.where((adapter >= 0) & (adapter < adapters), rows, float("nan"))
+        if SAVE and STARTS and tile == text_tiles:
+            tl.store(kept_starts + row, start)
         column = tl.where(of_prompt, start + number, length + number)  # behind a shorter row there are zeros
         tl.store(out + (first_row + column)[:, None] * D + places[None, :], rows, inside)
 
 
 @triton.jit
 def locate_text(mask, positions, row, first, column, length, CHUNK: tl.constexpr, TEXT: tl.constexpr):
-    """p of each column, and whether it is text: from "positions", from a "mask", or all of it ("all")."""
+    """p of each column, and whether it is text: from "positions", from a "mask", or all of it ("all").
+
+    With "flags" the mask alone is read: nothing asks for p.
+    """
     exists = column < length
-    if TEXT == "mask":
+    if TEXT == "flags":
+        position = column
+        text = tl.load(mask + row * length + column, exists, other=0) != 0
+    elif TEXT == "mask":
         before = tl.sum(tl.zeros([CHUNK], tl.int32))
         base = mask + row * length
         for start in range(0, first, CHUNK):
@@ -122,14 +144,49 @@ def locate_text(mask, positions, row, first, column, length, CHUNK: tl.constexpr
     return position, text
 
 
+class Kept(NamedTuple):
+    """What the forward of a trained adapter leaves for its backward: triton_forward.Kept, as far as it is used here."""
+
+    slots: Tensor
+    starts: Tensor
+    inner: Tensor
+
+
 def forward(text: Text, stack: Stack, settings: Settings) -> Tensor:
     """X [batch, S + L, d] in the source's dtype."""
     out = empty_result(text, stack)
-    if out.numel() == 0:
-        return out
+    if out.numel():
+        _launch(text, stack, settings, out, stack.prompt.shape, stack.prompt.stride(0), stack.token_rank, None)
+    return out
+
+
+def suits(weights: Weights) -> bool:
+    """Whether `forward_of_one` can take these parts, and is the faster form."""
+    mixes = weights.spaces[0] > 0 or weights.rank > 0
+    return not mixes and 0 < weights.token_rank <= UNROLLED
+
+
+def forward_of_one(text: Text, weights: Weights, settings: Settings, out: Tensor, kept: Kept | None) -> None:
+    """Fills X for one adapter's trained tensors, and `kept` where a backward may follow."""
+    prompt = weights.prompt
+    stack = Stack(prompt, token_down=weights.token_down, token_up=weights.token_up)
+    _launch(text, stack, settings, out, (1, *prompt.shape), 0, weights.token_rank, kept)
+
+
+def _launch(
+    text: Text,
+    stack: Stack,
+    settings: Settings,
+    out: Tensor,
+    shape: Sequence[int],
+    prompt_stride: int,
+    q: int,
+    kept: Kept | None,
+) -> None:
+    """`shape` is [adapters, S, d]. A stack of one adapter may be without that dimension; its prompt is then in units of e."""
     batch, length, d = text.shape
-    adapters, num_rows, _ = stack.prompt.shape
-    kind, q = stack.kind, stack.token_rank
+    adapters, num_rows, _ = shape
+    kind = stack.kind
     r = 0 if stack.lowrank_a is None else stack.lowrank_a.shape[2]
     tile_d = power_of_two(d)
     most = rows_of(tile_d, max(q, r if kind == "factors" else 0))
@@ -139,20 +196,23 @@ def forward(text: Text, stack: Stack, settings: Settings) -> Tensor:
     text_tiles = divided_up(length, rows)
     tiles = text_tiles + divided_up(num_rows, rows)
     mask = text.mask if text.mask is None or text.mask.dtype != torch.bool else text.mask.view(torch.uint8)
+    of_text = "positions" if stack.positions is not None else "all"
+    if mask is not None:
+        of_text = "flags" if kind == "none" else "mask"
     dtype = compute_dtype(text.source, *stack[:5])
     with launching_on(out):
-        by_row_kernel[(batch * tiles,)](
-            text.ids, text.source, mask, text.starts, *stack, out,
+        launch(
+            by_row_kernel, batch * tiles,
+            text.ids, text.source, mask, text.starts, *stack, out, *(kept or (None, None, None)),
             length, num_rows, adapters, 0 if stack.lowrank_a is None else stack.lowrank_a.shape[1],
-            settings.prompt_start, text.source.stride(-2), stack.prompt.stride(0), text_tiles, tiles,
-            settings.scale, settings.embed_scale,
+            settings.prompt_start, text.source.stride(-2), prompt_stride, text_tiles, tiles,
+            settings.scale, settings.embed_scale, settings.embed_scale if stack.prompt.dim() == 2 else 1.0,
             D=d, R=r, Q=q, TILE_D=tile_d, ROWS=rows, GROUP=group_of(q), CHUNK=MASK_CHUNK,
-            GATHER=text.ids is not None,
-            TEXT="mask" if mask is not None else "positions" if stack.positions is not None else "all",
+            GATHER=text.ids is not None, TEXT=of_text,
             STARTS=text.starts is not None, INDEXED=stack.adapter_index is not None, LENGTHS=stack.lengths is not None,
-            KIND=kind, ACTIVATION=settings.activation, COMPUTE=triton_dtype(dtype), num_warps=warps_of(tile_d),
+            KIND=kind, SAVE=kept is not None, ACTIVATION=settings.activation, COMPUTE=triton_dtype(dtype),
+            num_warps=warps_of(tile_d),
         )  # fmt: skip
-    return out
 
 
 def empty_result(text: Text, stack: Stack) -> Tensor:

@@ -13,7 +13,8 @@ Every program takes a ticket and with it one item of work. Roles in the order of
 
 A program waits for lower tickets only. Those have started, and the ones it waits for wait for nobody, so the launch
 ends whatever order the hardware starts programs in. The prompt's chain (project, then prompt) hides behind the text.
-Where nobody waits, programs take no tickets: the default preset's prompt is P itself, and its text needs no slots.
+Where nobody waits, programs take no tickets. The default preset's prompt is P itself and its text needs no slots:
+triton_by_row.py makes that form, with whole rows in registers.
 
 Slots: the text tokens of a row in their order, then its padding in its order. A tile of slots therefore needs the
 same rows of A in every batch row, and A·B is computed once for all of them. Without a mask, or without A·B, slot = column.
@@ -48,6 +49,7 @@ from ..common.triton_launch import (
     tile_of,
     triton_dtype,
 )
+from . import triton_by_row
 from .arguments import Settings, Text, Weights
 from .triton_forward_prompt import project_prompt, write_prompt
 from .triton_forward_text import order_row, write_text
@@ -57,8 +59,10 @@ ALL, ORDER, PROJECT, TEXT, PROMPT = ROLES = ("all", "order", "project", "text", 
 TICKET, DONE, ORDERED, ARRIVED = (tl.constexpr(i) for i in range(4))  # counters; flags follow the arrivals
 
 ORDER_CHUNK = 1024  # tokens of a row ordered at a time
-BATCH_TILE = 2  # batch rows of a text tile: two gathers in flight per thread
-BATCH_SPAN = 8  # batch rows per program at most, which share A·B
+BATCH_TILE = 8  # batch rows of a text program, which share A·B: eight gathers of 16 bytes in flight per thread
+TOKEN_BATCH = 2  # the same with the token-conditioned update, whose program goes through all of d
+SMALLEST_SPAN = 2  # batch rows of a text program in small batches
+PROMPT_SPAN = 8  # batch rows that a prompt program writes to
 PROGRAMS = 528  # of the text, where the batch has rows enough: four for each multiprocessor of an H100
 PROJECT_STEP = 2048  # numbers of [B; U; G] per step of a project program: more of them would spill
 STAGES = 2  # of loops with dots; a third buffer costs registers that the text needs for occupancy
@@ -112,23 +116,17 @@ def forward_kernel(
         item -= project_items
     if ROLE == "all" or ROLE == "text":
         if item >= 0 and item < text_items:
-            if MASK == "slots" and ROLE == "all":
-                wait(counter + ORDERED, batch)
             tile = item % text_tiles
             rest = item // text_tiles
-            if Q > 0:
-                first_column, last_column = 0, D
-                first_row = rest * span
-            else:
-                first_column = rest % SLICES * BLOCK_D
-                last_column = first_column + BLOCK_D
-                first_row = rest // SLICES * span
+            parts_of_d: tl.constexpr = 1 if Q > 0 else SLICES
+            first_row = rest // parts_of_d * span
             write_text(
-                tile, first_column, last_column, first_row, tl.minimum(first_row + span, batch),
-                ids, source, mask, starts, slots, lengths, lowrank_a, lowrank_b, token_down, token_up, inner, out,
-                length, num_rows, num_positions, prompt_start, source_stride, scale, unit,
+                tile, rest % parts_of_d * BLOCK_D, first_row, tl.minimum(first_row + span, batch),
+                ids, source, mask, starts, slots, lengths, counter + ORDERED,
+                lowrank_a, lowrank_b, token_down, token_up, inner, out,
+                batch, length, num_rows, num_positions, prompt_start, source_stride, scale, unit,
                 D, R, Q, R_TILE, Q_TILE, SLOTS, BATCH, BLOCK_D, GATHER, MASK, STARTS, UPDATE, SAVE,
-                ACTIVATION, COMPUTE, PRECISION,
+                MASK == "slots" and ROLE == "all", ACTIVATION, COMPUTE, PRECISION, AMD,
             )  # fmt: skip
         item -= text_items
     if ROLE == "all" or ROLE == "prompt":  # noqa: SIM102  the first is known to the compiler, the second is not
@@ -186,6 +184,10 @@ def forward(text: Text, weights: Weights, settings: Settings, save: bool) -> Res
     out, gate, kept = results
     if out.numel() == 0:
         return results
+    if triton_by_row.suits(weights):
+        of_rows = triton_by_row.Kept(kept.slots, kept.starts, kept.inner)
+        triton_by_row.forward_of_one(text, weights, settings, out, of_rows if save else None)
+        return results
     batch, length, d = text.shape
     s, r, q, (k, h) = len(weights.prompt), weights.rank, weights.token_rank, weights.spaces
     dtype = kept.down.dtype
@@ -196,12 +198,12 @@ def forward(text: Text, weights: Weights, settings: Settings, save: bool) -> Res
     update = settings.lowrank_update and r > 0
     masking = kind_of_mask(text, weights, settings)
     text_tiles = divided_up(length, TEXT_TILE)
-    span = BATCH_TILE if q else span_of(batch, text_tiles * slices)
+    span = TOKEN_BATCH if q else span_of(batch, text_tiles * slices)
     items = {
         ORDER: batch if masking == "slots" and length else 0,
         PROJECT: blocks * divided_up(d, part) if mixes else 0,
         TEXT: text_tiles * (1 if q else slices) * divided_up(batch, span),
-        PROMPT: blocks * slices * divided_up(batch, BATCH_SPAN),
+        PROMPT: blocks * slices * divided_up(batch, PROMPT_SPAN),
     }
     tiles = dict(R_TILE=tile_of(r), K_TILE=tile_of(k), KH_TILE=tile_of(k * h), Q_TILE=tile_of(q), BLOCK_D=block_d)
     partial_width = tiles["R_TILE"] + tiles["KH_TILE"] + tiles["K_TILE"]
@@ -217,7 +219,7 @@ def forward(text: Text, weights: Weights, settings: Settings, save: bool) -> Res
                 batch, length, s, weights.positions, settings.prompt_start,
                 text.source.stride(-2), settings.scale, settings.embed_scale, text_tiles, span, *items.values(),
                 D=d, R=r, K=k, H=h, Q=q, **tiles, PART=part, STEP=step, ROWS=PROMPT_TILE, SLOTS=TEXT_TILE,
-                POSITIONS=SCORE_TILE, CHUNK=ORDER_CHUNK, BATCH=BATCH_TILE, PROMPT_SPAN=BATCH_SPAN,
+                POSITIONS=SCORE_TILE, CHUNK=ORDER_CHUNK, BATCH=TOKEN_BATCH if q else BATCH_TILE, PROMPT_SPAN=PROMPT_SPAN,
                 GATHER=text.ids is not None, MASK=masking, STARTS=text.starts is not None,
                 UPDATE=update, FUSION=settings.fusion and r > 0, SAVE=save, ROLE=role, ACTIVATION=settings.activation,
                 COMPUTE=triton_dtype(dtype), **backend_flags(dtype), num_warps=NUM_WARPS,
@@ -243,9 +245,9 @@ def kind_of_mask(text: Text, weights: Weights, settings: Settings) -> str:
 
 
 def span_of(batch: int, programs: int) -> int:
-    """Batch rows per text program: the most up to BATCH_SPAN with which there are PROGRAMS of them."""
-    span = BATCH_SPAN
-    while span > BATCH_TILE and programs * divided_up(batch, span) < PROGRAMS:
+    """Batch rows per text program: the most up to BATCH_TILE with which there are PROGRAMS of them."""
+    span = BATCH_TILE
+    while span > SMALLEST_SPAN and programs * divided_up(batch, span) < PROGRAMS:
         span //= 2
     return span
 

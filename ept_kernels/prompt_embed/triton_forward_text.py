@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.triton_device import activate, load_rows, multiply, release, store_block
+from ..common.triton_device import activate, load_rows, multiply, release, store_block, wait
 
 
 @triton.jit
@@ -29,28 +29,48 @@ def order_row(row, mask, slots, lengths, counter, length, CHUNK: tl.constexpr, S
 
 @triton.jit
 def write_text(
-    tile, first_column, last_column, first_row, last_row,
-    ids, source, mask, starts, slots, lengths, lowrank_a, lowrank_b, token_down, token_up, inner, out,
-    length, num_rows, num_positions, prompt_start, source_stride, scale, unit,
+    tile, first_column, first_row, last_row,
+    ids, source, mask, starts, slots, lengths, ordered, lowrank_a, lowrank_b, token_down, token_up, inner, out,
+    batch, length, num_rows, num_positions, prompt_start, source_stride, scale, unit,
     D: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, R_TILE: tl.constexpr, Q_TILE: tl.constexpr,
     SLOTS: tl.constexpr, BATCH: tl.constexpr, BLOCK_D: tl.constexpr,
     GATHER: tl.constexpr, MASK: tl.constexpr, STARTS: tl.constexpr, UPDATE: tl.constexpr, SAVE: tl.constexpr,
-    ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    WAITS: tl.constexpr, ACTIVATION: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
-    """X for SLOTS slots of the batch rows first_row … last_row; with the token-conditioned update all of d at once."""
+    """X for SLOTS slots of the batch rows first_row … last_row; with the token-conditioned update all of d at once.
+
+    The order of loads is that of their latencies: A and B before the slots are waited for, then the rows of E of all batch
+    rows, and A·B while these are on their way.
+    """
     slot = tile * SLOTS + tl.arange(0, SLOTS)
     ranks = tl.arange(0, R_TILE)
+    columns = first_column + tl.arange(0, BLOCK_D)
     flags = slots
     if MASK == "flags":
         flags = mask
     if UPDATE:
         a = load_rows(lowrank_a, slot, slot < num_positions, ranks, R, COMPUTE) * (scale * unit)
-    if Q > 0:
-        # One batch tile per program here: the gathered rows are read for σ(x/e·Dᵀ), and again, from the cache, below.
+        if Q == 0:
+            b = load_rows(lowrank_b, ranks, ranks < R, columns, D, COMPUTE)
+    if WAITS:
+        wait(ordered, batch)
+    row, token, source_row, text, exists = locate(
+        first_row, last_row, slot, ids, flags, lengths, length, source_stride, BATCH, SLOTS, GATHER, MASK
+    )
+    column = token + tl.where(token >= load_starts(starts, row, last_row, prompt_start, STARTS), num_rows, 0)
+    out_row = (row.to(tl.int64)[:, None] * (num_rows + length) + column) * D
+    if Q == 0:
+        inside = exists[:, :, None] & (columns < D)[None, None, :]
+        x = tl.load(source + source_row[:, :, None] + columns[None, None, :], inside, other=0.0)
+        if UPDATE:
+            update = lowrank_update(a, b, SLOTS, BLOCK_D, COMPUTE, PRECISION)
+            total = x.to(COMPUTE) + tl.where(text[:, :, None], update[None, :, :], 0.0)
+            tl.store(out + out_row[:, :, None] + columns[None, None, :], total, inside)
+        else:
+            tl.store(out + out_row[:, :, None] + columns[None, None, :], x, inside)
+    else:
+        # The gathered rows are read for σ(x/e·Dᵀ), and again, from the cache, below.
         token_ranks = tl.arange(0, Q_TILE)
-        row, token, source_row, text, exists = locate(
-            first_row, last_row, slot, ids, flags, lengths, length, source_stride, BATCH, SLOTS, GATHER, MASK
-        )
         z = tl.zeros([BATCH * SLOTS, Q_TILE], COMPUTE)
         for start in range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
@@ -65,30 +85,28 @@ def write_text(
             if MASK == "flags":
                 tl.store(slots + row.to(tl.int64)[:, None] * length + slot[None, :], text.to(tl.int32), exists)
         token_mix = activate(z, ACTIVATION) * unit
-    for first in range(first_column, last_column, BLOCK_D):
-        columns = first + tl.arange(0, BLOCK_D)
-        if UPDATE:
-            b = load_rows(lowrank_b, ranks, ranks < R, columns, D, COMPUTE)
-            update = multiply(a, b, tl.zeros([SLOTS, BLOCK_D], COMPUTE), PRECISION)
-            # A reduction over an axis of one leaves the layout of the dot for that of the gathers, once.
-            update = tl.sum(tl.reshape(update, [1, SLOTS, BLOCK_D]), 0)
-        if Q > 0:
+        # Loading a slice ahead costs a resident program on AMD, and none on NVIDIA.
+        for start in tl.range(0, D, BLOCK_D, num_stages=1 if AMD else None):
+            columns = start + tl.arange(0, BLOCK_D)
+            inside = exists[:, :, None] & (columns < D)[None, None, :]
+            if UPDATE:
+                b = load_rows(lowrank_b, ranks, ranks < R, columns, D, COMPUTE)
+                update = lowrank_update(a, b, SLOTS, BLOCK_D, COMPUTE, PRECISION)
             up = load_rows(token_up, token_ranks, token_ranks < Q, columns, D, COMPUTE)
             token_update = multiply(token_mix, up, tl.zeros([BATCH * SLOTS, BLOCK_D], COMPUTE), PRECISION)
-            token_update = tl.reshape(token_update, [BATCH, SLOTS, BLOCK_D])
-        for start in range(first_row, last_row, BATCH):
-            row, token, source_row, text, exists = locate(
-                start, last_row, slot, ids, flags, lengths, length, source_stride, BATCH, SLOTS, GATHER, MASK
-            )
-            inside = exists[:, :, None] & (columns < D)[None, None, :]
             x = tl.load(source + source_row[:, :, None] + columns[None, None, :], inside, other=0.0).to(COMPUTE)
             if UPDATE:
                 x += tl.where(text[:, :, None], update[None, :, :], 0.0)
-            if Q > 0:
-                x += tl.where(text[:, :, None], token_update, 0.0)
-            column = token + tl.where(token >= load_starts(starts, row, last_row, prompt_start, STARTS), num_rows, 0)
-            out_row = (row.to(tl.int64)[:, None] * (num_rows + length) + column) * D
+            x += tl.where(text[:, :, None], tl.reshape(token_update, [BATCH, SLOTS, BLOCK_D]), 0.0)
             tl.store(out + out_row[:, :, None] + columns[None, None, :], x, inside)
+
+
+@triton.jit
+def lowrank_update(a, b, SLOTS: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+    """A·B for SLOTS slots and BLOCK_D columns, in the layout of the gathers."""
+    update = multiply(a, b, tl.zeros([SLOTS, BLOCK_D], COMPUTE), PRECISION)
+    # A reduction over an axis of one leaves the layout of the dot for that of the gathers, once.
+    return tl.sum(tl.reshape(update, [1, SLOTS, BLOCK_D]), 0)
 
 
 @triton.jit

@@ -70,43 +70,35 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Flat) -> None:
     text, weights, settings, _ = unflatten(inputs, *FORWARD)
     out, _, *kept = output
     ctx.mark_non_differentiable(*kept)
-    _keep(ctx, text, weights, kept, settings, out.shape, None)
+    _keep(ctx, (*text, *weights), kept, settings, out.shape, None)
 
 
 def _keep(
     ctx: Any,
-    text: Text,
-    weights: Weights,
+    tensors: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     settings: Settings,
     out_shape: torch.Size,
     call: Call | None,
 ) -> None:
+    """`tensors` are the fields of Text and of Weights."""
+    ids, source, _, _, *weights = tensors
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(text.ids, text.source, *weights, *kept)
+    ctx.save_for_backward(ids, source, *weights, *kept)
     ctx.settings, ctx.out_shape, ctx.call = settings, out_shape, call
 
 
-def _gradients(ctx: Any, grad_out: Tensor | None, grad_gate: Tensor | None, *_: Any) -> list[Tensor | None]:
-    """The gradients of the fields of Text and Weights, for those that need one."""
+def _backward(ctx: Any, grad_out: Tensor | None, grad_gate: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of the operator's arguments, for those that need one."""
     ids, source, *tensors = ctx.saved_tensors
-    settings = ctx.settings
     grad_out = source.new_zeros(ctx.out_shape) if grad_out is None else grad_out.contiguous()
     grad_gate = None if grad_gate is None else grad_gate.contiguous()
     _, input_grad, _, _, *needed = ctx.needs_input_grad
-    # Where somebody means to go backward through this, the operator is what refuses it.
-    if not torch.is_grad_enabled() and is_eager(grad_out, grad_gate):
-        saved = (grad_out, grad_gate, ids, source, *tensors)
-        flat = _backward_launches(saved, source.stride(), settings, input_grad, ctx.call)
-    else:
-        flat = prompt_embed_backward_op(ids, source, None, None, *tensors, *settings, input_grad, grad_out, grad_gate)
-    *weight_grads, source_grad = flat
+    *weight_grads, source_grad = prompt_embed_backward_op(
+        ids, source, None, None, *tensors, *ctx.settings, input_grad, grad_out, grad_gate
+    )
     of_weights = [grad if need else None for grad, need in zip(weight_grads, needed, strict=False)]
-    return [None, source_grad if input_grad else None, None, None, *of_weights]
-
-
-def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx, *grads), *_REST
+    return None, source_grad if input_grad else None, None, None, *of_weights, *_REST
 
 
 _REST = (None,) * (len(Settings._fields) + len(SAVE))  # of the operator's arguments
@@ -121,64 +113,69 @@ prompt_embed_backward_op.register_autograd(_refuse_double_backward)
 
 
 class PromptEmbed(torch.autograd.Function):
-    """prompt_embed_op for eager calls: the fields of Text and of Weights, then settings and Call."""
+    """X alone of prompt_embed_op for eager calls: the fields of Text and of Weights, then settings and Call."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        text, weights, settings, call = unflatten(args, Text, Weights)
-        out, gate, *kept = _forward_launch(text, weights, settings, True, call)
-        _keep(ctx, text, weights, kept, settings, out.shape, call)
-        return out, gate
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, settings, call = args
+        out, *kept = _forward_launch(tensors, settings, True, call)
+        _keep(ctx, tensors, kept, settings, out.shape, call)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return *_gradients(ctx, *grads), None, None
+        (grad_out,) = grads
+        # Where somebody means to go backward through this, the operator is what refuses it.
+        if grad_out is None or torch.is_grad_enabled() or not is_eager(grad_out):
+            return *_backward(ctx, grad_out, None)[: -len(_REST)], None, None
+        tensors = (grad_out.contiguous(), *ctx.saved_tensors)
+        return _backward_launches(tensors, ctx.settings, ctx.needs_input_grad[1], ctx.call)
 
 
-def _forward_launch(text: Text, weights: Weights, settings: Settings, save: bool, call: Call) -> Sequence[Tensor]:
+def _forward_launch(tensors: Sequence[Tensor | None], settings: Settings, save: bool, call: Call) -> Sequence[Tensor]:
+    """X and what is kept. `tensors` are the fields of Text and of Weights."""
+
     def function(*tensors: Any) -> Sequence[Tensor]:
         text, weights = unflatten(tensors, Text, Weights)
-        return _flat_results(triton_forward.forward(text, weights, settings, save))
+        out, _, kept = triton_forward.forward(text, weights, settings, save)
+        return out, *kept
 
-    return repeat(call, ("forward", save, launch_mode()), function, *text, *weights)
+    return repeat(call, ("forward", save, launch_mode()), function, tensors)
 
 
 def _backward_launches(
-    saved: Sequence[Tensor | None],
-    source_strides: tuple[int, ...],
-    settings: Settings,
-    input_grad: bool,
-    call: Call | None,
-) -> Sequence[Tensor]:
-    """`saved` is the gradients of X and the gate, then what `_keep` saved."""
+    tensors: Sequence[Any], settings: Settings, input_grad: bool, call: Call
+) -> Sequence[Tensor | None]:
+    """The gradients of PromptEmbed's arguments for that of X and what `_keep` saved."""
 
-    def function(*tensors: Any) -> Sequence[Tensor]:
-        grad_out, grad_gate, ids, source, *rest = tensors
+    def function(*tensors: Any) -> Sequence[Tensor | None]:
+        grad_out, ids, source, *rest = tensors
         weights, kept = unflatten(rest, Weights, Kept)
-        text = Text(ids, source, None)
-        return triton_backward.backward(grad_out, grad_gate, text, weights, kept, settings, input_grad).flat
+        grads = triton_backward.backward(grad_out, None, Text(ids, source, None), weights, kept, settings, input_grad)
+        of_weights = [None if weight is None else grad for weight, grad in zip(weights, grads.weights, strict=True)]
+        return None, grads.source if input_grad else None, None, None, *of_weights, None, None
 
-    if call is None:
-        return function(*saved)
     # What is saved may have been packed and unpacked, and come back with other strides.
-    key = ("backward", source_strides, input_grad, saved[1] is None)
-    return repeat(call, key, function, *saved)
+    return repeat(call, ("backward", tensors[2].stride(), input_grad), function, tensors)
 
 
-def prompt_embed(text: Text, weights: Weights, settings: Settings, call: Call | None = None) -> tuple[Tensor, Tensor]:
-    """X [batch, s + L, d] and the gate [s, K].
-
-    `call` is that of the public function. Without it the tensors go through the operator.
-    """
-    if call is None or not call.contiguous:
-        text, weights = _row_major(text), weights.contiguous()
-    save = torch.is_grad_enabled() and _asks_for_gradients(text.source, weights)
+def prompt_embed(text: Text, weights: Weights, settings: Settings, call: Call | None = None) -> Tensor:
+    """X [batch, s + L, d]. `call` is that of the public function. Without it the tensors go through the operator."""
     if call is None:
-        out, gate, *_ = prompt_embed_op(*text, *weights, *settings, save)
-    elif save:
-        out, gate = apply(PromptEmbed, *text, *weights, settings, call)
-    else:
-        out, gate, *_ = _forward_launch(text, weights, settings, save, call)
+        return prompt_embed_with_gate(text, weights, settings)[0]
+    if not call.contiguous:
+        text, weights = _row_major(text), weights.contiguous()
+    tensors = (*text, *weights)
+    if torch.is_grad_enabled() and _asks_for_gradients(text.source, weights):
+        return apply(PromptEmbed, *tensors, settings, call)
+    return _forward_launch(tensors, settings, False, call)[0]
+
+
+def prompt_embed_with_gate(text: Text, weights: Weights, settings: Settings) -> tuple[Tensor, Tensor]:
+    """X [batch, s + L, d] and the gate [s, K]."""
+    text, weights = _row_major(text), weights.contiguous()
+    save = torch.is_grad_enabled() and _asks_for_gradients(text.source, weights)
+    out, gate, *_ = prompt_embed_op(*text, *weights, *settings, save)
     return out, gate
 
 
@@ -211,13 +208,22 @@ def _(*flat: Any) -> Tensor:
     return triton_by_row.empty_result(text, stack)
 
 
-def prompt_embed_by_row(text: Text, stack: Stack, settings: Settings) -> Tensor:
-    """X [batch, S + L, d] of rows of several adapters; without gradients."""
-    text = _row_major(text)
-    prompt, *others = stack
-    if prompt.stride()[1:] != (prompt.shape[2], 1):  # the first or last rows of a longer stack are taken as they are
-        prompt = prompt.contiguous()
-    stack = Stack(prompt, *(None if t is None else t.contiguous() for t in others))
-    if is_eager(*text, *stack):
-        return triton_by_row.forward(text, stack, settings)
-    return prompt_embed_by_row_op(*text, *stack, *settings)
+def prompt_embed_by_row(text: Text, stack: Stack, settings: Settings, call: Call | None = None) -> Tensor:
+    """X [batch, S + L, d] of rows of several adapters; without gradients. `call` as for `prompt_embed`."""
+    if call is None or not call.contiguous:
+        text = _row_major(text)
+        prompt, *others = stack
+        if prompt.stride()[1:] != (
+            prompt.shape[2],
+            1,
+        ):  # the first or last rows of a longer stack are taken as they are
+            prompt = prompt.contiguous()
+        stack = Stack(prompt, *(None if t is None else t.contiguous() for t in others))
+    if call is None:
+        return prompt_embed_by_row_op(*text, *stack, *settings)
+
+    def function(*tensors: Any) -> Sequence[Tensor]:
+        text, stack = unflatten(tensors, Text, Stack)
+        return (triton_by_row.forward(text, stack, settings),)
+
+    return repeat(call, "by row", function, (*text, *stack))[0]
