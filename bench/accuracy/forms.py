@@ -8,6 +8,7 @@ prints the means, and the differences from the first form with their intervals o
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -180,10 +181,17 @@ class Runner:
         print(f"{jobs[0].form}: {len(jobs)} runs in {time.perf_counter() - started:.1f} s", flush=True)
 
 
-def answer(runner: Runner, forms: dict[str, Form]) -> None:
-    """Searches every form's rates on the first size's dev parts, then runs the final seeds, what is compared first."""
+def answer(runner: Runner, forms: dict[str, Form], first_rates: bool = False) -> None:
+    """Searches every form's rates on the first size's dev parts, then runs the final seeds, what is compared first.
+
+    Args:
+        first_rates: no search, every form at the first of its rates.
+    """
     question, chosen = runner.question, {}
     for name, form in forms.items():
+        if first_rates:
+            chosen[name] = tuple(form.rates[0].items())
+            continue
         means = {}
         for rates in form.rates:
             told = tuple(rates.items())
@@ -240,12 +248,24 @@ def main() -> None:
     parser.add_argument("--wave", type=int, default=120, help="runs side by side")
     parser.add_argument("--steps", type=int, help="in place of the question's")
     parser.add_argument("--forms", nargs="+", help="only these")
+    parser.add_argument("--tasks", nargs="+", help="only these")
+    parser.add_argument("--rows", nargs="+", type=int, help="only these sizes of training sets")
+    parser.add_argument(
+        "--first_rates", action="store_true", help="each form at the first of its rates, without a search"
+    )
     options = parser.parse_args()
     first, second, output = options.words
     name = second if first == "table" else first
     if name not in QUESTIONS:
         parser.error(f"unknown question {name!r}: choose one of {', '.join(QUESTIONS)}")
     question = QUESTIONS[name]
+    for field in ("tasks", "rows"):
+        chosen, there = getattr(options, field), getattr(question, field)
+        if unknown := set(chosen or ()) - set(there):
+            parser.error(
+                f"{name} has no {field} {', '.join(map(str, unknown))}: choose of {', '.join(map(str, there))}"
+            )
+        question = dataclasses.replace(question, **{field: tuple(chosen or there)})
     if first == "table":
         print("\n".join(table(question, read_lines(Path(output)))))
         return
@@ -258,7 +278,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * options.minutes
     runner = Runner(question, bundle, Path(output), deadline, options.wave, options.steps)
     try:
-        answer(runner, {form: question.forms[form] for form in options.forms or question.forms})
+        answer(runner, {form: question.forms[form] for form in options.forms or question.forms}, options.first_rates)
     except TimeoutError:
         print("out of time", flush=True)
 
