@@ -218,19 +218,23 @@ def smollm2() -> list[Job]:
     }
     common = dict[str, Any](task="tweets", seed=0) | SMOLLM2
     slow_w = SMOLLM2_ARMS["EPT, half"] | {"rate": 1.0, "rates": {"learning_rate": 0.0045}}
+    preset = SMOLLM2_ARMS["EPT, deep"] | {"settings": SMOLLM2_DEEP | {"token_rank": 4}}
     return [
         job(f"{arm} {rate:g}", **common | SMOLLM2_ARMS[arm] | {"rate": rate})
         for arm, tried in rates.items()
         for rate in tried
-    ] + [job("EPT, half, W 0.25", **common | slow_w)]
+    ] + [
+        job("EPT, half, W 0.25", **common | slow_w),
+        *(job(f"EPT, deep q=4 {rate:g}", **common | preset | {"rate": rate}) for rate in (1.0, 0.5)),
+    ]  # fmt: skip
 
 
 def smollm2_final() -> list[Job]:
-    """The test parts of two tasks, at the best rates."""
+    """The test parts of two tasks, at the best rates: five seeds of what is compared, one of the others."""
     common = dict[str, Any](reads_test=True) | SMOLLM2
     return [
         job(arm, **common | told | {"task": task, "seed": seed})
-        for seed in (0, 1)
+        for seed in range(5)
         for task in ("tweets", "movies")
         for arm, told in SMOLLM2_ARMS.items()
         if seed == 0 or arm in ("LoRA", "EPT, deep")
@@ -341,21 +345,23 @@ def gemma3() -> list[Job]:
     """Learning rates for each method on the dev part of tweets."""
     rates = {"EPT, deep": (1.0, 0.5, 2.0), "LoRA": (0.008, 0.004, 0.016), "prompt tuning 20": (0.024, 0.012, 0.048)}
     common = dict[str, Any](task="tweets", seed=0) | GEMMA3
+    preset = GEMMA3_ARMS["EPT, deep"] | {"settings": DEEP | {"token_rank": 4, "deep_layers": 17}}
     return [
         job(f"{arm} {rate:g}", **common | GEMMA3_ARMS[arm] | {"rate": rate})
         for arm, tried in rates.items()
         for rate in tried
-    ]
+    ] + [job(f"EPT, deep q=4 {rate:g}", **common | preset | {"rate": rate}) for rate in (1.0, 0.5)]
 
 
 def gemma3_final() -> list[Job]:
-    """Five seeds, the test parts of two tasks."""
+    """The test parts of two tasks, as `smollm2_final`."""
     common = dict[str, Any](reads_test=True) | GEMMA3
     return [
         job(arm, **common | told | {"task": task, "seed": seed})
         for seed in range(5)
         for task in ("tweets", "movies")
         for arm, told in GEMMA3_ARMS.items()
+        if seed == 0 or arm in ("LoRA", "EPT, deep")
     ]
 
 

@@ -8,13 +8,12 @@ prints the means, and the differences from the first form with their intervals o
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,13 +258,14 @@ def main() -> None:
     if name not in QUESTIONS:
         parser.error(f"unknown question {name!r}: choose one of {', '.join(QUESTIONS)}")
     question = QUESTIONS[name]
-    for field in ("tasks", "rows"):
-        chosen, there = getattr(options, field), getattr(question, field)
+    for name_of, chosen, there in (("tasks", options.tasks, question.tasks), ("rows", options.rows, question.rows)):
         if unknown := set(chosen or ()) - set(there):
             parser.error(
-                f"{name} has no {field} {', '.join(map(str, unknown))}: choose of {', '.join(map(str, there))}"
+                f"{name} has no {name_of} {', '.join(map(str, unknown))}: choose of {', '.join(map(str, there))}"
             )
-        question = dataclasses.replace(question, **{field: tuple(chosen or there)})
+    question = replace(
+        question, tasks=tuple(options.tasks or question.tasks), rows=tuple(options.rows or question.rows)
+    )
     if first == "table":
         print("\n".join(table(question, read_lines(Path(output)))))
         return
