@@ -218,7 +218,7 @@ def smollm2() -> list[Job]:
     }
     common = dict[str, Any](task="tweets", seed=0) | SMOLLM2
     slow_w = SMOLLM2_ARMS["EPT, half"] | {"rate": 1.0, "rates": {"learning_rate": 0.0045}}
-    preset = SMOLLM2_ARMS["EPT, deep"] | {"settings": SMOLLM2_DEEP | {"token_rank": 4}}
+    preset = SMOLLM2_ARMS["EPT, deep"] | {"settings": SMOLLM2_DEEP | {"token_rank": 4}, "budget": 139_392}
     return [
         job(f"{arm} {rate:g}", **common | SMOLLM2_ARMS[arm] | {"rate": rate})
         for arm, tried in rates.items()
@@ -349,7 +349,7 @@ def gemma3() -> list[Job]:
         "prompt tuning 20": (0.024, 0.012, 0.048),
     }
     common = dict[str, Any](task="tweets", seed=0) | GEMMA3
-    preset = GEMMA3_ARMS["EPT, deep"] | {"settings": DEEP | {"token_rank": 4, "deep_layers": 17}}
+    preset = GEMMA3_ARMS["EPT, deep"] | {"settings": DEEP | {"token_rank": 4, "deep_layers": 17}, "budget": 93_440}
     return [
         job(f"{arm} {rate:g}", **common | GEMMA3_ARMS[arm] | {"rate": rate})
         for arm, tried in rates.items()
