@@ -75,6 +75,16 @@ class EPTLayer(AdapterLayer):
                 parameter.normal_(std=tensor.std(self.config, tensor.width(self.embed_dim, self.layer_dim)))
 
     @torch.no_grad()
+    def leave_out(self, directions: Tensor) -> None:
+        """Takes directions [layers, d_layer] of length 1, or 0, out of D's rows: hidden units read nothing along them.
+
+        For those of tokens that are many times h large: at the start they would fill every hidden unit that they open.
+        """
+        if self.deep_down is not None:
+            own = directions[: len(self.deep_down)].to(self.deep_down).unsqueeze(1)  # [layers, 1, d_layer]
+            self.deep_down -= (self.deep_down * own).sum(-1, keepdim=True) * own
+
+    @torch.no_grad()
     def init_prompt(self, rows: Tensor) -> None:
         """P from embeddings [n, d] in the backbone's own size: repeated or cut to s rows, put into units of e."""
         repeats = -(-self.config.prompt_length // len(rows))
