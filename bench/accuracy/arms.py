@@ -198,10 +198,10 @@ def whole_sets() -> list[Job]:
 SMOLLM2 = {"backbone": "smollm2", "steps": 100, "batch_size": 16, "max_length": 24, "budget": 57_600, "rows": 2000}
 SMOLLM2_DEEP = DEEP | {"token_rank": 1, "deep_layers": 29}  # 35,712 parameters
 SMOLLM2_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `smollm2` chose
-    "EPT, half": {"method": "EPT", "rate": 0.5, "settings": HALF | DROPOUT},
+    "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": SMOLLM2_DEEP},
     "LoRA": {"method": "LoRA", "rate": 0.008},
     "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.024},
-    "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": SMOLLM2_DEEP},
+    "EPT, half": {"method": "EPT", "rate": 0.5, "settings": HALF | DROPOUT},
 }
 
 

@@ -15,9 +15,17 @@ from .bootstrap import INTERVAL, Bootstrap, Record, Runs, by_arm, runs_by
 from .picture import COLOURS, Point, draw_scores
 from .study import RESULTS, read
 
+OTHER_FILES = ("final", "plain_start")  # whose arms may stand beside a stage's
 
-def _place(record: Record) -> tuple[str, int | None, int]:
-    return record["task"], record.get("rows"), record["seed"]
+
+def _place(record: Record) -> tuple[str | None, str, int | None, int]:
+    return record.get("backbone"), record["task"], record.get("rows"), record["seed"]
+
+
+def _in_order(records: list[Record], stage: str) -> list[Record]:
+    """The lines by arm, in the order in which the stage names its arms."""
+    arms = list(dict.fromkeys(job["arm"] for job in STAGES[stage]()))
+    return sorted(records, key=lambda record: arms.index(record["arm"]) if record["arm"] in arms else len(arms))
 
 
 def score_rows(runs: Mapping[str, Runs], stage: str) -> list[str]:
@@ -63,14 +71,19 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--glue", type=Path, metavar="DIRECTORY", help="of GLUE's files, for stages with its tasks")
     parser.add_argument(
-        "--beside", nargs="+", default=[], metavar="ARM", help="arms of `final`, on the same rows and seeds"
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="ARM",
+        help="arms of final or plain_start, on the same rows and seeds",
     )
     options = parser.parse_args()
-    records = read(options.stage)
+    records = _in_order(read(options.stage), options.stage)
     if not records:
         raise SystemExit(f"no lines of {options.stage} yet: python -m bench.accuracy.study {options.stage}")
     places = {_place(record) for record in records}
-    records += [r for r in read("final") if r["arm"] in options.beside and _place(r) in places]
+    others_there = [record for name in OTHER_FILES for record in read(name)]
+    records += [r for r in others_there if r["arm"] in options.beside and _place(r) in places]
     runs = runs_by(records, by_arm)
     lines = [*score_rows(runs, options.stage), ""]
     first, *others = runs
