@@ -12,7 +12,7 @@ import transformers as hf
 
 from bench.kernels.kernel_traffic import OperationCounter
 from ept import EPTConfig, EPTModel, get_ept_model
-from ept.backbone.layers import layers_of, why_no_updates
+from ept.backbone.layers import find_layers, layers_of, why_no_updates
 from ept.layer.layer import EPTLayer
 from ept.model.fresh import config_for_budget
 from ept.model.inputs import Inputs
@@ -65,6 +65,35 @@ def test_an_encoder_has_them():
     model, text = first_token(), ids(1, 7)
     assert model.ept.prompt_start == 1 and model.ept_config.deep_layers == 3
     torch.testing.assert_close(model(input_ids=text).logits, by_hand(model, text).logits)
+
+
+@pytest.mark.parametrize(("activation", "part"), [("silu", -(32**-0.5)), ("identity", 0.0)])
+def test_a_token_many_times_larger_fills_no_hidden_unit_at_the_start(activation, part):
+    base = backbone("gpt2", hf.AutoModelForCausalLM, num_hidden_layers=4, bos_token_id=6)
+    config, small = EPTConfig(activation=activation), find_layers(base)
+    plain = get_ept_model(copy.deepcopy(base), seeded(config)).ept.deep_down
+    assert not small.outliers.any()
+    base.transformer.wte.weight.data[6] *= 300  # as where a text begins: the residual stream keeps it
+    outliers = find_layers(base).outliers
+    torch.testing.assert_close(outliers.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(find_layers(base).sizes, small.sizes, rtol=0.3, atol=0)
+
+    down = get_ept_model(base, seeded(config)).ept.deep_down
+    states = base(input_ids=torch.tensor([[6, 3, 9]]), output_hidden_states=True).hidden_states
+    for site in range(3):
+        assert states[site + 1][0, 0] @ outliers[site] > 0.99 * states[site + 1][0, 0].norm()
+        torch.testing.assert_close(down[site] @ outliers[site], torch.full((4,), part), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            down[site], plain[site] + torch.outer(part - plain[site] @ outliers[site], outliers[site])
+        )
+    base.config.bos_token_id = None  # nothing says how a text begins
+    assert not find_layers(base).outliers.any()
+
+
+def seeded(config: EPTConfig) -> EPTConfig:
+    """The config; whatever is drawn next is drawn from one seed."""
+    torch.manual_seed(3)
+    return config
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

@@ -7,11 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from bench.accuracy import forms
+from bench.accuracy import forms, forms_table
 from bench.accuracy.arms import TASKS
+from bench.accuracy.bootstrap import Bootstrap
 from bench.accuracy.many import Encoder, Rows, Shape, features, fresh, fresh_head, logits_of, loss_of, settings, train
 from bench.accuracy.study import decode_predictions
 from bench.accuracy.transfer import Bundle, Job, Study, mean_product, score
+from bench.text.real_text import Task
 from ept import EPTConfig, get_ept_model
 from ept.backbone.layers import find_layers
 from tiny_models import POSITIONS, VOCAB, WIDTH, mean_pooling
@@ -232,7 +234,8 @@ def test_a_study_leaves_a_line_for_every_run_and_its_sources_never_see_a_judged_
 
 def test_a_question_searches_every_forms_rates_then_runs_its_seeds_and_repeats_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(forms, "SEARCH_SEEDS", (5,))
-    monkeypatch.setattr(forms, "FINAL_SEEDS", (0, 1))
+    for module in (forms, forms_table):
+        monkeypatch.setattr(module, "FINAL_SEEDS", (0, 1))
     parts = {
         task: {part: rows_of(size, seed, 2) for seed, (part, size) in enumerate(SIZES.items())}
         for task in ("sst2", "cola")
@@ -254,9 +257,14 @@ def test_a_question_searches_every_forms_rates_then_runs_its_seeds_and_repeats_n
     records = [json.loads(line) for line in first]
     final = [record for record in records if record["part"] == "test"]
     assert all(len({tuple(map(tuple, r["rates"])) for r in final if r["form"] == form}) == 1 for form in question.forms)
-    table = forms.table(question, records, draws=50)
-    assert table[0].startswith("| 40 rows |") and table[2].startswith("| EPT |") and "+0.00 (+0.00 … +0.00)" in table[2]
-    assert table[3].startswith("| LoRA |") and len(table) == 5
+    tasks = {
+        task: Task(task, "single_label_classification", ["a", "b"], {}, {"test": part.labels.tolist()}, metric)
+        for task, metric in (("sst2", "accuracy"), ("cola", "matthews"))
+        for part in [parts[task]["test"]]
+    }
+    table = forms_table.table(final, list(question.forms), Bootstrap(tasks, 50))
+    assert table[0].startswith("| 40 rows |") and table[2].startswith("| EPT |") and table[2].endswith("| – | – | – |")
+    assert table[3].startswith("| LoRA |") and table[3].endswith("| 4 |") and len(table) == 4
 
 
 def test_matthews_correlation_is_that_of_scikit_learn():

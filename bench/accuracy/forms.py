@@ -3,8 +3,7 @@
 DIRECTORY is what `python -m bench.accuracy.transfer export DIRECTORY [--glue DIRECTORY]` wrote. QUESTION is `layers` (150
 steps; what could be changed in the updates of the layers) or `paper` (1,000 steps; the paper's parts beside prompt tuning).
 Each form's rates are searched on dev parts, with other seeds than the five of the final runs, which read the test parts. A
-line in OUTPUT for every run; what stands there is not run again. `python -m bench.accuracy.forms table QUESTION OUTPUT`
-prints the means, and the differences from the first form with their intervals over seeds.
+line in OUTPUT for every run; what stands there is not run again. `forms_table.py` makes the tables.
 """
 
 import argparse
@@ -13,11 +12,10 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ept.machine import describe
@@ -180,10 +178,17 @@ class Runner:
         print(f"{jobs[0].form}: {len(jobs)} runs in {time.perf_counter() - started:.1f} s", flush=True)
 
 
-def answer(runner: Runner, forms: dict[str, Form]) -> None:
-    """Searches every form's rates on the first size's dev parts, then runs the final seeds, what is compared first."""
+def answer(runner: Runner, forms: dict[str, Form], first_rates: bool = False) -> None:
+    """Searches every form's rates on the first size's dev parts, then runs the final seeds, what is compared first.
+
+    Args:
+        first_rates: no search, every form at the first of its rates.
+    """
     question, chosen = runner.question, {}
     for name, form in forms.items():
+        if first_rates:
+            chosen[name] = tuple(form.rates[0].items())
+            continue
         means = {}
         for rates in form.rates:
             told = tuple(rates.items())
@@ -204,61 +209,41 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(question: Question, lines: list[dict[str, Any]], draws: int = 2000) -> list[str]:
-    """Means of the final runs by form and size, and the mean difference from the first form over tasks with its 95 % interval
-    over seeds, which are drawn with replacement."""
-    rng, text = np.random.default_rng(0), []
-    for rows in question.rows:
-        size = "all rows" if rows == ALL_ROWS else f"{rows:,} rows"
-        text += [
-            f"| {size} | trained, without the head | {' | '.join(question.tasks)} | mean | points, 95 % over seeds |"
-        ]
-        text += ["|---" * (len(question.tasks) + 4) + "|"]
-        first = None
-        for name in question.forms:
-            of_form = [line for line in lines if (line["form"], line["rows"], line["part"]) == (name, rows, "test")]
-            own = {(line["task"], line["seed"]): line["score"] for line in of_form}
-            if len(own) < len(question.tasks) * len(FINAL_SEEDS):
-                continue
-            scores = np.array([[own[task, seed] for seed in FINAL_SEEDS] for task in question.tasks])
-            first = scores if first is None else first
-            difference = 100 * (scores - first).mean(0)  # [seeds]
-            drawn = difference[rng.integers(len(difference), size=(draws, len(difference)))].mean(1)
-            low, high = np.quantile(drawn, (0.025, 0.975))
-            cells = " | ".join(f"{value:.4f}" for value in (*scores.mean(1), scores.mean()))
-            trained = of_form[0]["trained_parameters"]
-            text.append(f"| {name} | {trained:,} | {cells} | {difference.mean():+.2f} ({low:+.2f} … {high:+.2f}) |")
-        text.append("")
-    return text
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.forms", description=__doc__.splitlines()[0])
-    parser.add_argument("words", nargs=3, metavar="WORD", help="QUESTION DIRECTORY OUTPUT, or table QUESTION OUTPUT")
+    parser.add_argument("question", choices=list(QUESTIONS))
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("output", type=Path)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--wave", type=int, default=120, help="runs side by side")
     parser.add_argument("--steps", type=int, help="in place of the question's")
     parser.add_argument("--forms", nargs="+", help="only these")
+    parser.add_argument("--tasks", nargs="+", help="only these")
+    parser.add_argument("--rows", nargs="+", type=int, help="only these sizes of training sets")
+    parser.add_argument(
+        "--first_rates", action="store_true", help="each form at the first of its rates, without a search"
+    )
     options = parser.parse_args()
-    first, second, output = options.words
-    name = second if first == "table" else first
-    if name not in QUESTIONS:
-        parser.error(f"unknown question {name!r}: choose one of {', '.join(QUESTIONS)}")
-    question = QUESTIONS[name]
-    if first == "table":
-        print("\n".join(table(question, read_lines(Path(output)))))
-        return
+    name, question = options.question, QUESTIONS[options.question]
+    for name_of, chosen, there in (("tasks", options.tasks, question.tasks), ("rows", options.rows, question.rows)):
+        if unknown := set(chosen or ()) - set(there):
+            parser.error(
+                f"{name} has no {name_of} {', '.join(map(str, unknown))}: choose of {', '.join(map(str, there))}"
+            )
+    question = replace(
+        question, tasks=tuple(options.tasks or question.tasks), rows=tuple(options.rows or question.rows)
+    )
     if unknown := set(options.forms or ()) - set(question.forms):
         parser.error(f"{name} has no {', '.join(sorted(unknown))}: choose of {', '.join(question.forms)}")
     torch.set_float32_matmul_precision("high")
-    bundle = read_bundle(Path(second), options.device)
+    bundle = read_bundle(options.directory, options.device)
     if absent := set(question.tasks) - set(bundle.parts):
-        parser.error(f"{second} holds no {', '.join(sorted(absent))}: export it with --glue DIRECTORY")
+        parser.error(f"{options.directory} holds no {', '.join(sorted(absent))}: export it with --glue DIRECTORY")
     deadline = time.monotonic() + 60 * options.minutes
-    runner = Runner(question, bundle, Path(output), deadline, options.wave, options.steps)
+    runner = Runner(question, bundle, options.output, deadline, options.wave, options.steps)
     try:
-        answer(runner, {form: question.forms[form] for form in options.forms or question.forms})
+        answer(runner, {form: question.forms[form] for form in options.forms or question.forms}, options.first_rates)
     except TimeoutError:
         print("out of time", flush=True)
 

@@ -1,41 +1,34 @@
 """A stage's table, from lines alone: python -m bench.accuracy.stage_table STAGE [--glue DIRECTORY] [--beside ARM …]
 
 Writes bench/results/accuracy/STAGE.md: each arm's scores by task and, where the stage read the test parts, the differences
-from the first arm with their 95 % intervals, and STAGE.png. A draw takes rows and seeds with replacement, the same for both
-arms.
+from the first arm with their 95 % intervals, and STAGE.png.
 """
 
 import argparse
 import statistics
-from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..text.real_text import Task, load_task
 from .arms import ALL_ROWS, STAGES
+from .bootstrap import INTERVAL, Bootstrap, Record, Runs, by_arm, runs_by
 from .picture import COLOURS, Point, draw_scores
-from .study import RESULTS, decode_predictions, read
-from .table import scores_of
+from .study import RESULTS, read
 
-Record = dict[str, Any]
-Runs = dict[str, dict[int, Record]]  # task -> seed -> line
+OTHER_FILES = ("final", "plain_start")  # whose arms may stand beside a stage's
 
 
-def runs_by_arm(records: list[Record]) -> dict[str, Runs]:
-    """The lines by arm, in the order in which the arms first stand in the file."""
-    runs: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
-    for record in records:
-        runs[record["arm"]][record["task"]][record["seed"]] = record
-    return runs
+def _place(record: Record) -> tuple[str | None, str, int | None, int]:
+    return record.get("backbone"), record["task"], record.get("rows"), record["seed"]
 
 
-def _place(record: Record) -> tuple[str, int | None, int]:
-    return record["task"], record.get("rows"), record["seed"]
+def _in_order(records: list[Record], stage: str) -> list[Record]:
+    """The lines by arm, in the order in which the stage names its arms."""
+    arms = list(dict.fromkeys(job["arm"] for job in STAGES[stage]()))
+    return sorted(records, key=lambda record: arms.index(record["arm"]) if record["arm"] in arms else len(arms))
 
 
-def score_rows(runs: dict[str, Runs], stage: str) -> list[str]:
+def score_rows(runs: Mapping[str, Runs], stage: str) -> list[str]:
     tasks = list(dict.fromkeys(task for arm in runs.values() for task in arm))
     lines = [f"| {stage} | trained, with the head | {' | '.join(tasks)} |", "|---" * (len(tasks) + 2) + "|"]
     for arm, by_task in runs.items():
@@ -52,34 +45,7 @@ def _cell(scores: list[float]) -> str:
     return f"{statistics.mean(scores):.4f}{spread}"
 
 
-def difference(first: Runs, second: Runs, tasks: dict[str, Task], draws: int) -> tuple[float, float, float, int]:
-    """The difference of the means over tasks and seeds, its 95 % interval over rows and seeds, and the pairs of runs."""
-    rng, by_task, pairs = np.random.default_rng(0), [], 0
-    for name in sorted(first.keys() & second.keys()):
-        seeds = sorted(first[name].keys() & second[name].keys())
-        if not seeds:
-            continue
-        pairs += len(seeds)
-        labels = np.asarray(tasks[name].labels["test"], dtype=float)
-        rows = np.concatenate([np.arange(len(labels))[None], rng.integers(len(labels), size=(draws, len(labels)))])
-        drawn = np.concatenate([np.arange(len(seeds))[None], rng.integers(len(seeds), size=(draws, len(seeds)))])
-        differences = np.stack([
-            _scores(first[name][seed], rows, labels, tasks[name]) - _scores(second[name][seed], rows, labels, tasks[name])
-            for seed in seeds
-        ])  # fmt: skip  # [seeds, 1 + draws], the first the rows as they are
-        by_task.append(differences[drawn, np.arange(draws + 1)[:, None]].mean(1))
-    mean = np.mean(by_task, axis=0)
-    low, high = np.quantile(mean[1:], (0.025, 0.975))
-    return float(mean[0]), float(low), float(high), pairs
-
-
-def _scores(record: Record, rows: np.ndarray, labels: np.ndarray, task: Task) -> np.ndarray:
-    """Of every draw. Matthews' correlation is Pearson's of zeros and ones."""
-    predictions = decode_predictions(record["predictions"]).astype(float)[rows]
-    return scores_of(predictions, labels[rows], task.metric in ("pearson", "matthews"))
-
-
-def picture(runs: dict[str, Runs], stage: str, tasks: dict[str, Task], draws: int) -> None:
+def picture(runs: Mapping[str, Runs], stage: str, tasks: dict[str, Task], bootstrap: Bootstrap) -> None:
     """Writes STAGE.png: a panel for each task, each arm with the interval of its difference from the first."""
     first, panels = next(iter(runs)), {}
     for name, task in tasks.items():
@@ -90,7 +56,7 @@ def picture(runs: dict[str, Runs], stage: str, tasks: dict[str, Task], draws: in
             own, interval = by_task[name].values(), None
             score = statistics.mean(record["score"] for record in own)
             if arm != first:
-                mean, low, high, _ = difference({name: by_task[name]}, {name: runs[first][name]}, tasks, draws)
+                mean, low, high, _ = bootstrap.difference({name: by_task[name]}, {name: runs[first][name]})
                 interval = (score + low - mean, score + high - mean)
             family = next((family for family in COLOURS if arm.startswith(family)), arm)
             points.append(Point(arm, family, max(record["trained_parameters"] for record in own), score, interval))
@@ -105,28 +71,33 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--glue", type=Path, metavar="DIRECTORY", help="of GLUE's files, for stages with its tasks")
     parser.add_argument(
-        "--beside", nargs="+", default=[], metavar="ARM", help="arms of `final`, on the same rows and seeds"
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="ARM",
+        help="arms of final or plain_start, on the same rows and seeds",
     )
     options = parser.parse_args()
-    records = read(options.stage)
+    records = _in_order(read(options.stage), options.stage)
     if not records:
         raise SystemExit(f"no lines of {options.stage} yet: python -m bench.accuracy.study {options.stage}")
     places = {_place(record) for record in records}
-    records += [r for r in read("final") if r["arm"] in options.beside and _place(r) in places]
-    runs = runs_by_arm(records)
+    others_there = [record for name in OTHER_FILES for record in read(name)]
+    records += [r for r in others_there if r["arm"] in options.beside and _place(r) in places]
+    runs = runs_by(records, by_arm)
     lines = [*score_rows(runs, options.stage), ""]
     first, *others = runs
     if all("predictions" in record for record in records) and others:
-        tasks = {name: load_task(name, options.glue) for name in {record["task"] for record in records}}
+        tasks = {name: load_task(name, options.glue) for name in sorted({record["task"] for record in records})}
         lines += [
-            "| difference of the means | points | 95 % interval, rows and seeds | pairs of runs |",
+            f"| difference of the means | points | {INTERVAL} | pairs of runs |",
             "|---|---|---|---|",
         ]
+        bootstrap = Bootstrap(tasks, options.draws)
         for other in others:
-            mean, low, high, pairs = difference(runs[first], runs[other], tasks, options.draws)
-            lines.append(f"| {first} − {other} | {100 * mean:+.2f} | {100 * low:+.2f} … {100 * high:+.2f} | {pairs} |")
+            lines.append(f"| {first} − {other} | {bootstrap.difference(runs[first], runs[other])} |")
         lines.append("")
-        picture(runs, options.stage, tasks, options.draws)
+        picture(runs, options.stage, tasks, bootstrap)
     common = {"steps", "batch_size", "max_length", "rows", "budget", "backbone"}
     settings = {name: {record.get(name) for record in records} for name in sorted(common)}
     settings["rows"] = {"all" if rows == ALL_ROWS else rows for rows in settings["rows"]}

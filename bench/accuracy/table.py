@@ -8,14 +8,12 @@ Writes table.md and accuracy.png into bench/results/accuracy/.
 import argparse
 import statistics
 from collections import defaultdict
-from typing import Any
-
-import numpy as np
 
 from ..text.real_text import load_task
 from .arms import ARMS, COMPARISONS, SMOLLM2_ARMS, TASKS
+from .bootstrap import INTERVAL, Bootstrap, Record, by_arm, runs_by
 from .picture import Point, draw_scores
-from .study import RESULTS, decode_predictions, read
+from .study import RESULTS, read
 
 # The other stages that read the test parts, and their titles.
 OTHERS = {
@@ -43,54 +41,17 @@ DRAWN = {
     "full fine-tuning": ("full fine-tuning", "full"),
 }
 
-Runs = dict[str, dict[int, np.ndarray]]  # task -> seed -> predictions [test rows]
 
-
-def scores_of(predictions: np.ndarray, labels: np.ndarray, is_regression: bool) -> np.ndarray:
-    """[…] accuracy or Pearson's correlation over the last axis of predictions and labels [… , rows]."""
-    if not is_regression:
-        return (predictions == labels).mean(-1)
-    x = predictions - predictions.mean(-1, keepdims=True)
-    y = labels - labels.mean(-1, keepdims=True)
-    return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
-
-
-def bootstrap(first: Runs, second: Runs, draws: int) -> tuple[float, float, float, int]:
-    """The difference of the means over tasks and seeds, its 95 % interval, and the number of pairs of runs.
-
-    Paired: only (task, seed) that both have count, and a draw takes the same test rows for both and all seeds.
-    """
-    rng = np.random.default_rng(0)
-    by_task, pairs = [], 0
-    for name in sorted(first.keys() & second.keys()):
-        task = load_task(name)
-        is_regression = task.problem_type == "regression"
-        labels = np.asarray(task.labels["test"], dtype=float)
-        seeds = sorted(first[name].keys() & second[name].keys())
-        if not seeds:
-            continue
-        pairs += len(seeds)
-        rows = np.concatenate([np.arange(len(labels))[None], rng.integers(len(labels), size=(draws, len(labels)))])
-        differences = np.zeros(draws + 1)
-        for seed in seeds:
-            a, b = (runs[name][seed].astype(float)[rows] for runs in (first, second))
-            differences += scores_of(a, labels[rows], is_regression) - scores_of(b, labels[rows], is_regression)
-        by_task.append(differences / len(seeds))
-    mean = np.mean(by_task, axis=0)  # [1 + draws]; the first is the rows as they are
-    low, high = np.quantile(mean[1:], (0.025, 0.975))
-    return float(mean[0]), float(low), float(high), pairs
-
-
-def _table(records: list[dict[str, Any]]) -> list[str]:
-    by_arm: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+def _table(records: list[Record]) -> list[str]:
+    of_arm: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        by_arm[record["arm"]][record["task"]].append(record)
-    tasks_run = [task for task in TASKS if any(task in tasks for tasks in by_arm.values())]
-    most = max(len(runs) for tasks in by_arm.values() for runs in tasks.values())
+        of_arm[record["arm"]][record["task"]].append(record)
+    tasks_run = [task for task in TASKS if any(task in tasks for tasks in of_arm.values())]
+    most = max(len(runs) for tasks in of_arm.values() for runs in tasks.values())
     lines = [f"{most} seed{'s' * (most > 1)} where not said.", ""]
     lines += [f"| arm | trained, with the head | {' | '.join(tasks_run)} | mean |", "|---" * (len(tasks_run) + 3) + "|"]
-    for arm in sorted(by_arm, key=list(ARMS | SMOLLM2_ARMS).index):
-        tasks = by_arm[arm]
+    for arm in sorted(of_arm, key=list(ARMS | SMOLLM2_ARMS).index):
+        tasks = of_arm[arm]
         cells, task_means = [], []
         for task in tasks_run:
             scores = [record["score"] for record in tasks[task]]
@@ -107,26 +68,18 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _runs_of(records: list[dict[str, Any]]) -> dict[str, Runs]:
-    runs: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
-    for record in records:
-        runs[record["arm"]][record["task"]][record["seed"]] = decode_predictions(record["predictions"])
-    return runs
-
-
-def _comparisons(records: list[dict[str, Any]], draws: int) -> list[str]:
-    runs = _runs_of(records)
-    lines = ["| difference of the means | points | 95 % interval | pairs of runs |", "|---|---|---|---|"]
+def _comparisons(records: list[Record], bootstrap: Bootstrap) -> list[str]:
+    runs = runs_by(records, by_arm)
+    lines = [f"| difference of the means | points | {INTERVAL} | pairs of runs |", "|---|---|---|---|"]
     for first, second in COMPARISONS:
         if runs[first].keys() & runs[second].keys() == {record["task"] for record in records}:
-            mean, low, high, pairs = bootstrap(runs[first], runs[second], draws)
-            lines.append(f"| {first} − {second} | {100 * mean:+.2f} | {100 * low:+.2f} … {100 * high:+.2f} | {pairs} |")
+            lines.append(f"| {first} − {second} | {bootstrap.difference(runs[first], runs[second])} |")
     return lines
 
 
-def _points(records: list[dict[str, Any]], draws: int) -> list[Point]:
+def _points(records: list[Record], bootstrap: Bootstrap) -> list[Point]:
     """The methods drawn of one size of training set, each with the interval of its difference from EPT (default)."""
-    runs = _runs_of(records)
+    runs = runs_by(records, by_arm)
     level = next(arm for arm, (label, _) in DRAWN.items() if label == LEVEL)
     points = []
     for arm, (label, family) in DRAWN.items():
@@ -136,17 +89,17 @@ def _points(records: list[dict[str, Any]], draws: int) -> list[Point]:
             score = statistics.mean(statistics.mean(scores) for scores in tasks)
             interval = None
             if arm != level:
-                mean, low, high, _ = bootstrap(runs[arm], runs[level], draws)
+                mean, low, high, _ = bootstrap.difference(runs[arm], runs[level])
                 interval = (score + low - mean, score + high - mean)
             points.append(Point(label, family, max(r["trained_parameters"] for r in own), score, interval))
     return points
 
 
-def picture(records: list[dict[str, Any]], draws: int) -> None:
+def picture(records: list[Record], bootstrap: Bootstrap) -> None:
     """Writes accuracy.png: one panel for each training-set size, mean over the tasks against trained parameters."""
     sizes = sorted({record["rows"] for record in records}, reverse=True)
     panels = {
-        f"{rows:,} training rows": _points([record for record in records if record["rows"] == rows], draws)
+        f"{rows:,} training rows": _points([record for record in records if record["rows"] == rows], bootstrap)
         for rows in sizes
     }
     draw_scores(panels, LEVEL, "score, mean of five tasks", RESULTS / "accuracy.png")
@@ -164,17 +117,18 @@ def main() -> None:
         for rows in sorted({record["rows"] for record in records}, reverse=True)
     }
     sections |= {title: read(stage) for stage, title in OTHERS.items()}
+    bootstrap = Bootstrap({name: load_task(name) for name in TASKS}, draws)
     lines = []
     for title, chosen in sections.items():
         if chosen:
-            lines += [f"## {title}", "", *_table(chosen), "", *_comparisons(chosen, draws), ""]
+            lines += [f"## {title}", "", *_table(chosen), "", *_comparisons(chosen, bootstrap), ""]
     everything = [record for chosen in sections.values() for record in chosen]
     machines = sorted({tuple(sorted(record["machine"].items())) for record in everything})
     lines += ["Mean ± deviation over seeds; protocol in `bench/accuracy/README.md`."]
     lines += ["; ".join(f"{name} {value}" for name, value in machine) for machine in machines]
     text = "\n".join(lines)
     (RESULTS / "table.md").write_text(text + "\n", encoding="utf-8")
-    picture(records, draws)
+    picture(records, bootstrap)
     print(text)
 
 

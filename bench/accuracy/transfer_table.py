@@ -8,14 +8,12 @@ Reads transfer.jsonl in bench/results/accuracy/ and writes transfer.md beside it
 import argparse
 import statistics
 from collections import defaultdict
-from typing import Any
-
-import numpy as np
+from collections.abc import Mapping
 
 from ..text.real_text import load_task
 from .arms import TASKS
-from .study import RESULTS, decode_predictions, read
-from .table import scores_of
+from .bootstrap import INTERVAL, Bootstrap, Record, Runs
+from .study import RESULTS, read
 
 SCRATCH, SOURCES, FAR = "from scratch", "from sources", "from sources of other texts"
 SIZES = (50, 100, 500, 2000)
@@ -37,13 +35,10 @@ PAIRS = [
     (("LoRA r=4", SOURCES), ("LoRA r=4", SCRATCH)),
 ]
 
-Record = dict[str, Any]
-Runs = dict[str, dict[int, Record]]  # task -> seed -> line
 
-
-def final_runs(records: list[Record]) -> dict[tuple[int, str, str], Runs]:
+def final_runs(records: list[Record]) -> Mapping[tuple[int, str, str], Runs]:
     """(rows, arm, start) -> runs. `FAR` takes its own runs of the tasks that share their texts, and the others' as they are."""
-    found: dict[tuple[int, str, str], Runs] = defaultdict(lambda: defaultdict(dict))
+    found: dict[tuple[int, str, str], dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
     for record in (r for r in records if r["stage"] == "final"):
         shared = record["task"] in ("movies", "rating")
         starts = [SCRATCH] if record["way"] == "scratch" else [FAR] if record["far"] else [SOURCES]
@@ -53,39 +48,7 @@ def final_runs(records: list[Record]) -> dict[tuple[int, str, str], Runs]:
     return found
 
 
-class Bootstrap:
-    """Scores of runs on rows drawn with replacement, the same rows and the same seeds for every run of a task."""
-
-    def __init__(self, draws: int, seeds: list[int]):
-        rng = np.random.default_rng(0)
-        self.rows, self.labels, self.is_regression = {}, {}, {}
-        for name in TASKS:
-            task = load_task(name)
-            labels = np.asarray(task.labels["test"], dtype=float)
-            drawn = rng.integers(len(labels), size=(draws, len(labels)))
-            self.rows[name] = np.concatenate([np.arange(len(labels))[None], drawn])  # the first is the rows as they are
-            self.labels[name], self.is_regression[name] = labels[self.rows[name]], task.problem_type == "regression"
-        # The sources of a seed serve all tasks, so a draw takes the same seeds of all of them.
-        self.seeds = np.concatenate([np.arange(len(seeds))[None], rng.integers(len(seeds), size=(draws, len(seeds)))])
-        self._known: dict[str, np.ndarray] = {}
-
-    def means(self, runs: Runs) -> np.ndarray:
-        """[1 + draws] the mean over tasks and seeds of one arm's scores."""
-        by_task = []
-        for name in TASKS:
-            scores = np.stack([self._scores(record) for _, record in sorted(runs[name].items())])  # [seeds, 1 + draws]
-            by_task.append(scores[self.seeds, np.arange(scores.shape[1])[:, None]].mean(1))
-        return np.mean(by_task, axis=0)
-
-    def _scores(self, record: Record) -> np.ndarray:
-        name, text = record["task"], record["predictions"]
-        if text not in self._known:
-            predictions = decode_predictions(text).astype(float)[self.rows[name]]
-            self._known[text] = scores_of(predictions, self.labels[name], self.is_regression[name])
-        return self._known[text]
-
-
-def final_table(found: dict[tuple[int, str, str], Runs], rows: int) -> list[str]:
+def final_table(found: Mapping[tuple[int, str, str], Runs], rows: int) -> list[str]:
     lines = [
         f"| {rows:,} rows | trained, without the head | {' | '.join(TASKS)} | mean |",
         "|---" * (len(TASKS) + 3) + "|",
@@ -103,15 +66,13 @@ def final_table(found: dict[tuple[int, str, str], Runs], rows: int) -> list[str]
     return lines
 
 
-def differences(found: dict[tuple[int, str, str], Runs], bootstrap: Bootstrap, rows: int) -> list[str]:
-    lines = [f"| difference at {rows:,} rows | points | 95 % interval |", "|---|---|---|"]
+def differences(found: Mapping[tuple[int, str, str], Runs], bootstrap: Bootstrap, rows: int) -> list[str]:
+    lines = [f"| difference at {rows:,} rows | points | {INTERVAL} | pairs of runs |", "|---|---|---|---|"]
     for first, second in PAIRS:
         one, other = (found.get((rows, *name)) for name in (first, second))
         if one is not None and other is not None:
-            points = 100 * (bootstrap.means(one) - bootstrap.means(other))
-            low, high = np.quantile(points[1:], (0.025, 0.975))
             names = f"{', '.join(first)} − {', '.join(second)}"
-            lines.append(f"| {names} | {points[0]:+.2f} | {low:+.2f} … {high:+.2f} |")
+            lines.append(f"| {names} | {bootstrap.difference(one, other)} |")
     return lines
 
 
@@ -139,7 +100,7 @@ def main() -> None:
     draws = parser.parse_args().draws
     records = read("transfer")
     found = final_runs(records)
-    bootstrap = Bootstrap(draws, sorted({r["seed"] for r in records if r["stage"] == "final"}))
+    bootstrap = Bootstrap({name: load_task(name) for name in TASKS}, draws)
     lines = ["# Starting from adapters of other tasks", ""]
     for rows in SIZES:
         lines += [*final_table(found, rows), "", *differences(found, bootstrap, rows), ""]

@@ -24,6 +24,7 @@ __all__ = [
 
 PROBE_TOKENS = 32
 PROBE_VOCABULARY = 5000
+OUTLIER_SIZE = 3.0  # of a token, in units of h; MiniLM's tokens stay below 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class LayerSites:
         width: d_layer, of the hidden states.
         sizes: [sites] fp32, h: the median over the tokens of the root mean square of the hidden states there, which a
             few tokens of enormous size do not move. Ones where nothing can be measured, on the meta device.
+        outliers: [sites, width] fp32, the direction of the largest token there, of length 1, where it is OUTLIER_SIZE times h
+            or larger. Zeros elsewhere. In causal models it is that of the first token, which the others attend to.
     """
 
     path: str
@@ -48,6 +51,7 @@ class LayerSites:
     batch_dim: int
     width: int
     sizes: Tensor
+    outliers: Tensor
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """The modules of the list, in order."""
@@ -127,7 +131,8 @@ def look_for_layers(model: Any) -> LayerSites | str:
         count, width = len(lists[0]), getattr(model.config.get_text_config(), "hidden_size", embedding_width(embedding))
         if count < 2 or len(lists) > 1:
             return "on the meta device it can be said of two layers or more in one list only"
-        return LayerSites(names[id(lists[0])], tuple(range(1, count)), "input", 0, 0, width, torch.ones(count - 1))
+        unknown = torch.ones(count - 1), torch.zeros(count - 1, width)
+        return LayerSites(names[id(lists[0])], tuple(range(1, count)), "input", 0, 0, width, *unknown)
     for lists in candidates:  # the first may be of what sees images, and rests where there is text alone
         paths = [names[id(each)] for each in lists]
         try:
@@ -149,9 +154,8 @@ def _whole(visits: list[_Visit], path: str, columns: int) -> LayerSites | str:
         return batch_dim
     later = visits[1:]
     order = tuple(visit.index for visit in later)
-    return LayerSites(
-        path, order, "input", visits[0].index, batch_dim, later[0].read.shape[-1], _sizes([v.read for v in later])
-    )
+    measured = _measure([visit.read for visit in later])
+    return LayerSites(path, order, "input", visits[0].index, batch_dim, later[0].read.shape[-1], *measured)
 
 
 def _in_parts(visits: list[_Visit], paths: list[str], columns: int) -> LayerSites | str:
@@ -174,7 +178,7 @@ def _in_parts(visits: list[_Visit], paths: list[str], columns: int) -> LayerSite
             return "the parts of its layers stand in several lists, and no part gives what the next layer reads"
     before = layers[:-1]
     order, given = tuple(layer[-1].index for layer in before), [layer[-1].gave for layer in before]
-    return LayerSites(paths[numbers.pop()], order, "output", None, batch_dim, given[0].shape[-1], _sizes(given))
+    return LayerSites(paths[numbers.pop()], order, "output", None, batch_dim, given[0].shape[-1], *_measure(given))
 
 
 def _batch_dim(states: list[Any], columns: int) -> int | str:
@@ -189,21 +193,34 @@ def _batch_dim(states: list[Any], columns: int) -> int | str:
     return "its layers do not read every column of the text"
 
 
-def _sizes(states: list[Tensor]) -> Tensor:
-    return torch.stack([state.float().square().mean(-1).sqrt().median().cpu() for state in states])
+def _measure(states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`sizes` and `outliers` of hidden states of one row each."""
+    sizes, outliers = [], []
+    for state in states:
+        tokens = state.float().reshape(-1, state.shape[-1])
+        of_token = tokens.square().mean(-1).sqrt()
+        median, largest = of_token.median(), of_token.argmax()
+        direction = nn.functional.normalize(tokens[largest], dim=0)
+        sizes.append(median.cpu())
+        outliers.append((direction * (of_token[largest] >= OUTLIER_SIZE * median)).cpu())
+    return torch.stack(sizes), torch.stack(outliers)
 
 
 @torch.no_grad()
 def _trial(model: Any, lists: list[nn.ModuleList]) -> tuple[list[_Visit], int]:
     """The calls of the lists' modules, in order, in a pass over 32 tokens out of the first 5,000 of the vocabulary.
 
-    Also returns how many tokens it were.
+    The first is what a text begins with, if the config names that: some models have their outliers there alone. Also
+    returns how many tokens it were.
     """
     embedding, limit = model.get_input_embeddings(), positions_of(model)[0]
     columns = min(PROBE_TOKENS, limit or PROBE_TOKENS)
     # One row: some heads refuse several without a padding token.
     last = min(len(weight_of(embedding)), PROBE_VOCABULARY) - 1
     ids = torch.linspace(0, last, columns, device=device_of(embedding)).long().unsqueeze(0)
+    begin = getattr(model.config.get_text_config(), "bos_token_id", None)
+    if isinstance(begin, int) and 0 <= begin < len(weight_of(embedding)):
+        ids[:, 0] = begin
     visits: list[_Visit] = []
     handles = []
     for number, modules in enumerate(lists):

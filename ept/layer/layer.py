@@ -75,6 +75,18 @@ class EPTLayer(AdapterLayer):
                 parameter.normal_(std=tensor.std(self.config, tensor.width(self.embed_dim, self.layer_dim)))
 
     @torch.no_grad()
+    def close_to(self, directions: Tensor) -> None:
+        """Gives D's rows the part −1/√d along directions [layers, d_layer] of length 1; where a direction is 0 nothing changes.
+
+        For tokens that are many times h large: σ is then near 0 on them in every hidden unit, and so is its slope. With random
+        parts half of the units would be filled by them.
+        """
+        if self.deep_down is not None:
+            own = directions[: len(self.deep_down)].to(self.deep_down).unsqueeze(1)  # [layers, 1, d_layer]
+            part = 0.0 if self.config.activation == "identity" else -1 / math.sqrt(own.shape[-1])
+            self.deep_down += (part - (self.deep_down * own).sum(-1, keepdim=True)) * own
+
+    @torch.no_grad()
     def init_prompt(self, rows: Tensor) -> None:
         """P from embeddings [n, d] in the backbone's own size: repeated or cut to s rows, put into units of e."""
         repeats = -(-self.config.prompt_length // len(rows))

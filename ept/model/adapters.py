@@ -81,6 +81,7 @@ def new_layer(
     layer = EPTLayer(*_layer_arguments(backbone, traits, config, sites))
     if layer.deep_scale is not None and sites is not None:
         layer.deep_scale.copy_(sites.sizes[: len(layer.deep_scale)])
+        layer.close_to(sites.outliers)
     return _beside_embeddings(layer, backbone)
 
 
