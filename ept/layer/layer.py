@@ -84,7 +84,7 @@ class EPTLayer(AdapterLayer):
         if self.deep_down is not None:
             own = directions[: len(self.deep_down)].to(self.deep_down).unsqueeze(1)  # [layers, 1, d_layer]
             part = 0.0 if self.config.activation == "identity" else -1 / math.sqrt(own.shape[-1])
-            self.deep_down += (part - (self.deep_down * own).sum(-1, keepdim=True)) * own
+            self.deep_down.add_((part - (self.deep_down * own).sum(-1, keepdim=True)) * own)
 
     @torch.no_grad()
     def init_prompt(self, rows: Tensor) -> None:
