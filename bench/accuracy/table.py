@@ -7,7 +7,6 @@ Writes table.md and accuracy.png into bench/results/accuracy/.
 
 import argparse
 import statistics
-from collections import defaultdict
 
 from ..text.real_text import load_task
 from .arms import ARMS, COMPARISONS, SMOLLM2_ARMS, TASKS
@@ -43,9 +42,7 @@ DRAWN = {
 
 
 def _table(records: list[Record]) -> list[str]:
-    of_arm: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        of_arm[record["arm"]][record["task"]].append(record)
+    of_arm = runs_by(records, by_arm)
     tasks_run = [task for task in TASKS if any(task in tasks for tasks in of_arm.values())]
     most = max(len(runs) for tasks in of_arm.values() for runs in tasks.values())
     lines = [f"{most} seed{'s' * (most > 1)} where not said.", ""]
@@ -54,7 +51,7 @@ def _table(records: list[Record]) -> list[str]:
         tasks = of_arm[arm]
         cells, task_means = [], []
         for task in tasks_run:
-            scores = [record["score"] for record in tasks[task]]
+            scores = [record["score"] for record in tasks[task].values()]
             if not scores:
                 cells.append("–")
                 continue
@@ -63,7 +60,7 @@ def _table(records: list[Record]) -> list[str]:
             cells.append(f"{statistics.mean(scores):.3f}{spread}{count}")
             task_means.append(statistics.mean(scores))
         mean = f"{statistics.mean(task_means):.4f}" if len(task_means) == len(tasks_run) else "–"
-        trained = max(r["trained_parameters"] for runs in tasks.values() for r in runs)
+        trained = max(r["trained_parameters"] for runs in tasks.values() for r in runs.values())
         lines.append(f"| {arm} | {trained:,} | {' | '.join(cells)} | {mean} |")
     return lines
 
