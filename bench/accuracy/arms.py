@@ -369,6 +369,27 @@ def gemma3_final() -> list[Job]:
     ]
 
 
+def _default_rates(common: Job, layers: int, budget: int) -> list[Job]:
+    """The default preset at its rates, half and a quarter of them: dev parts of two tasks, seeds of no final run."""
+    preset = {"method": "EPT", "settings": DEEP | {"deep_layers": layers}, "budget": budget}
+    return [
+        job(f"EPT, deep q=4 {rate:g}", **common | preset | {"task": task, "seed": seed, "rate": rate})
+        for seed in (5, 6)
+        for task in ("movies", "tweets")
+        for rate in (1.0, 0.5, 0.25)
+    ]
+
+
+def gemma3_rates() -> list[Job]:
+    """The default preset's rates on Gemma 3 270M."""
+    return _default_rates(GEMMA3, 17, 93_440)
+
+
+def smollm2_rates() -> list[Job]:
+    """The default preset's rates on SmolLM2-135M."""
+    return _default_rates(SMOLLM2, 29, 139_392)
+
+
 def written() -> list[Job]:
     """GLUE's tasks as text to write, at the rates of the classifiers: three seeds, the test parts, rows of 64 tokens."""
     return [
@@ -386,5 +407,6 @@ STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
     "smollm2_final": smollm2_final, "paper_search": paper_search, "paper_final": paper_final, "lora_all_final": lora_all_final,
-    "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final, "written": written, "glue": glue,
+    "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final,
+    "gemma3_rates": gemma3_rates, "smollm2_rates": smollm2_rates, "written": written, "glue": glue,
 }  # fmt: skip
