@@ -164,17 +164,16 @@ def test_a_mixed_batch_launches_as_much_whatever_the_number_of_adapters(as_on_a_
 def test_the_same_holds_in_torch(name, preset):
     """In torch each part costs several operations, and a batch has the parts of all its adapters: the dearest one counts."""
     model, batch = with_adapters(name, PRESETS[preset])
-    live = check_in_torch(model, batch, len(PRESETS[preset]), 10)
+    live = check_in_torch(model, batch, len(PRESETS[preset]))
     fold_all(model)
-    # Values of an index are read on a CPU, with four operations.
-    assert check_in_torch(model, batch, len(PRESETS[preset]), 13) <= live
+    assert check_in_torch(model, batch, len(PRESETS[preset])) <= live
 
 
-def check_in_torch(model, batch, kinds, more):
-    """Operations of a mixed batch, which are at most `more` than the dearest of its adapters takes alone."""
+def check_in_torch(model, batch, kinds):
+    """Operations of a mixed batch, which are at most 10 more than the dearest of its adapters takes alone."""
     alone = [count_of(model, batch, [name] * BATCH) for name in model.list_adapters()[:kinds]]
     mixed = {count_of(model, batch, names_of(model, adapters)) for adapters in (max(kinds, 2), 32)}
-    assert len(mixed) == 1 and max(mixed) <= max(alone) + more, (mixed, alone)
+    assert len(mixed) == 1 and max(mixed) <= max(alone) + 10, (mixed, alone)
     return max(mixed)
 
 

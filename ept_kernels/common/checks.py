@@ -67,6 +67,15 @@ def has_readable_values(tensor: Tensor) -> bool:
     )
 
 
+def value_range(integers: Tensor) -> tuple[int, int]:
+    """The smallest and the largest value, without an operation of torch where there is one for each row."""
+    if integers.dim() == 1:
+        values = integers.tolist()
+        return min(values), max(values)
+    low, high = integers.aminmax()
+    return int(low.item()), int(high.item())
+
+
 def describe(tensor: Tensor) -> str:
     """Its dtype and shape, for a message."""
     return f"{tensor.dtype} {tuple(tensor.shape)}"

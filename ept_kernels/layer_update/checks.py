@@ -13,6 +13,7 @@ from ..common.checks import (
     check_trained,
     describe,
     has_readable_values,
+    value_range,
 )
 
 MEANING = "the size of the layer's hidden states"
@@ -49,7 +50,7 @@ def check_update(
 def check_values(hidden_scale: float | Tensor, adapter_index: Tensor | None, adapters: int) -> None:
     """The values of tensors where reading them costs nothing."""
     if adapter_index is not None and adapter_index.numel() and has_readable_values(adapter_index):
-        low, high = (value.item() for value in adapter_index.aminmax())
+        low, high = value_range(adapter_index)
         if low < -1 or high >= adapters:
             raise IndexError(
                 f"adapter_index holds {low if low < -1 else high}, but the adapters have numbers 0 … {adapters - 1}: "

@@ -12,6 +12,7 @@ from ..common.checks import (
     check_trained,
     describe,
     has_readable_values,
+    value_range,
 )
 from .arguments import Settings, Stack, Text, TextWeights, Weights
 
@@ -31,7 +32,7 @@ def check_ids(input_ids: Tensor, embedding_weight: Tensor) -> None:
 def check_id_values(input_ids: Tensor, vocab: int) -> None:
     """The ids' values where reading them costs nothing."""
     if input_ids.numel() and has_readable_values(input_ids):
-        low, high = (value.item() for value in input_ids.aminmax())
+        low, high = value_range(input_ids)
         if low < 0 or high >= vocab:
             raise IndexError(
                 f"input_ids holds {low if low < 0 else high}, but the vocabulary has ids 0 … {vocab - 1}: "
@@ -111,8 +112,8 @@ def check_start_values(text: Text) -> None:
     """The values of the rows' columns where reading them costs nothing."""
     starts = text.starts
     if starts is not None and starts.numel() and has_readable_values(starts):
-        for value in starts.aminmax():
-            _check_column(int(value), text.shape[1])
+        for value in value_range(starts):
+            _check_column(value, text.shape[1])
 
 
 def _check_column(prompt_start: int, length: int) -> None:
@@ -187,7 +188,7 @@ def check_stack_values(stack: Stack) -> None:
     )
     for name, tensor, lowest, highest in bounds:
         if tensor is not None and tensor.numel() and has_readable_values(tensor):
-            low, high = (value.item() for value in tensor.aminmax())
+            low, high = value_range(tensor)
             if low < lowest or (highest is not None and high > highest):
                 raise IndexError(
                     f"{name} holds {low if low < lowest else high}, but must be in {lowest} … {highest}"

@@ -138,7 +138,7 @@ def _add_lowrank(
     """total [batch, L, d] + scale·A[p]·B of each row's adapter, nothing on padding and for p >= N."""
     rows, b = stack.lowrank_a, stack.lowrank_b
     assert rows is not None
-    adapters, covered = rows.shape[:2]
+    covered = rows.shape[1]
     length = total.shape[1]
     if text_positions is None:
         count = min(length, covered)
@@ -149,11 +149,11 @@ def _add_lowrank(
         )
         own = F.pad(own.to(dtype), (0, 0, 0, length - count))
     else:
-        # One more row, of zeros, stands behind all of them for padding and for positions that the update does not cover.
-        there = (text_positions >= 0) & (text_positions < covered)
-        first = 0 if stack.adapter_index is None else (stack.adapter_index * covered).unsqueeze(1)
-        place = (text_positions + first).where(there, adapters * covered)
-        own = F.embedding(place, F.pad(rows.flatten(0, 1), (0, 0, 0, 1))).to(dtype)
+        # A row of zeros stands before each adapter's for padding, and one behind for positions that the update does not cover.
+        place = text_positions.clamp(-1, covered).add_(1)
+        if stack.adapter_index is not None:
+            place = torch.add(place, stack.adapter_index.unsqueeze(1), alpha=covered + 2)
+        own = F.embedding(place, F.pad(rows, (0, 0, 1, 1)).flatten(0, 1)).to(dtype)
     if b is None:
         return total + own
     b = b.expand(len(total), -1, -1) if stack.adapter_index is None else b.index_select(0, stack.adapter_index)
