@@ -1,5 +1,6 @@
 """Training through transformers' trainers: resuming after a kill, what is trained, at which rate, and what is saved."""
 
+import copy
 import json
 import os
 import subprocess
@@ -215,6 +216,25 @@ def test_one_learning_rate_moves_every_part_in_fixed_ratios(preset, rates, tmp_p
         rate_of = {id(p): group["lr"] for group in run.create_optimizer().param_groups for p in group["params"]}
         expected = [(p, rate) for group, rate in zip(groups, [0.25, *scaled[1:]], strict=True) for p in group["params"]]
         assert [rate_of[id(p)] for p, _ in expected] == pytest.approx([rate for _, rate in expected])
+
+
+def test_updates_in_layers_learn_more_slowly_where_tokens_differ_little(tmp_path):
+    base = backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=3)
+    assert get_ept_model(copy.deepcopy(base), EPTConfig()).layer_rate == 1.0
+    table = base.get_input_embeddings().weight
+    usual = table.std()
+    with torch.no_grad():
+        table.add_(5 * usual)  # what the tokens have in common is five times what they differ by
+    model = get_ept_model(base, EPTConfig())
+    sizes = base(input_ids=torch.arange(3, 99, 3).unsqueeze(0), output_hidden_states=True).hidden_states[1:-1]
+    spread = torch.stack([(h - h.mean(1, keepdim=True)).norm() / h.norm() for h in sizes]).median().item()
+    assert model.layer_rate == pytest.approx(spread / 0.5, rel=0.2) and model.layer_rate < 0.6
+    run = trainer(model, tmp_path, learning_rate=2 * LEARNING_RATE)
+    rate_of = {group["parts"][0]: group["lr"] for group in run.create_optimizer().param_groups}
+    assert rate_of["deep"] == pytest.approx(2 * LEARNING_RATE * model.layer_rate)
+    assert f"deep {2 * LEARNING_RATE * model.layer_rate:g}" in run.rates_in_words()
+    assert parameter_groups(model, deep_learning_rate=0.25)[1]["lr"] == 0.25  # what is given stands
+    assert get_ept_model(base, EPTConfig.input_only()).layer_rate == 1.0
 
 
 def test_parts_of_one_rate_and_decay_are_one_group_of_the_optimiser(tmp_path):

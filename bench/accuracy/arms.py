@@ -197,7 +197,7 @@ def whole_sets() -> list[Job]:
 # SmolLM2-135M: 100 steps of 16 rows of at most 24 tokens, which is what these machines have time for.
 SMOLLM2 = {"backbone": "smollm2", "steps": 100, "batch_size": 16, "max_length": 24, "budget": 57_600, "rows": 2000}
 SMOLLM2_DEEP = DEEP | {"token_rank": 1, "deep_layers": 29}  # 35,712 parameters
-SMOLLM2_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `smollm2` chose
+SMOLLM2_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `smollm2` chose; EPT's is its default
     "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": SMOLLM2_DEEP},
     "LoRA": {"method": "LoRA", "rate": 0.008},
     "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.024},
@@ -206,27 +206,23 @@ SMOLLM2_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `smollm2
 
 
 def smollm2() -> list[Job]:
-    """Learning rates for each method on the dev part of tweets: three, and more beyond the end where the best stood.
+    """Learning rates of other methods on the dev part of tweets: three, and more beyond the end where the best stood.
 
-    Those of prompt tuning are EPT's for P in this backbone's unit (e = 0.13); LoRA's are a language model's.
+    EPT's are `smollm2_rates`. Those of prompt tuning are EPT's for P in this backbone's unit (e = 0.13); LoRA's are a language
+    model's.
     """
     rates = {
         "EPT, half": (1.0, 0.5, 2.0, 0.25),
         "LoRA": (0.001, 0.0005, 0.002, 0.004, 0.008, 0.016),
         "prompt tuning 20": (0.012, 0.006, 0.024, 0.048),
-        "EPT, deep": (1.0, 0.5, 2.0),
     }
     common = dict[str, Any](task="tweets", seed=0) | SMOLLM2
     slow_w = SMOLLM2_ARMS["EPT, half"] | {"rate": 1.0, "rates": {"learning_rate": 0.0045}}
-    preset = SMOLLM2_ARMS["EPT, deep"] | {"settings": SMOLLM2_DEEP | {"token_rank": 4}, "budget": 139_392}
     return [
         job(f"{arm} {rate:g}", **common | SMOLLM2_ARMS[arm] | {"rate": rate})
         for arm, tried in rates.items()
         for rate in tried
-    ] + [
-        job("EPT, half, W 0.25", **common | slow_w),
-        *(job(f"EPT, deep q=4 {rate:g}", **common | preset | {"rate": rate}) for rate in (1.0, 0.5)),
-    ]  # fmt: skip
+    ] + [job("EPT, half, W 0.25", **common | slow_w)]
 
 
 def smollm2_final() -> list[Job]:
@@ -333,7 +329,7 @@ def glue() -> list[Job]:
 
 # Gemma 3 270M, as SmolLM2: with q = 2 EPT has 47,360 parameters, LoRA r = 1 on query and value 46,080.
 GEMMA3 = SMOLLM2 | {"backbone": "gemma3", "budget": 47_360}
-GEMMA3_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `gemma3` chose, but for prompt tuning's
+GEMMA3_ARMS: dict[str, dict[str, Any]] = {  # EPT's rate is its default, LoRA's the one that `gemma3` chose
     "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": DEEP | {"token_rank": 2, "deep_layers": 17}},
     "LoRA": {"method": "LoRA", "rate": 0.004},
     "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.024},
@@ -342,19 +338,17 @@ LANGUAGE_MODELS = {"smollm2": (SMOLLM2, SMOLLM2_ARMS), "gemma3": (GEMMA3, GEMMA3
 
 
 def gemma3() -> list[Job]:
-    """Learning rates for each method on the dev part of tweets: three, and more beyond the end where the best stood."""
+    """Learning rates of other methods on the dev part of tweets, as `smollm2`; EPT's are `gemma3_rates`."""
     rates = {
-        "EPT, deep": (1.0, 0.5, 2.0),
         "LoRA": (0.008, 0.004, 0.016, 0.002),
         "prompt tuning 20": (0.024, 0.012, 0.048),
     }
     common = dict[str, Any](task="tweets", seed=0) | GEMMA3
-    preset = GEMMA3_ARMS["EPT, deep"] | {"settings": DEEP | {"token_rank": 4, "deep_layers": 17}, "budget": 93_440}
     return [
         job(f"{arm} {rate:g}", **common | GEMMA3_ARMS[arm] | {"rate": rate})
         for arm, tried in rates.items()
         for rate in tried
-    ] + [job(f"EPT, deep q=4 {rate:g}", **common | preset | {"rate": rate}) for rate in (1.0, 0.5)]
+    ]
 
 
 def gemma3_final() -> list[Job]:
@@ -370,13 +364,13 @@ def gemma3_final() -> list[Job]:
 
 
 def _default_rates(common: Job, layers: int, budget: int) -> list[Job]:
-    """The default preset at its rates, half and a quarter of them: dev parts of two tasks, seeds of no final run."""
+    """The default preset at its rates, twice and half of them: dev parts of two tasks, seeds of no final run."""
     preset = {"method": "EPT", "settings": DEEP | {"deep_layers": layers}, "budget": budget}
     return [
         job(f"EPT, deep q=4 {rate:g}", **common | preset | {"task": task, "seed": seed, "rate": rate})
         for seed in (5, 6)
         for task in ("movies", "tweets")
-        for rate in (1.0, 0.5, 0.25)
+        for rate in (1.0, 0.5, 2.0)
     ]
 
 

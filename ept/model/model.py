@@ -412,6 +412,14 @@ class EPTModel(nn.Module):
 
     # ------------------------------------------------------------------ looking at it
 
+    @property
+    def layer_rate(self) -> float:
+        """The factor on the default learning rate of the active adapter's updates in the layers; 1 where it has none.
+
+        It is below 1 in backbones whose tokens differ little beside the size of their hidden states (docs/method.md).
+        """
+        return self._sites.rate if self._sites is not None and self.ept_config.has_deep_updates else 1.0
+
     def trainable_parameters(self) -> dict[str, int]:
         """Trained parameters by part, the head last."""
         parts = self.ept.parameters_by_part()

@@ -36,11 +36,11 @@ LOGGED_SHARE = 1 / 40
 EVAL_STEPS = 500  # transformers' default of both, which an evaluation keeps
 
 
-def _own_rate(part: str, what: str) -> Any:
-    """A part's own learning rate as a field of the arguments."""
+def _own_rate(part: str, what: str, but: str = "") -> Any:
+    """A part's own learning rate as a field of the arguments; `but` is an exception from its default, in words."""
     ratio = RATES[part] / LEARNING_RATE
     times = "learning_rate itself" if ratio == 1 else f"{ratio:g} times learning_rate"
-    return field(default=None, metadata={"help": f"Rate of {what}; by default {times}."})
+    return field(default=None, metadata={"help": f"Rate of {what}; by default {times}{but}."})
 
 
 @dataclass
@@ -48,7 +48,8 @@ class EPTArguments:
     """The learning rates of EPT's parts, mixed into transformers' arguments: in units of the embeddings' RMS, in the
     layers in units of the hidden states' size.
 
-    `learning_rate` moves all parts: each one's rate is a fixed multiple of it unless it is given.
+    `learning_rate` moves all parts: each one's rate is a fixed multiple of it unless it is given. That of the updates in the
+    layers is multiplied by the model's `layer_rate`, too.
     """
 
     learning_rate: float = field(
@@ -64,7 +65,9 @@ class EPTArguments:
     )
     down_learning_rate: float | None = _own_rate("down", "the tensors that feed them: A, U, D and the gate G")
     deep_learning_rate: float | None = _own_rate(
-        "deep", "D and W where every layer has its own (deep_layers), the first's among them"
+        "deep",
+        "D and W where every layer has its own (deep_layers), the first's among them",
+        ", less where a backbone's tokens differ little",
     )
     head_learning_rate: float | None = _own_rate("head", "a task head")
     include_num_input_tokens_seen: str = field(
@@ -98,9 +101,12 @@ class EPTArguments:
         args.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns without a GPU
         super().__post_init__()  # type: ignore[misc]  # of transformers' arguments, into which this is mixed
 
-    def rates(self) -> dict[str, float]:
-        """Each part's peak learning rate by its name: "prompt", "up", "down", "deep" and "head"."""
-        return _rates(self.learning_rate, {part: getattr(self, f"{part}_learning_rate") for part in RATES})
+    def rates(self, layer_rate: float = 1.0) -> dict[str, float]:
+        """Each part's peak learning rate by its name: "prompt", "up", "down", "deep" and "head".
+
+        `layer_rate`: of the model that is trained.
+        """
+        return _rates(self.learning_rate, {part: getattr(self, f"{part}_learning_rate") for part in RATES}, layer_rate)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Arguments that were pickled before `up_learning_rate` have its number in `learning_rate`.
@@ -110,10 +116,10 @@ class EPTArguments:
         self.__dict__.update(state)
 
 
-def _rates(learning_rate: float, given: dict[str, float | None]) -> dict[str, float]:
-    """Each part's rate: what is given for it, or its multiple of `learning_rate`."""
+def _rates(learning_rate: float, given: dict[str, float | None], layer_rate: float) -> dict[str, float]:
+    """Each part's rate: what is given for it, or its multiple of `learning_rate`, in the layers times `layer_rate`."""
     factor, rates = learning_rate / LEARNING_RATE, {}
-    for part, default in RATES.items():
+    for part, default in (RATES | {"deep": RATES["deep"] * layer_rate}).items():
         own = given[part]
         rates[part] = default * factor if own is None else own
     return rates
@@ -158,7 +164,7 @@ def parameter_groups(
         "prompt": prompt_learning_rate, "up": up_learning_rate, "down": down_learning_rate, "deep": deep_learning_rate,
         "head": head_learning_rate,
     }  # fmt: skip
-    rates = _rates(learning_rate, given)
+    rates = _rates(learning_rate, given, model.layer_rate)
     return [
         {"params": parameters, "lr": rates[name], "weight_decay": weight_decay if decays else 0.0, "parts": [name]}
         for name, decays, parameters in _groups(model)

@@ -98,7 +98,7 @@ class _EPTTrainerMixin(Trainer):
         if self.optimizer is None:
             model_here: Any = self.model  # not a PreTrainedModel, but asked for its modules alone
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model_here)
-            rates = {f"{part}_learning_rate": rate for part, rate in self.args.rates().items()}
+            rates = {f"{part}_learning_rate": rate for part, rate in self.args.rates(self.model.layer_rate).items()}
             groups = parameter_groups(self.model, **rates, weight_decay=self.args.weight_decay)
             self.optimizer = optimizer_class(merged(groups), **settings)
             for group in self.optimizer.param_groups:
@@ -109,7 +109,7 @@ class _EPTTrainerMixin(Trainer):
 
     def rates_in_words(self) -> str:
         """The peak learning rate of each part that is trained."""
-        rates = self.args.rates()
+        rates = self.args.rates(self.model.layer_rate)
         parts = [part for group in parameter_groups(self.model) for part in group["parts"]]
         return ", ".join(f"{part} {rates[part]:g}" for part in dict.fromkeys(parts))
 
