@@ -232,7 +232,8 @@ def test_updates_in_layers_learn_more_slowly_where_tokens_differ_little(tmp_path
     run = trainer(model, tmp_path, learning_rate=2 * LEARNING_RATE)
     rate_of = {group["parts"][0]: group["lr"] for group in run.create_optimizer().param_groups}
     assert rate_of["deep"] == pytest.approx(2 * LEARNING_RATE * model.layer_rate)
-    assert f"deep {2 * LEARNING_RATE * model.layer_rate:g}" in run.rates_in_words()
+    factor = f"{model.layer_rate:g}"
+    assert f"deep {2 * LEARNING_RATE * model.layer_rate:g} ({factor} times the usual" in run.rates_in_words()
     assert parameter_groups(model, deep_learning_rate=0.25)[1]["lr"] == 0.25  # what is given stands
     assert get_ept_model(base, EPTConfig.input_only()).layer_rate == 1.0
 

@@ -111,7 +111,10 @@ class _EPTTrainerMixin(Trainer):
         """The peak learning rate of each part that is trained."""
         rates = self.args.rates(self.model.layer_rate)
         parts = [part for group in parameter_groups(self.model) for part in group["parts"]]
-        return ", ".join(f"{part} {rates[part]:g}" for part in dict.fromkeys(parts))
+        words = {part: f"{part} {rates[part]:g}" for part in dict.fromkeys(parts)}
+        if self.model.layer_rate < 1 and self.args.deep_learning_rate is None:
+            words["deep"] += f" ({self.model.layer_rate:g} times the usual on this backbone)"
+        return ", ".join(words.values())
 
     def _get_learning_rate(self) -> float:
         """Returns `learning_rate` where its schedule is; transformers takes the first group's, which is the prompt's."""
