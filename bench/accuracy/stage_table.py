@@ -15,7 +15,7 @@ from .bootstrap import INTERVAL, Bootstrap, Record, Runs, by_arm, runs_by
 from .picture import COLOURS, Point, draw_scores
 from .study import RESULTS, read
 
-OTHER_FILES = ("final", "plain_start", "full_rate")  # whose arms may stand beside a stage's
+OTHER_FILES = ("final", "plain_start", "earlier_rates")  # whose arms may stand beside a stage's
 
 
 def _place(record: Record) -> tuple[str | None, str, int | None, int]:
@@ -75,7 +75,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="ARM",
-        help="arms of final, plain_start or full_rate, on the same rows and seeds",
+        help="arms of final, plain_start or earlier_rates, on the same rows and seeds",
     )
     options = parser.parse_args()
     records = _in_order(read(options.stage), options.stage)

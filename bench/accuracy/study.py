@@ -131,7 +131,7 @@ def run(job: Job, glue: Path | None = None) -> Job:
     if job["reads_test"]:
         result["predictions"] = encode_predictions(predictions)
     if isinstance(model, EPTModel):
-        result |= _look(model)
+        result |= {"layer_rate": model.layer_rate} | _look(model)
     return job | result | {"seconds": time.perf_counter() - started}
 
 
