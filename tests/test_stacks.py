@@ -58,6 +58,14 @@ def test_each_row_may_have_its_prompt_at_a_column_of_its_own(impl):
         torch.testing.assert_close(out[row], prompt_embed(**case, prompt_start=start, impl=impl)[row])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_positions_may_be_integers_of_any_width(dtype):
+    case = stack_case(5, **PLAIN | dict(text="positions"))
+    case["text_positions"].clamp_(min=0)
+    narrow = case | dict(text_positions=case["text_positions"].to(dtype))
+    assert torch.equal(run(narrow, "torch"), run(case, "torch"))
+
+
 def test_gradients_pass_gradcheck():
     case = stack_case(4, **PLAIN)
     case["prompt"] = case["prompt"].contiguous()

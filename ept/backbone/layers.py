@@ -61,7 +61,7 @@ class LayerSites:
     def rate(self) -> float:
         """The factor on the default learning rate of the updates in these layers: 1, or less where tokens differ little.
 
-        In tenths, at least 0.1, so that it does not depend on the dtype in which the backbone computes.
+        In tenths, so that the dtype in which the backbone computes seldom changes it, and at least 0.1.
         """
         return min(1.0, max(0.1, round(self.spreads.median().item() / USUAL_SPREAD, 1)))
 

@@ -307,6 +307,7 @@ def _record(options: TrainOptions, task: Task, model: EPTModel, max_length: int 
         "max_seq_length": max_length,
         "seed": options.training.seed,
         "trained_parameters": model.trainable_parameters(),
+        "layer_rate": model.layer_rate,
         "started_from": None if model.started_from is None else dataclasses.asdict(model.started_from),
         "versions": {
             "ept": __version__,

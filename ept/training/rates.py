@@ -55,8 +55,8 @@ class EPTArguments:
     learning_rate: float = field(
         default=LEARNING_RATE,
         metadata={
-            "help": "Moves every part's rate, each a fixed multiple of it unless it is given; of the updates in the layers "
-            "and a head it is the rate itself."
+            "help": "Moves every part's rate, each a fixed multiple of it unless it is given; of a head it is the rate itself, "
+            "and of the updates in the layers, too, unless the backbone's tokens differ little."
         },
     )
     prompt_learning_rate: float | None = _own_rate("prompt", "the short prompt P")
@@ -104,7 +104,7 @@ class EPTArguments:
     def rates(self, layer_rate: float = 1.0) -> dict[str, float]:
         """Each part's peak learning rate by its name: "prompt", "up", "down", "deep" and "head".
 
-        `layer_rate`: of the model that is trained.
+        `layer_rate`: of the model that is trained; without it, as on a backbone where that is 1.
         """
         return _rates(self.learning_rate, {part: getattr(self, f"{part}_learning_rate") for part in RATES}, layer_rate)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerState
@@ -98,7 +99,7 @@ class _EPTTrainerMixin(Trainer):
         if self.optimizer is None:
             model_here: Any = self.model  # not a PreTrainedModel, but asked for its modules alone
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model_here)
-            rates = {f"{part}_learning_rate": rate for part, rate in self.args.rates(self.model.layer_rate).items()}
+            rates = {f"{part}_learning_rate": rate for part, rate in self.args.rates(self._layer_rate()).items()}
             groups = parameter_groups(self.model, **rates, weight_decay=self.args.weight_decay)
             self.optimizer = optimizer_class(merged(groups), **settings)
             for group in self.optimizer.param_groups:
@@ -106,6 +107,13 @@ class _EPTTrainerMixin(Trainer):
             self._has_rates_by_part = True
             logger.info("learning rates: %s", self.rates_in_words())
         return self.optimizer
+
+    def _layer_rate(self) -> float:
+        """The model's `layer_rate` as the first process measured it, so that all processes step alike."""
+        found = [self.model.layer_rate]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found, from_process=0)
+        return found[0]
 
     def rates_in_words(self) -> str:
         """The peak learning rate of each part that is trained."""
@@ -324,10 +332,14 @@ class _EPTTrainerMixin(Trainer):
                     "go on as it was: train from the start"
                 )
         optimizer, schedule = self._optimizer_and_schedule()
+        before = _peaks(optimizer)
         state, schedule_state = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
         state, schedule_state = regrouped(state, schedule_state, optimizer.param_groups)
         load_optimizer_state(optimizer, state)
         schedule.load_state_dict(schedule_state)
+        changed = [f"{part} {peak:g}" for part, peak in _peaks(optimizer).items() if peak != before[part]]
+        if changed:
+            logger.warning("the checkpoint's learning rates go on, in place of those above: %s", ", ".join(changed))
 
     def _optimizer_and_schedule(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         if self.optimizer is None or self.lr_scheduler is None:
@@ -420,6 +432,12 @@ def _warn_of_failure(push: Future[Any]) -> None:
     error = push.exception()
     if error is not None:
         logger.warning("a checkpoint could not be uploaded: %s", error)
+
+
+def _peaks(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The peak learning rate of each part, where the optimiser notes it."""
+    noting = (group for group in optimizer.param_groups if "initial_lr" in group)
+    return {part: group["initial_lr"] for group in noting for part in group["parts"]}
 
 
 def _check_label_smoothing(model: EPTModel) -> None:

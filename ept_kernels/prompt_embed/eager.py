@@ -150,7 +150,7 @@ def _add_lowrank(
         own = F.pad(own.to(dtype), (0, 0, 0, length - count))
     else:
         # A row of zeros stands before each adapter's for padding, and one behind for positions that the update does not cover.
-        place = text_positions.clamp(-1, covered).add_(1)
+        place = text_positions.long().clamp(-1, covered).add_(1)  # narrow integers would wrap
         if stack.adapter_index is not None:
             place = torch.add(place, stack.adapter_index.unsqueeze(1), alpha=covered + 2)
         own = F.embedding(place, F.pad(rows, (0, 0, 1, 1)).flatten(0, 1)).to(dtype)
