@@ -329,7 +329,7 @@ def glue() -> list[Job]:
 
 # Gemma 3 270M, as SmolLM2: with q = 2 EPT has 47,360 parameters, LoRA r = 1 on query and value 46,080.
 GEMMA3 = SMOLLM2 | {"backbone": "gemma3", "budget": 47_360}
-GEMMA3_ARMS: dict[str, dict[str, Any]] = {  # EPT's rate is its default, LoRA's the one that `gemma3` chose
+GEMMA3_ARMS: dict[str, dict[str, Any]] = {  # EPT's default, LoRA's as `gemma3` chose, prompt tuning's is SmolLM2's
     "EPT, deep": {"method": "EPT", "rate": 1.0, "settings": DEEP | {"token_rank": 2, "deep_layers": 17}},
     "LoRA": {"method": "LoRA", "rate": 0.004},
     "prompt tuning 20": {"method": "prompt tuning 20", "rate": 0.024},
