@@ -235,9 +235,6 @@ def test_updates_in_layers_learn_more_slowly_where_tokens_differ_little(tmp_path
     sizes = base(input_ids=torch.arange(3, 99, 3).unsqueeze(0), output_hidden_states=True).hidden_states[1:-1]
     spread = torch.stack([(h - h.mean(1, keepdim=True)).norm() / h.norm() for h in sizes]).median().item()
     assert model.layer_rate == pytest.approx(spread / 0.88, abs=0.1) and model.layer_rate < 0.4
-    narrow = get_ept_model(copy.deepcopy(base), EPTConfig(token_rank=2)).layer_rate  # half as many rows of W move
-    assert narrow == pytest.approx(2 * spread / 0.88, abs=0.15) and narrow > model.layer_rate
-    assert get_ept_model(copy.deepcopy(base), EPTConfig(token_rank=8)).layer_rate == model.layer_rate
     run = trainer(model, tmp_path, learning_rate=2 * LEARNING_RATE)
     rate_of = {group["parts"][0]: group["lr"] for group in run.create_optimizer().param_groups}
     assert rate_of["deep"] == pytest.approx(2 * LEARNING_RATE * model.layer_rate)

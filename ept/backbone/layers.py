@@ -25,8 +25,7 @@ __all__ = [
 PROBE_TOKENS = 32
 PROBE_VOCABULARY = 5000
 OUTLIER_SIZE = 3.0  # of a token, in units of h; none of MiniLM's in the trial is as large
-# MiniLM's, and the hidden units with which the rates were found there; SmolLM2's spread is 0.58, Gemma 3's 0.25
-USUAL_SPREAD, USUAL_RANK = 0.88, 4
+USUAL_SPREAD = 0.88  # MiniLM's, on which the rates were found; SmolLM2's is 0.58, Gemma 3's 0.25
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,13 @@ class LayerSites:
     outliers: Tensor
     spreads: Tensor
 
-    def rate(self, token_rank: int) -> float:
-        """The factor on the default learning rate of updates of q hidden units here: 1, or less where tokens differ little.
+    @property
+    def rate(self) -> float:
+        """The factor on the default learning rate of the updates in these layers: 1, or less where tokens differ little.
 
-        A step of Adam moves every row of W, so that fewer units move the hidden states less.
         In tenths, so that the dtype in which the backbone computes seldom changes it, and at least 0.1.
         """
-        share = self.spreads.median().item() / USUAL_SPREAD * max(1.0, USUAL_RANK / token_rank)
-        return min(1.0, max(0.1, round(share, 1)))
+        return min(1.0, max(0.1, round(self.spreads.median().item() / USUAL_SPREAD, 1)))
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """The modules of the list, in order."""

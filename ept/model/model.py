@@ -418,9 +418,7 @@ class EPTModel(nn.Module):
 
         It is below 1 in backbones whose tokens differ little beside the size of their hidden states (docs/method.md).
         """
-        if self._sites is None or not self.ept_config.has_deep_updates:
-            return 1.0
-        return self._sites.rate(self.ept_config.token_rank)
+        return self._sites.rate if self._sites is not None and self.ept_config.has_deep_updates else 1.0
 
     def trainable_parameters(self) -> dict[str, int]:
         """Trained parameters by part, the head last."""
