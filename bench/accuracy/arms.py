@@ -205,6 +205,26 @@ SMOLLM2_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `smollm2
 }
 
 
+def _searched(shape: Job, arms: dict[str, dict[str, Any]], rates: dict[str, tuple[float, ...]]) -> list[Job]:
+    """A language model's arms at each of their rates, on the dev part of tweets at one seed."""
+    common = dict[str, Any](task="tweets", seed=0) | shape
+    return [
+        job(f"{arm} {rate:g}", **common | arms[arm] | {"rate": rate}) for arm, tried in rates.items() for rate in tried
+    ]
+
+
+def _finals(shape: Job, arms: dict[str, dict[str, Any]]) -> list[Job]:
+    """A language model's arms on the test parts of two tasks: five seeds of what is compared, one of the others."""
+    common = dict[str, Any](reads_test=True) | shape
+    return [
+        job(arm, **common | told | {"task": task, "seed": seed})
+        for seed in range(5)
+        for task in ("tweets", "movies")
+        for arm, told in arms.items()
+        if seed == 0 or arm in ("LoRA", "EPT, deep")
+    ]
+
+
 def smollm2() -> list[Job]:
     """Learning rates of other methods on the dev part of tweets: three, and more beyond the end where the best stood.
 
@@ -216,25 +236,14 @@ def smollm2() -> list[Job]:
         "LoRA": (0.001, 0.0005, 0.002, 0.004, 0.008, 0.016),
         "prompt tuning 20": (0.012, 0.006, 0.024, 0.048),
     }
-    common = dict[str, Any](task="tweets", seed=0) | SMOLLM2
     slow_w = SMOLLM2_ARMS["EPT, half"] | {"rate": 1.0, "rates": {"learning_rate": 0.0045}}
-    return [
-        job(f"{arm} {rate:g}", **common | SMOLLM2_ARMS[arm] | {"rate": rate})
-        for arm, tried in rates.items()
-        for rate in tried
-    ] + [job("EPT, half, W 0.25", **common | slow_w)]
+    alone = job("EPT, half, W 0.25", **dict[str, Any](task="tweets", seed=0) | SMOLLM2 | slow_w)
+    return [*_searched(SMOLLM2, SMOLLM2_ARMS, rates), alone]
 
 
 def smollm2_final() -> list[Job]:
-    """The test parts of two tasks, at the best rates: five seeds of what is compared, one of the others."""
-    common = dict[str, Any](reads_test=True) | SMOLLM2
-    return [
-        job(arm, **common | told | {"task": task, "seed": seed})
-        for seed in range(5)
-        for task in ("tweets", "movies")
-        for arm, told in SMOLLM2_ARMS.items()
-        if seed == 0 or arm in ("LoRA", "EPT, deep")
-    ]
+    """The test parts on SmolLM2-135M."""
+    return _finals(SMOLLM2, SMOLLM2_ARMS)
 
 
 # The paper's parts beside prompt tuning at equal parameters: budget 20 rows, 1,000 steps of 8 rows of at most 32 tokens.
@@ -343,24 +352,12 @@ def gemma3() -> list[Job]:
         "LoRA": (0.008, 0.004, 0.016, 0.002),
         "prompt tuning 20": (0.024, 0.012, 0.048),
     }
-    common = dict[str, Any](task="tweets", seed=0) | GEMMA3
-    return [
-        job(f"{arm} {rate:g}", **common | GEMMA3_ARMS[arm] | {"rate": rate})
-        for arm, tried in rates.items()
-        for rate in tried
-    ]
+    return _searched(GEMMA3, GEMMA3_ARMS, rates)
 
 
 def gemma3_final() -> list[Job]:
-    """The test parts of two tasks, as `smollm2_final`."""
-    common = dict[str, Any](reads_test=True) | GEMMA3
-    return [
-        job(arm, **common | told | {"task": task, "seed": seed})
-        for seed in range(5)
-        for task in ("tweets", "movies")
-        for arm, told in GEMMA3_ARMS.items()
-        if seed == 0 or arm in ("LoRA", "EPT, deep")
-    ]
+    """The test parts on Gemma 3 270M."""
+    return _finals(GEMMA3, GEMMA3_ARMS)
 
 
 def _default_rates(common: Job, layers: int, budget: int) -> list[Job]:

@@ -16,7 +16,7 @@ from ept.layer.base import AdapterLayer, PromptShape
 from ept.layer.constants import Constants, LayerUpdates
 from ept.model.columns import Places, source_columns
 from ept.model.stacks import Stack, Stacks
-from ept_kernels.common.checks import has_readable_values
+from ept_kernels.common.checks import has_readable_values, value_range
 
 __all__ = ["Member", "OneAdapter", "Routing", "SeveralAdapters", "TextSteps", "route"]
 
@@ -362,7 +362,10 @@ def _check_numbers(adapter_ids: Tensor, batch: int, names: list[str]) -> None:
         raise TypeError(f"adapter_ids must hold integers, int64 or int32, or be names, not {adapter_ids.dtype}")
     if adapter_ids.shape != (batch,) or not batch:
         raise ValueError(f"adapter_ids must be [batch], one number per row of {batch}, not {tuple(adapter_ids.shape)}")
-    if has_readable_values(adapter_ids) and not 0 <= int(adapter_ids.min()) <= int(adapter_ids.max()) < len(names):
-        raise ValueError(
-            f"adapter_ids holds {adapter_ids.tolist()}, but adapters are 0 … {len(names) - 1}: their places in list_adapters()"
-        )
+    if has_readable_values(adapter_ids):
+        low, high = value_range(adapter_ids)
+        if low < 0 or high >= len(names):
+            raise ValueError(
+                f"adapter_ids holds {adapter_ids.tolist()}, but adapters are 0 … {len(names) - 1}: "
+                "their places in list_adapters()"
+            )

@@ -213,10 +213,7 @@ def prompt_embed_by_row(text: Text, stack: Stack, settings: Settings, call: Call
     if call is None or not call.contiguous:
         text = _row_major(text)
         prompt, *others = stack
-        if prompt.stride()[1:] != (
-            prompt.shape[2],
-            1,
-        ):  # the first or last rows of a longer stack are taken as they are
+        if prompt.stride()[1:] != (prompt.shape[2], 1):  # a longer stack's first or last rows are taken as they are
             prompt = prompt.contiguous()
         stack = Stack(prompt, *(None if t is None else t.contiguous() for t in others))
     if call is None:
