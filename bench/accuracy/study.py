@@ -8,6 +8,7 @@ interrupted goes on. `--minutes` starts no run after that time.
 
 import argparse
 import base64
+import functools
 import json
 import statistics
 import time
@@ -38,7 +39,7 @@ from ept.training import gate_health
 from ..quiet import quiet
 from ..text.language_models import language_model
 from ..text.real_text import GLUE_TASKS, Task, load_task, minilm
-from ..text.rows import fit, load, predict, score
+from ..text.rows import fit, load, predict, score, tokenizer_of
 from ..text.written import collator_of, judge, text_loss, written_rows
 from .arms import STAGES
 
@@ -89,6 +90,7 @@ def run(job: Job, glue: Path | None = None) -> Job:
     max_length, dtype = job.get("max_length", MAX_LENGTH), fast_dtype(job["dtype"])
     task, tokenizer, parts = load(job["task"], max_length, backbone, glue)
     if is_written:
+        before = _other_text_loss(backbone, dtype)
         parts = {part: written_rows(task, part, tokenizer, max_length) for part in parts}
     rows = parts["train"]
     if job["rows"] < len(rows):
@@ -118,10 +120,9 @@ def run(job: Job, glue: Path | None = None) -> Job:
     }
     if collate is not None:
         written = judge(model, parts[part], collate, task, part)
-        others = load_task("news").texts["dev"][:OTHER_TEXTS]
         result |= {
             "score": written.score, "exact_match": written.exact_match, "answer_loss": written.answer_loss,
-            "other_text_loss": text_loss(model, tokenizer, others, MAX_LENGTH),
+            "other_text_loss": text_loss(model, tokenizer, _other_texts(), MAX_LENGTH), "other_text_loss_before": before,
         }  # fmt: skip
         predictions = np.asarray(written.chosen)
     else:
@@ -170,6 +171,17 @@ def _language_model(name: str, task: Task | None, tokenizer: PreTrainedTokenizer
         )
     base.config.pad_token_id = tokenizer.pad_token_id
     return base
+
+
+def _other_texts() -> list[str]:
+    return load_task("news").texts["dev"][:OTHER_TEXTS]
+
+
+@functools.cache
+def _other_text_loss(name: str, dtype: str) -> float:
+    """What a frozen language model makes of other texts."""
+    tokenizer = tokenizer_of(name)
+    return text_loss(_language_model(name, None, tokenizer, dtype), tokenizer, _other_texts(), MAX_LENGTH)
 
 
 @torch.no_grad()
