@@ -383,8 +383,15 @@ def gemma3_rates() -> list[Job]:
 
 
 def smollm2_rates() -> list[Job]:
-    """The default preset's rates on SmolLM2-135M."""
-    return _default_rates(SMOLLM2, SMOLLM2_DEFAULT)
+    """The default preset's rates on SmolLM2-135M; two more seeds at its own and at MiniLM's, since they lie close."""
+    two = {"EPT, deep q=4 1": {}, "EPT, deep q=4, full rate, 1": {"rates": {"deep_learning_rate": 0.005}}}
+    more = [
+        job(arm, **SMOLLM2 | SMOLLM2_DEFAULT | told | {"method": "EPT", "rate": 1.0, "task": task, "seed": seed})
+        for seed in (7, 8)
+        for task in ("movies", "tweets")
+        for arm, told in two.items()
+    ]
+    return [*_default_rates(SMOLLM2, SMOLLM2_DEFAULT), *more]
 
 
 # GLUE's tasks as text that SmolLM2-135M writes: rows of at most 32 tokens, the default preset beside LoRA r = 2.

@@ -1,10 +1,11 @@
 """A stage's table, from lines alone: python -m bench.accuracy.stage_table STAGE [--glue DIRECTORY] [--beside ARM …]
 
 Writes bench/results/accuracy/STAGE.md: each arm's scores by task and, where the stage read the test parts, the differences
-from the first arm with their 95 % intervals, and STAGE.png.
+of the first arm and of EPT's others from the arms behind them with their 95 % intervals, and STAGE.png.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,22 @@ def score_rows(runs: Mapping[str, Runs], stage: str) -> list[str]:
         trained = max(record["trained_parameters"] for own in by_task.values() for record in own.values())
         lines.append(f"| {arm} | {trained:,} | {' | '.join(cells)} |")
     return lines
+
+
+def written_rows(runs: Mapping[str, Runs]) -> list[str]:
+    """What language models wrote: means over seeds. What is forgotten is the rise of the loss on other text."""
+    lines = [
+        "| written | task | exact match | loss of the answers | loss on other text: before | rise | s/step |",
+        "|---" * 7 + "|",
+    ]
+    for arm, by_task in runs.items():
+        for task, own in by_task.items():
+            names = ("exact_match", "answer_loss", "other_text_loss_before", "other_text_loss", "step_seconds")
+            exact, loss, before, after, seconds = (statistics.mean(run[name] for run in own.values()) for name in names)
+            lines.append(
+                f"| {arm} | {task} | {exact:.3f} | {loss:.3f} | {before:.3f} | {after - before:+.3f} | {seconds:.2f} |"
+            )
+    return [*lines, ""]
 
 
 def _cell(scores: list[float]) -> str:
@@ -86,6 +103,8 @@ def main() -> None:
     records += [r for r in others_there if r["arm"] in options.beside and _place(r) in places]
     runs = runs_by(records, by_arm)
     lines = [*score_rows(runs, options.stage), ""]
+    if all("answer_loss" in record for record in records):
+        lines += written_rows(runs)
     first, *others = runs
     if all("predictions" in record for record in records) and others:
         tasks = {name: load_task(name, options.glue) for name in sorted({record["task"] for record in records})}
@@ -94,8 +113,10 @@ def main() -> None:
             "|---|---|---|---|",
         ]
         bootstrap = Bootstrap(tasks, options.draws)
-        for other in others:
-            lines.append(f"| {first} − {other} | {bootstrap.difference(runs[first], runs[other])} |")
+        own = [first, *(arm for arm in others if arm.startswith("EPT") and arm not in options.beside)]
+        for arm, other in itertools.combinations(runs, 2):
+            if arm in own:
+                lines.append(f"| {arm} − {other} | {bootstrap.difference(runs[arm], runs[other])} |")
         lines.append("")
         picture(runs, options.stage, tasks, bootstrap)
     common = {"steps", "batch_size", "max_length", "rows", "budget", "backbone"}
