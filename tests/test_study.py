@@ -67,7 +67,7 @@ def test_a_stage_with_tasks_of_glue_asks_for_their_directory_and_a_missing_model
     monkeypatch.setattr(study, "read", lambda stage: [])
     monkeypatch.setattr(study, "load_task", lambda name, glue: None)
     monkeypatch.setattr(language_models, "cache", lambda: language_models.Path("absent"))
-    assert "gguf is not installed: pip install 'ept[bench-lm]'" in refused(["gemma3"])
+    assert "gguf is not installed: pip install -e '.[bench-lm]'" in refused(["gemma3"])
 
 
 def written_task():

