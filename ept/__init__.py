@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ept.backbone.heads import MeanPoolingForSequenceClassification
 from ept.config import EPTConfig
 from ept.layer.layer import EPTLayer, decompose
-from ept.model.fresh import get_ept_model
+from ept.model.fresh import config_for_budget, get_ept_model
 from ept.model.model import EPTModel
 from ept.peft_format import from_peft, read_soft_prompt, save_peft
 from ept.pretrained import AutoEPTModel
@@ -36,6 +36,7 @@ __all__ = [
     "EPTTrainingArguments",
     "MeanPoolingForSequenceClassification",
     "__version__",
+    "config_for_budget",
     "decompose",
     "from_peft",
     "get_ept_model",

@@ -9,7 +9,7 @@ from typing import Any
 from ept.parts import PARTS
 from ept_kernels import ACTIVATIONS, IMPLEMENTATIONS
 
-__all__ = ["PRESETS", "EPTConfig"]
+__all__ = ["PRESETS", "EPTConfig", "check_choice"]
 
 INITS = ("vocab", "text", "normal", "decompose")  # of the prompt
 
@@ -105,9 +105,9 @@ class EPTConfig:
                 f"rank={self.rank} is larger than max_text_length={self.max_text_length}: the low-rank pair cannot "
                 "have a higher rank than it has rows; lower rank"
             )
-        _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_choice("init", self.init, (*INITS, "adapters"))
-        _check_choice("impl", self.impl, IMPLEMENTATIONS)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("init", self.init, (*INITS, "adapters"))
+        check_choice("impl", self.impl, IMPLEMENTATIONS)
         if self.init_text is not None and not isinstance(self.init_text, str):
             raise TypeError(f"init_text={self.init_text!r} must be a string")
         if self.deep_layers and not self.has_token_update:
@@ -225,7 +225,10 @@ class EPTConfig:
     def for_budget(
         cls, parameters: int, embed_dim: int, *, layer_dim: int | None = None, preset: str = "paper", **settings: Any
     ) -> "EPTConfig":
-        """The sizes that fill a budget of trained parameters exactly or just below.
+        """The sizes that fill a budget of trained parameters exactly or just below, from widths alone.
+
+        `ept.config_for_budget` asks a model for them and fills the default preset. Here the paper's is taken where none
+        is named, since it needs no number of layers.
 
         Args:
             parameters: the budget, without a task head.
@@ -243,7 +246,7 @@ class EPTConfig:
             ValueError: the budget is too small, or the given sizes already exceed it; or how many layers have updates
                 is left to a backbone.
         """
-        _check_choice("preset", preset, PRESETS)
+        check_choice("preset", preset, PRESETS)
         widths = embed_dim, embed_dim if layer_dim is None else layer_dim
         for name, value in (("parameters", parameters), ("embed_dim", embed_dim), ("layer_dim", widths[1])):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -291,7 +294,7 @@ def _is_positive(value: float) -> bool:
     return value > 0 and math.isfinite(value)
 
 
-def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 

@@ -264,6 +264,16 @@ def test_a_budget_counts_them(preset, given):
             EPTConfig.for_budget(38_400, 384, preset=left_open)
 
 
+def test_a_models_budget_is_filled_by_the_default_preset():
+    model = backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4)
+    config = config_for_budget(model, 64 + 8 * 32 * 2)  # the prompt, and two hidden units in each of four layers
+    assert config == EPTConfig(token_rank=2, deep_layers=3)
+    assert sum(get_ept_model(model, config).trainable_parameters().values()) == 64 + 8 * 32 * 2
+    assert config_for_budget(model, 2_000, preset="paper", max_text_length=16).rank > 0
+    with pytest.raises(ValueError, match="preset='large' is unknown: choose one of 'default'"):
+        config_for_budget(model, 2_000, preset="large")
+
+
 def test_the_preset_has_them_in_all_layers():
     model = get_ept_model(backbone("llama", hf.AutoModelForCausalLM, num_hidden_layers=4), EPTConfig.deep())
     assert model.ept_config.deep_layers == 3
@@ -295,7 +305,7 @@ def test_without_layers_the_default_falls_back_to_the_input_and_says_so_once(cap
     changed = dict(prompt_length=7, num_spaces=2, token_dropout=0.1)
     assert settings_of(EPTConfig(**changed)) == EPTConfig.input_only(**changed)
     caplog.clear()
-    config = config_for_budget(one_layer(), 2_000, preset="default", prompt_length=3)
+    config = config_for_budget(one_layer(), 2_000, prompt_length=3)
     assert config == EPTConfig.for_budget(2_000, 32, preset="input", prompt_length=3) and len(caplog.records) == 1
     with pytest.raises(ValueError, match=r"no layers after the first.*input_only"):
         get_ept_model(one_layer(), EPTConfig.deep())

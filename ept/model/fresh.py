@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ept.backbone.embeddings import embedding_width
 from ept.backbone.layers import find_layers, look_for_layers
-from ept.config import PRESETS, EPTConfig
+from ept.config import PRESETS, EPTConfig, check_choice
 from ept.layer.layer import EPTLayer
 from ept.model.adapters import warn_of_input_only
 from ept.model.files import AdapterFiles
@@ -18,12 +18,24 @@ from ept.model.start_values import init_prompt
 from ept.model.transfer import Source, Suitability, start_from
 
 
-def config_for_budget(model: PreTrainedModel, parameters: int, *, preset: str, **settings: Any) -> EPTConfig:
-    """`EPTConfig.for_budget` for a backbone, which says how wide it is and how many layers have updates.
+def config_for_budget(
+    model: PreTrainedModel, parameters: int, *, preset: str = "default", **settings: Any
+) -> EPTConfig:
+    """A preset's sizes that fill a budget of trained parameters on a backbone exactly or just below.
 
-    Where the preset "default" leaves the layers to the backbone and it cannot have updates there, the budget is
-    that of the preset "input", with a warning.
+    It is `EPTConfig.for_budget` with what the backbone says: how wide it is and how many layers have updates. Where the
+    default preset finds no such layers, the sizes are those of the preset "input", with a warning.
+
+    Args:
+        parameters: the budget, without a task head.
+        preset: "default", "deep", "input" or "paper".
+        settings: any field of EPTConfig; a size given here is kept and the others fill the rest.
+
+    Raises:
+        ValueError: the budget is too small, or the given sizes exceed it; an unknown preset; or "deep" on a backbone
+            whose layers cannot be found.
     """
+    check_choice("preset", preset, PRESETS)
     layer_dim, deep_layers = None, settings.get("deep_layers", PRESETS[preset]().deep_layers)
     if deep_layers is None and (settings.get("token_rank") == 0 or settings.get("token_update") is False):
         deep_layers = 0
