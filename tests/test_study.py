@@ -123,7 +123,12 @@ def test_a_stages_table_has_every_arm_and_the_differences_from_the_first(tmp_pat
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(stage_table, "RESULTS", tmp_path)
     monkeypatch.setattr(stage_table, "load_task", lambda name, glue: task)
-    monkeypatch.setattr(sys, "argv", ["stage_table", "paper_search", "--draws", "200"])
+    arguments = ["stage_table", "paper_search", "--draws", "200"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        stage_table.main()
+    assert "give the directory of its files (--glue DIRECTORY)" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*arguments, "--glue", str(tmp_path)])
     stage_table.main()
     table = (tmp_path / "paper_search.md").read_text()
     assert "| EPT | 1,200 | 0.9000 ± 0.0000 (3 seeds) |" in table and "| LoRA | 1,200 | 0.8000" in table

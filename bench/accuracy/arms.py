@@ -117,6 +117,19 @@ def rates() -> list[Job]:
     ]
 
 
+def few_steps() -> list[Job]:
+    """Whether 40 steps want higher rates: dev parts of two tasks, two seeds of no final run."""
+    arms = {"EPT, deep": ({"method": "EPT", "settings": DEEP}, (1.0, 2.0, 4.0))}
+    arms["LoRA r=2"] = ({"method": "LoRA", "budget": 18_432}, (0.005, 0.01, 0.02))
+    return [
+        job(f"{arm}, 40 steps {rate:g}", **told | dict[str, Any](task=task, rows=2000, seed=seed, rate=rate, steps=40))
+        for seed in (5, 6)
+        for task in ("movies", "tweets")
+        for arm, (told, tried) in arms.items()
+        for rate in tried
+    ]
+
+
 # Arm -> method and what it is built with; the rates are those that `search` chose.
 ARMS: dict[str, dict[str, Any]] = {
     "EPT": {"method": "EPT", "rate": 1.0, "settings": DROPOUT},
@@ -429,6 +442,6 @@ STAGES = {
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
     "smollm2_final": smollm2_final, "paper_search": paper_search, "paper_final": paper_final, "lora_all_final": lora_all_final,
     "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final,
-    "gemma3_rates": gemma3_rates, "smollm2_rates": smollm2_rates, "glue": glue,
+    "gemma3_rates": gemma3_rates, "smollm2_rates": smollm2_rates, "glue": glue, "few_steps": few_steps,
     "written_search": written_search, "written": written,
 }  # fmt: skip
