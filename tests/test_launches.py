@@ -1,10 +1,11 @@
 """How many operations a call adds to the bare model's, and that none waits for the device: counted where no GPU is.
 
-The kernels' launchers are replaced by torch, so that impl="auto" takes the operators on a CPU: each is one launch on a GPU.
-Values are not read, as on a GPU.
+The kernels' launchers are replaced by torch, so that impl="auto" takes the operators on a CPU. How many launches an operator
+is, tests/test_repeat.py counts: one forward, at most two backward. Values are not read, as on a GPU.
 """
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from ept_kernels import availability
 
 # What moves no data and launches nothing.
 VIEWS = {
-    "_unsafe_view", "alias", "as_strided", "detach", "empty", "expand", "narrow", "new_empty", "permute", "reshape", "select",
+    "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "expand", "narrow", "new_empty", "permute", "reshape", "select",
     "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias",
     "lift_fresh",
 }  # fmt: skip
@@ -57,7 +58,10 @@ def waits(names):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The operators of the kernels in place of torch's operations, and no value that can be read without a wait."""
+    """The operators of the kernels in place of torch's operations, and no value that can be read without a wait.
+
+    Gradients are of the right shapes and hold anything.
+    """
     from ept_kernels.layer_update import checks as layer_checks
     from ept_kernels.layer_update import eager as layer_eager
     from ept_kernels.layer_update import triton_op as layer_op
@@ -87,11 +91,19 @@ def as_on_a_gpu(monkeypatch):
         out = layer_eager.layer_update(hidden, down, up, scale, settings.activation, index)
         return layer_op.triton_forward.empty_results(tensors, save)._replace(out=out)
 
+    def embed_backward(grad_out, grad_gate, text, weights, kept, settings, input_grad):
+        return triton_op.triton_backward.empty_grads(text, weights, input_grad)
+
+    def update_backward(grad_out, tensors, z, settings, *wanted):
+        return layer_op.triton_backward.empty_grads(tensors, *wanted)
+
     empty_embed = triton_op.triton_forward.empty_results
     monkeypatch.setattr(availability, "_resolved", lambda impl, device: "triton" if impl == "auto" else impl)
     monkeypatch.setattr(triton_op.triton_forward, "forward", embed)
     monkeypatch.setattr(triton_op.triton_by_row, "forward", embed_by_row)
+    monkeypatch.setattr(triton_op.triton_backward, "backward", embed_backward)
     monkeypatch.setattr(layer_op.triton_forward, "forward", update)
+    monkeypatch.setattr(layer_op.triton_backward, "backward", update_backward)
     monkeypatch.setattr(columns_op.triton_forward, "forward", columns_eager.prompt_columns)
     for operators in (triton_op, layer_op, columns_op):
         monkeypatch.setattr(operators, "repeat", lambda call, key, function, tensors: function(*tensors))
@@ -214,6 +226,66 @@ def test_padding_on_the_left_takes_two_launches_and_no_wait(as_on_a_gpu, preset)
     for row, tokens in enumerate(text):
         alone = model(tokens[mask[row] == 1][None]).logits[0]
         torch.testing.assert_close(logits[row][mask[row] == 1], alone, rtol=1e-4, atol=1e-5)
+
+
+# An encoder's mask: where each row's prompt stands, from the padding on the right, and the columns in their new order.
+MASK_COLUMNS = {"bitwise_not": 1, "cat": 1, "gather": 2, "ne": 1, "new_full": 1, "sort": 1}
+TRAINED = {  # the model of so many layers, the labels of its text, and what the input stage launches before `prompt_embed`
+    "bert": (
+        lambda layers: backbone("bert", SEQ, num_labels=3, num_hidden_layers=layers),
+        lambda text: torch.tensor([0, 1, 2]),
+        MASK_COLUMNS,
+    ),
+    "llama": (lambda layers: backbone("llama", LM, num_hidden_layers=layers), lambda text: text, {"prompt_columns": 1}),
+    "t5": (
+        lambda layers: backbone("t5", hf.AutoModelForSeq2SeqLM, num_layers=layers, num_decoder_layers=2),
+        lambda text: ids(len(text), 2),
+        MASK_COLUMNS,
+    ),
+}
+
+
+@pytest.mark.parametrize("updates", [2, 5])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_step_adds_one_operator_each_way_for_each_layer_and_a_few_for_all(as_on_a_gpu, name, updates):
+    make, labels_of, before_embed = TRAINED[name]
+    model = wrapped(make(updates + 1), EPTConfig()).train()  # the first layer's is the input stage's
+    text, mask = padded([ids(1, n, seed=n) for n in (4, 9, 6)], "left" if name == "llama" else "right")
+    forward, backward = operations_of_a_step(lambda: model(text, mask, labels=labels_of(text)).loss)
+    model.zero_grad()
+    floor = inputs_of_the_floor(model, text, labels_of(text))
+    with model.disable_adapter():
+        floor_forward, floor_backward = operations_of_a_step(lambda: model.base_model(**floor).loss)
+    scaled = {"div": 1, "mul": 1}  # D/h and W·h, of all layers at once
+    assert more(forward, floor_forward) == {"layer_update": updates, "prompt_embed": 1} | before_embed | scaled
+    assert more(backward, floor_backward) == {
+        "layer_update_backward": updates, "prompt_embed_backward": 1, "stack": 2,  # the gradients of all layers' D and W
+    } | scaled  # fmt: skip
+
+
+def operations_of_a_step(loss_of):
+    with Operations() as forward:
+        loss = loss_of()
+    with Operations() as backward:
+        loss.backward()
+    return Counter(forward.names), Counter(backward.names)
+
+
+def inputs_of_the_floor(model, text, labels):
+    """What the bare backbone gets: ready-made embeddings of EPT's columns that ask for their gradient."""
+    rows, columns = len(text), text.shape[1] + model.ept_config.prompt_length
+    embeds = torch.zeros(rows, columns, model.config.hidden_size, requires_grad=True)
+    mask = torch.ones(rows, columns, dtype=torch.int64)
+    mask[0, 0] = 0  # padding somewhere
+    inputs = dict(inputs_embeds=embeds, attention_mask=mask, labels=labels)
+    if labels is text:  # a causal model's
+        inputs |= dict(labels=torch.zeros(rows, columns, dtype=torch.int64), position_ids=mask)
+    return inputs
+
+
+def more(counted, floor):
+    """What was counted beyond the floor, and, with a minus, what the floor has beyond that."""
+    return {name: counted[name] - floor[name] for name in counted | floor if counted[name] != floor[name]}
 
 
 @pytest.mark.parametrize("fold", [False, True])

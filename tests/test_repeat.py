@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_compiler import compiling_for
+from test_launches import Operations
 
 triton = pytest.importorskip("triton")
 from ept_kernels import layer_update, prompt_columns, prompt_embed  # noqa: E402
 from ept_kernels.layer_update import triton_backward as layer_backward  # noqa: E402
 from ept_kernels.layer_update import triton_forward as layer_forward  # noqa: E402
+from ept_kernels.layer_update import triton_op as layer_op  # noqa: E402
 from ept_kernels.prompt_columns import triton_forward as columns_forward  # noqa: E402
-from ept_kernels.prompt_embed import triton_backward, triton_by_row, triton_forward  # noqa: E402
+from ept_kernels.prompt_columns import triton_op as columns_op  # noqa: E402
+from ept_kernels.prompt_embed import triton_backward, triton_by_row, triton_forward, triton_op  # noqa: E402
 
 KERNELS = [
     triton_by_row.by_row_kernel, columns_forward.columns_kernel,
@@ -75,10 +78,18 @@ def prompt_alone():
     return [ids, table, prompt], lambda: prompt_embed(ids, None, table, prompt, *[None] * 5, scale=1.0, impl="triton")
 
 
-def layer(index=None):
+def default_preset():
+    ids, mask, table = torch.randint(10, (2, 6)), torch.ones(2, 6).long(), torch.randn(10, 32).bfloat16()
+    prompt, down, up = weight(3, 32), weight(4, 32), weight(4, 32)
+    tokens = {"token_down": down, "token_up": up}
+    inputs = [ids, mask, table, prompt, down, up]
+    return inputs, lambda: prompt_embed(ids, mask, table, prompt, *[None] * 5, scale=1.0, impl="triton", **tokens)
+
+
+def layer(index=None, trained=True):
     stack = () if index is None else (3,)
-    hidden, down = torch.randn(2, 5, 32).bfloat16().requires_grad_(), weight(*stack, 4, 32)
-    up = weight(*stack, 4, 32)
+    hidden = torch.randn(2, 5, 32).bfloat16().requires_grad_()
+    down, up = (weight(*stack, 4, 32).requires_grad_(trained) for _ in range(2))
     inputs = [hidden, down, up] + ([] if index is None else [index])
     return inputs, lambda: layer_update(hidden, down, up, hidden_scale=2.0, adapter_index=index, impl="triton")
 
@@ -139,13 +150,49 @@ CASES = {
     "all parts": all_parts,
     "a mask of bools": lambda: all_parts(torch.bool),
     "the prompt alone": prompt_alone,
+    "the default preset": default_preset,
     "a layer": layer,
+    "a layer whose D and W are constants": lambda: layer(trained=False),
     "several adapters": lambda: layer(index=torch.tensor([0, 2])),
     "a stack": stack,
     "a stack of parts of prompts": lambda: stack(part_of_prompts=True),
     "columns": columns,
     "columns of a mask of bools": lambda: columns(torch.bool),
 }
+
+
+LAUNCHES = {  # forward, backward
+    "all parts": (1, 2),
+    "a mask of bools": (1, 2),
+    "the prompt alone": (1, 2),
+    "the default preset": (1, 2),
+    "a layer": (1, 2),
+    "a layer whose D and W are constants": (1, 1),
+    "several adapters": (1, 2),
+    "a stack": (1, 0),
+    "a stack of parts of prompts": (1, 0),
+    "columns": (1, 0),
+    "columns of a mask of bools": (1, 0),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_an_operator_is_one_launch_forward_and_at_most_two_backward_and_no_other_operation(case, launches, monkeypatch):
+    """So the operators that tests/test_launches.py counts are launches."""
+    launched, _ = launches
+    others = Operations()
+
+    def watched(call, key, function, tensors):
+        with others:
+            return function(*tensors)
+
+    for operators in (triton_op, layer_op, columns_op):
+        monkeypatch.setattr(operators, "repeat", watched)
+    for _ in range(2):  # a stream's counters are made in the first call
+        launched.clear(), others.names.clear()
+        forward, backward, _ = step(*CASES[case](), launched)
+    assert (len(forward[0]), len(backward[0])) == LAUNCHES[case]
+    assert others.names == []
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from signal import SIGKILL
 
@@ -27,6 +28,7 @@ from ept.training.rates import (
 )
 from ept.training.trainer import EPTSeq2SeqTrainer, EPTTrainer
 from killed_run import STEPS, Tokenizer
+from test_launches import Operations
 from tiny_models import VOCAB, all_parts, backbone, ids, mean_pooling, padded, wrapped
 
 SEQ = hf.AutoModelForSequenceClassification
@@ -253,6 +255,22 @@ def test_parts_of_one_rate_and_decay_are_one_group_of_the_optimiser(as_on_minilm
         id(p) for group in separate for p in group["params"]
     ]
     assert [group["parts"] for group in separate] == [["prompt"], ["deep"], ["head"], ["head"]]
+
+
+@pytest.mark.parametrize(("usual_spread", "groups"), [(0.1, 2), (100.0, 3)])
+def test_a_step_of_the_optimiser_is_one_fused_call_for_each_group(usual_spread, groups, tmp_path, monkeypatch):
+    """The layers' updates are a group of their own where tokens differ little, so that they learn more slowly than a head."""
+    monkeypatch.setattr("ept.backbone.layers.USUAL_SPREAD", usual_spread)
+    model = get_ept_model(backbone("bert", SEQ), EPTConfig())
+    assert (model.layer_rate == 1) is (groups == 2)
+    optimizer = trainer(model, tmp_path).create_optimizer()
+    assert optimizer.defaults["fused"] and len(optimizer.param_groups) == groups
+    model(input_ids=ids(2, 5), labels=torch.tensor([0, 1])).loss.backward()
+    optimizer.step()  # makes its state
+    with Operations() as counted:
+        optimizer.step()
+    launched = Counter(name for name in counted.names if not name.startswith("_record_function"))
+    assert launched == {"_fused_adamw_": groups, "_foreach_add_": groups}  # the second counts the steps
 
 
 def test_a_checkpoint_whose_parts_are_in_other_groups_goes_on(as_on_minilm, tmp_path):
