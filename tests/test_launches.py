@@ -251,9 +251,10 @@ def test_a_training_step_adds_one_operator_each_way_for_each_layer_and_a_few_for
     make, labels_of, before_embed = TRAINED[name]
     model = wrapped(make(updates + 1), EPTConfig()).train()  # the first layer's is the input stage's
     text, mask = padded([ids(1, n, seed=n) for n in (4, 9, 6)], "left" if name == "llama" else "right")
-    forward, backward = operations_of_a_step(lambda: model(text, mask, labels=labels_of(text)).loss)
+    labels = labels_of(text)
+    forward, backward = operations_of_a_step(lambda: model(text, mask, labels=labels).loss)
     model.zero_grad()
-    floor = inputs_of_the_floor(model, text, labels_of(text))
+    floor = inputs_of_the_floor(model, text, labels)
     with model.disable_adapter():
         floor_forward, floor_backward = operations_of_a_step(lambda: model.base_model(**floor).loss)
     scaled = {"div": 1, "mul": 1}  # D/h and W·h, of all layers at once
