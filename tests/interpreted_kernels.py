@@ -15,6 +15,7 @@ from kernel_cases import (
     errors,
     fenced_buffers,
     kernel_case,
+    last_programs,
     matrix,
     run,
     source_dtype,
@@ -289,3 +290,44 @@ def test_rows_of_e_beyond_two_to_the_31_numbers():
     case["input_ids"] %= 3
     near = prompt_embed(**case, impl="triton")
     assert torch.equal(prompt_embed(**case | dict(embedding_weight=far), impl="triton"), near)
+
+
+@pytest.mark.parametrize(("parts", "q", "tokens", "columns"), [("token", 4, 4, 1024), ("lowrank", 0, 12, 64)])
+def test_results_beyond_two_to_the_31_numbers(parts, q, tokens, columns, monkeypatch):
+    """The end of the last of 2,049 batch rows, behind 2³¹ numbers, and its prompt: whole rows, and slices of columns."""
+    monkeypatch.setenv("EPT_LAUNCH", "sequence")  # the text's last program is then a launch's last one
+    case = make_case(14, parts=parts, q=q, d=1024, s=4, n=1020, length=1020, batch=1, dtype=torch.float16)
+    case |= dict(attention_mask=None, fusion=False)
+
+    def ends(batch):
+        with last_programs(forward_kernel=1, by_row_kernel=2):
+            out = prompt_embed(**case | dict(input_ids=case["input_ids"].expand(batch, -1)), impl="triton")
+        return out.numel(), out[-1, :4, -columns:].clone(), out[-1, -tokens:, -columns:].clone()
+
+    (far_size, *far), (size, *near) = ends(2049), ends(1)
+    assert far_size - size >= 2**31
+    for got, want in zip(far, near, strict=True):
+        assert want.isfinite().all() and want.any() and torch.equal(got, want)
+
+
+def test_gradients_of_inputs_beyond_two_to_the_31_numbers():
+    """The end of the last of 33 batch rows of 65,536 columns, behind 2³¹ numbers of dX and of the inputs' gradient."""
+    from ept_kernels.prompt_embed import triton_backward, triton_forward
+
+    case = make_case(15, parts="token", q=4, d=1024, s=4, batch=1, dtype=torch.float16)
+    weights = Weights(*(case.get(name) for name in Weights._fields))
+    length, tokens = 65532, 12  # of the last tile of slots
+    dx, z = torch.randn(tokens, 1024).half(), torch.randn(tokens, 4)
+
+    def end(batch):
+        text = Text(None, torch.zeros(1, 1, 1024, dtype=torch.float16).expand(batch, length, -1), None)
+        _, _, kept = triton_forward.empty_results(text, weights, Settings(scale=1.0), save=True)
+        grad_out = torch.empty(batch, 4 + length, 1024, dtype=torch.float16)
+        grad_out[-1, -tokens:], kept.inner[-1, -tokens:] = dx, z
+        with last_programs(reduce_kernel=1, weights_kernel=0):
+            grads = triton_backward.backward(grad_out, None, text, weights, kept, Settings(scale=1.0), input_grad=True)
+        return grads.source.numel(), grads.source[-1, -tokens:].clone()
+
+    (size, far), (_, near) = end(33), end(1)
+    assert size - far.numel() > 2**31
+    assert near.isfinite().all() and not torch.equal(near, dx) and torch.equal(far, near)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch._dynamo.testing
-from kernel_cases import bytes_of, counted_accesses, covering_cases, fenced_buffers, matrix
+from kernel_cases import bytes_of, counted_accesses, covering_cases, fenced_buffers, last_programs, matrix
 from layer_cases import AXES, errors, layer_case, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -221,5 +221,38 @@ def test_hidden_states_beyond_two_to_the_31_numbers():
     apart = 2**30 + 8
     far = torch.empty(2 * apart + 48, dtype=torch.float16).as_strided((3, 2, 24), (apart, 24, 1))
     far.copy_(case["hidden"])
-    near = layer_update(**case, impl="triton")
-    assert torch.equal(layer_update(**case | dict(hidden=far), impl="triton"), near)
+    near = run(case, "triton")
+    for name, value in run(case | dict(hidden=far), "triton").items():
+        assert torch.equal(value, near[name]), name
+
+
+def test_results_and_gradients_beyond_two_to_the_31_numbers(monkeypatch):
+    """The end of the last of 2,049 batch rows, behind 2³¹ numbers of the result, of its gradient and of that of hidden."""
+    from ept_kernels.layer_update import triton_backward, triton_forward
+    from ept_kernels.layer_update.arguments import Settings, Update
+
+    monkeypatch.setattr(triton_backward, "MOST_SHARES", 1)  # one program adds up a slice of dD and dW
+    sizes = dict(batch=1, columns=1024, d=1024, q=2)
+    case = plain_case(14, adapters=2, source_dtype=torch.float16, sizes=sizes)
+    grad, kept = torch.randn(1024, 1024).half(), torch.randn(1024, 2)
+    computed = 2  # programs of a few tokens each
+
+    def ends(batch):
+        index = torch.zeros(batch, dtype=torch.int32)
+        index[-1] = 1
+        update = Update(case["hidden"].expand(batch, -1, -1), case["down"], case["up"], index)
+        grad_out, z = torch.empty(update.hidden.shape, dtype=torch.float16), torch.zeros(batch, 1024, 2)
+        grad_out[-1], z[-1] = grad, kept
+        grads = triton_backward.empty_grads(update, False, True)
+        with last_programs(forward_kernel=computed, hidden_kernel=computed, weights_kernel=1):
+            out = triton_forward.forward(update, Settings(), save=False).out
+            dx = triton_backward.backward(grad_out, update, z, Settings(), input_grad=True, weight_grad=False).hidden
+            triton_backward._launch_weights(grad_out, update, z, z, Settings(), grads)
+        tokens, columns = computed * triton_forward.Tiling.of(update).rows, triton_backward.COLUMN_TILE
+        of_weights = (grad[1, :, -columns:] for grad in (grads.down, grads.up))
+        return out.numel(), out[-1, -tokens:].clone(), dx[-1, -tokens:].clone(), *of_weights
+
+    size, *far = ends(2049)
+    assert size - grad.numel() >= 2**31
+    for got, want in zip(far, ends(1)[1:], strict=True):
+        assert want.isfinite().all() and torch.equal(got, want)

@@ -24,8 +24,8 @@ from ept_kernels import availability
 
 # What moves no data and launches nothing.
 VIEWS = {
-    "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "expand", "narrow", "new_empty", "permute", "reshape", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias",
+    "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "expand", "narrow", "new_empty", "permute", "reshape",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias",
     "lift_fresh",
 }  # fmt: skip
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}

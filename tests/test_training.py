@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from datasets import Dataset
 from safetensors.torch import load_file
+from test_launches import Operations
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ept import EPTConfig, EPTModel, get_ept_model
@@ -28,7 +29,6 @@ from ept.training.rates import (
 )
 from ept.training.trainer import EPTSeq2SeqTrainer, EPTTrainer
 from killed_run import STEPS, Tokenizer
-from test_launches import Operations
 from tiny_models import VOCAB, all_parts, backbone, ids, mean_pooling, padded, wrapped
 
 SEQ = hf.AutoModelForSequenceClassification

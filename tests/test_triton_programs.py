@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
-from kernel_compiler import compiling_for  # noqa: E402
+from kernel_compiler import compiling_for
 
-from ept_kernels import prompt_embed  # noqa: E402
-from ept_kernels.prompt_embed import triton_by_row, triton_forward  # noqa: E402
-from ept_kernels.prompt_embed.triton_forward import BATCH_TILE, PROGRAMS, SMALLEST_SPAN, span_of  # noqa: E402
+from ept_kernels import prompt_embed
+from ept_kernels.prompt_embed import triton_by_row, triton_forward
+from ept_kernels.prompt_embed.triton_forward import BATCH_TILE, PROGRAMS, SMALLEST_SPAN, span_of
 
 MULTIPROCESSORS = 132  # of an H100 and an H200
 
