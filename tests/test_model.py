@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
+import sys
 
 import pytest
 import torch
@@ -935,6 +937,35 @@ def test_the_gates_picture_is_written(tmp_path):
 @pytest.mark.parametrize("config", [None, EPTConfig(), EPTConfig.input_only(), EPTConfig.paper()])
 def test_the_presets_wrap_a_model_as_they_are(config):
     assert get_ept_model(mean_pooling(), config).eval()(ids(1, 4)).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_train_and_zero_grad_call_nothing_of_torchs_modules_where_nothing_changed(gradients):
+    """torch's walks call a function for each module and parameter: hundreds for this model."""
+    model = wrapped(backbone("bert", hf.AutoModelForSequenceClassification)).train()
+    if gradients:
+        model(input_ids=ids(2, 5), labels=torch.tensor([0, 1])).loss.backward()
+    assert calls_of_modules(model.zero_grad) == calls_of_modules(model.train) == []
+    model.base_model.bert.encoder.layer[0].output.dropout = torch.nn.Dropout(0.5)
+    assert len(calls_of_modules(model.train)) > 100 and calls_of_modules(model.train) == []
+    model.ept.prompt = torch.nn.Parameter(model.ept.prompt.detach())
+    assert len(calls_of_modules(model.zero_grad)) > 100
+
+
+def calls_of_modules(function):
+    """The names of what it calls of torch's file of modules, each as often as it is called."""
+    module, names, before = inspect.getfile(torch.nn.Module), [], sys.getprofile()
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename == module:
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return names
 
 
 def test_train_walks_through_the_modules_once_and_notices_a_mode_that_its_owner_changed(monkeypatch):
