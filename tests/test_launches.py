@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers as hf
-from torch.utils._python_dispatch import TorchDispatchMode
+from counted_operations import Operations
 
 from ept import EPTConfig
 from ept.layer.folded import fold_layer
@@ -22,27 +22,7 @@ pytest.importorskip("triton")
 import ept.model.layout
 from ept_kernels import availability
 
-# What moves no data and launches nothing.
-VIEWS = {
-    "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "expand", "narrow", "new_empty", "permute", "reshape",
-    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias",
-    "lift_fresh",
-}  # fmt: skip
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}
-
-
-class Operations(TorchDispatchMode):
-    """The names of the operations inside, without views."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.split("::")[1]
-        if name not in VIEWS:
-            self.names.append(name)
-        return function(*args, **kwargs or {})
 
 
 def operations(run):

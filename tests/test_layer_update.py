@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from counted_operations import Operations
 from test_prompt_embed import assert_no_worse_than_plain
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_kernels import ACTIVATIONS, layer_update
 
@@ -215,30 +215,14 @@ def test_the_number_of_threads_changes_nothing():
     torch.testing.assert_close(got[0], got[1], rtol=1e-6, atol=1e-6)
 
 
-class _Operations(TorchDispatchMode):
-    """Counts the operations that compute something."""
-
-    VIEWS = ("view", "t", "transpose", "detach", "expand", "_unsafe_view", "unsqueeze", "alias", "empty_like")
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name not in self.VIEWS:
-            self.names.append(name)
-        return function(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 def test_three_operations_forward_and_six_backward_beside_casts(hidden_dtype):
     case = make_case(11, hidden_dtype=hidden_dtype, h=1.0)
     leaves = {name: case[name].requires_grad_() for name in ("hidden", "down", "up")}
-    with _Operations() as forward:
+    with Operations() as forward:
         out = layer_update(**case, impl="torch")
     grad = torch.ones_like(out)
-    with _Operations() as backward:
+    with Operations() as backward:
         torch.autograd.grad(out, list(leaves.values()), grad)
     counts = [len([name for name in seen.names if name != "_to_copy"]) for seen in (forward, backward)]
     assert counts[0] <= 3 and counts[1] <= 6, (forward.names, backward.names)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from counted_operations import Operations
 from kernel_compiler import compiling_for
-from test_launches import Operations
 
 triton = pytest.importorskip("triton")
 from ept_kernels import layer_update, prompt_columns, prompt_embed  # noqa: E402

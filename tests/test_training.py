@@ -12,9 +12,9 @@ from signal import SIGKILL
 import pytest
 import torch
 import transformers as hf
+from counted_operations import Operations
 from datasets import Dataset
 from safetensors.torch import load_file
-from test_launches import Operations
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ept import EPTConfig, EPTModel, get_ept_model
