@@ -119,10 +119,13 @@ def rates() -> list[Job]:
 
 def few_steps() -> list[Job]:
     """Whether 40 steps want higher rates: dev parts of two tasks, two seeds of no final run."""
-    arms = {"EPT, deep": ({"method": "EPT", "settings": DEEP}, (1.0, 2.0, 4.0))}
-    arms["LoRA r=2"] = ({"method": "LoRA", "budget": 18_432}, (0.005, 0.01, 0.02))
+    arms: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+        "EPT, deep": ({"method": "EPT", "settings": DEEP}, (1.0, 2.0, 4.0)),
+        "LoRA r=2": ({"method": "LoRA", "budget": 18_432}, (0.005, 0.01, 0.02)),
+    }
+    common = dict[str, Any](rows=2000, steps=40)
     return [
-        job(f"{arm}, 40 steps {rate:g}", **told | dict[str, Any](task=task, rows=2000, seed=seed, rate=rate, steps=40))
+        job(f"{arm}, 40 steps {rate:g}", **common | told | {"task": task, "seed": seed, "rate": rate})
         for seed in (5, 6)
         for task in ("movies", "tweets")
         for arm, (told, tried) in arms.items()
@@ -430,7 +433,7 @@ def written_search() -> list[Job]:
 def written() -> list[Job]:
     """Three seeds, the test parts."""
     return [
-        job(arm, **WRITTEN | told | {"task": task, "seed": seed, "reads_test": True})
+        job(arm, **dict[str, Any](WRITTEN) | told | {"task": task, "seed": seed, "reads_test": True})
         for task in ("sst2", "cola")
         for seed in range(3)
         for arm, told in WRITTEN_ARMS.items()
