@@ -166,7 +166,8 @@ class Runner:
                 own = {name: tensor[number : number + 1] for name, tensor in trained.items()}
                 logits = logits_of(x.unsqueeze(0), own)[0, :, : part.num_labels].cpu().numpy()
                 line = asdict(job) | {
-                    "identity": job.identity, "steps": self.steps, "train_loss": round(float(losses[number]), 5),
+                    "identity": job.identity, "steps": self.steps, "dtype": bundle.dtype,
+                    "train_loss": round(float(losses[number]), 5),
                     "score": round(score(logits, part, bundle.metrics.get(job.task)), 5),
                     "trained_parameters": sum(t.numel() for name, t in own.items() if not name.startswith("head")),
                     "machine": machine,

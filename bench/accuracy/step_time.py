@@ -18,6 +18,7 @@ from ..steps.by_length import interleaved_seconds
 from ..steps.clock import quartiles
 from ..text.rows import load
 from .arms import ARMS, BUDGET, STEPS, job
+from .precision import fast_dtype
 from .study import MAX_LENGTH, RESULTS, minilm_for
 
 
@@ -31,7 +32,7 @@ def measure(rounds: int) -> dict[str, Any]:
     for arm, told in ARMS.items():
         built = job(arm, **dict[str, Any](task="movies", rows=2000, seed=0) | told)
         models[arm] = adapt(
-            built["method"], minilm_for(task, built["dtype"]), budget=built["budget"], rate=1.0, tokenizer=tokenizer,
+            built["method"], minilm_for(task, fast_dtype(built["dtype"])), budget=built["budget"], rate=1.0, tokenizer=tokenizer,
             settings=built.get("settings"),
         )  # fmt: skip
     seconds = interleaved_seconds(models, rows, tokenizer, rounds=rounds, description="step times")

@@ -29,7 +29,6 @@ from transformers import (
 )
 
 from ept import EPTModel, MeanPoolingForSequenceClassification
-from ept.backbone.precision import cpu_has_bfloat16
 from ept.compare.methods import adapt
 from ept.console import say
 from ept.machine import describe
@@ -42,6 +41,7 @@ from ..text.real_text import GLUE_TASKS, Task, load_task, minilm
 from ..text.rows import fit, load, predict, score, tokenizer_of
 from ..text.written import collator_of, judge, text_loss, written_rows
 from .arms import STAGES
+from .precision import fast_dtype
 
 __all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "key", "minilm_for", "read"]
 
@@ -136,15 +136,6 @@ def run(job: Job, glue: Path | None = None) -> Job:
     return job | result | {"seconds": time.perf_counter() - started}
 
 
-def fast_dtype(dtype: str) -> str:
-    """The type in which a job's backbone is computed here: float32 in place of bfloat16 on a CPU without its instructions.
-
-    Stage `precision` shows that scores do not depend on it beyond the noise.
-    """
-    is_slow = dtype == "bfloat16" and not torch.accelerator.is_available() and not cpu_has_bfloat16()
-    return "float32" if is_slow else dtype
-
-
 def _named_as_now(rates: dict[str, float]) -> dict[str, float]:
     """A job's rates. On record, that of what starts at zero has the name that it had: `learning_rate`."""
     return {"up_learning_rate" if name == "learning_rate" else name: rate for name, rate in rates.items()}
@@ -211,8 +202,10 @@ def run_stage(
         load_task(task, glue)  # downloads once, before the processes start
     for backbone in {job["backbone"] for job in missing if "backbone" in job}:
         language_model(backbone)
-    if any(fast_dtype(job["dtype"]) != job["dtype"] for job in missing):
-        say("this CPU has no bfloat16 instructions: the backbones are computed in float32, which is faster here")
+    if missing:
+        say(
+            f"backbones are computed in {', '.join(sorted({fast_dtype(job['dtype']) for job in missing}))}, fast on this machine"
+        )
     deadline = time.monotonic() + 60 * minutes
     machine = describe()
     waiting = iter(missing)

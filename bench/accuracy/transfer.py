@@ -29,6 +29,7 @@ from ept.model.transfer import ERROR_SCALE, FIRST_ROWS, leave_one_out_error, tar
 
 from .arms import HEAD_RATE, STEPS, TASKS
 from .many import LINEARS, Encoder, Rows, Shape, features, fresh, fresh_head, logits_of, settings, train
+from .precision import fast_dtype
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 MAX_LENGTH = 48
@@ -96,6 +97,10 @@ class Bundle:
     frequent_ids: np.ndarray
     metrics: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def dtype(self) -> str:
+        return str(self.encoder.weights["embeddings.word_embeddings.weight"].dtype).removeprefix("torch.")
+
     def drawn(self, task: str, rows: int, seed: int) -> Rows:
         """The training rows of a seed, the same for all methods."""
         train = self.parts[task]["train"]
@@ -149,12 +154,12 @@ def export(directory: Path, glue: Path | None = None) -> None:
 
 
 def read_bundle(directory: Path, device: str) -> Bundle:
-    """What `export` wrote."""
+    """What `export` wrote, the encoder in the type that is fast on the device."""
     arrays = dict(np.load(directory / "tasks.npz"))
     encoder = Encoder(
         load_file(directory / "encoder.safetensors"), int(arrays["num_heads"]), float(arrays["embed_scale"]),
         tuple(arrays["deep_scale"].tolist()),
-    ).to(device, torch.bfloat16)  # fmt: skip
+    ).to(device, getattr(torch, fast_dtype("bfloat16", device)))  # fmt: skip
     parts: dict[str, dict[str, Rows]] = {}
     tasks = [name.removesuffix(".num_labels") for name in arrays if name.endswith(".num_labels")]
     for task in tasks:
@@ -391,7 +396,7 @@ class Study:
             logits = logits_of(x.unsqueeze(0), own)[0, :, : part.num_labels].cpu().numpy()
             trained_parameters = sum(t.numel() for name, t in own.items() if not name.startswith("head"))
             record = {"stage": stage} | asdict(job) | {
-                "rate": job.rate, "steps": self.steps, "dtype": "bfloat16", "score": round(score(logits, part), 5),
+                "rate": job.rate, "steps": self.steps, "dtype": self.bundle.dtype, "score": round(score(logits, part), 5),
                 "train_loss": round(float(losses[number]), 5),
                 "trained_parameters": trained_parameters + part.num_labels * (self.bundle.encoder.width + 1),
             }  # fmt: skip
