@@ -420,7 +420,8 @@ def smollm2_rates() -> list[Job]:
 # GLUE's tasks as text that SmolLM2-135M writes: rows of at most 32 tokens, the default preset beside LoRA r = 2.
 WRITTEN = SMOLLM2 | {"form": "written", "max_length": 32}
 WRITTEN_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `written_search` chose
-    arm: SMOLLM2_ARMS[arm] for arm in ("EPT, default", "LoRA r=2")
+    "EPT, default": SMOLLM2_ARMS["EPT, default"],
+    "LoRA r=2": SMOLLM2_ARMS["LoRA r=2"] | {"rate": 0.004},
 }
 
 
