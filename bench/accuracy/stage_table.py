@@ -124,7 +124,9 @@ def main() -> None:
             if arm in own:
                 lines.append(f"| {arm} − {other} | {bootstrap.difference(runs[arm], runs[other])} |")
         lines.append("")
-        picture(runs, options.stage, tasks, bootstrap)
+        earlier = {record["arm"] for name in ("plain_start", "earlier_rates") for record in read(name)}
+        drawn = {arm: by_task for arm, by_task in runs.items() if arm not in beside or arm not in earlier}
+        picture(drawn, options.stage, tasks, bootstrap)
     common = {"steps", "batch_size", "max_length", "rows", "budget", "backbone"}
     settings = {name: {record.get(name) for record in records} for name in sorted(common)}
     settings["rows"] = {"all" if rows == ALL_ROWS else rows for rows in settings["rows"]}
