@@ -420,7 +420,7 @@ def smollm2_rates() -> list[Job]:
 # GLUE's tasks as text that SmolLM2-135M writes: rows of at most 32 tokens, the default preset beside LoRA r = 2.
 WRITTEN = SMOLLM2 | {"form": "written", "max_length": 32}
 WRITTEN_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `written_search` chose
-    "EPT, default": SMOLLM2_ARMS["EPT, default"],
+    "EPT, default, half its rate": SMOLLM2_ARMS["EPT, default"] | {"rate": 0.5},
     "LoRA r=2": SMOLLM2_ARMS["LoRA r=2"] | {"rate": 0.004},
 }
 
@@ -428,7 +428,7 @@ WRITTEN_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `written
 def written_search() -> list[Job]:
     """Rates on the dev part of SST-2 at a seed of no final run: EPT's default and half of it, three of LoRA."""
     rates = {"EPT, default": (1.0, 0.5), "LoRA r=2": (0.008, 0.004, 0.002)}
-    return _searched(WRITTEN | {"task": "sst2", "seed": 5}, WRITTEN_ARMS, rates)
+    return _searched(WRITTEN | {"task": "sst2", "seed": 5}, SMOLLM2_ARMS, rates)
 
 
 def written() -> list[Job]:
