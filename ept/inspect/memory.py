@@ -188,9 +188,10 @@ def _auto_class(config: PreTrainedConfig, task: str | None) -> Any:
 
 
 class _AttentionOfGPUs(TorchFunctionMode):
-    """Computes attention without a fused kernel where a GPU's refuse the mask.
+    """Computes attention without a fused kernel where a GPU's refuse the mask, as a CPU's does not.
 
-    They want its numbers of a row side by side. T5's position bias has them apart up to transformers 5.19.
+    The last dimension has to have stride 1 (`check_last_dim_stride_equals_1_dense` in torch's sdp_utils). That of T5's
+    position bias has another one up to transformers 5.19.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
