@@ -203,6 +203,11 @@ def main() -> None:
         print(json.dumps(measure()))
         return
     trees = [ROOT, *([args.against.resolve()] if args.against else [])]
+    if args.output:
+        from ept.machine import commit, describe  # not where a round runs: it sees `ept_kernels` alone
+
+        # Before the first round: the commits are those of what runs.
+        machine, commits = describe() | {"threads": 1}, [commit(tree) for tree in trees]
     best: list[dict[str, list[float]]] = [{} for _ in trees]
     for _ in range(args.rounds):
         for tree, kept in zip(trees, best, strict=True):
@@ -214,11 +219,9 @@ def main() -> None:
         ways = ([*kept.get(name, []), None, None][:2] for kept in best)
         print(f"{name:40}" + "".join(f"{_cell(forward):>18}{_cell(backward):>8}" for forward, backward in ways))
     if args.output:
-        from ept.machine import commit, describe  # not where a round runs: it sees `ept_kernels` alone
-
-        by_commit = {commit(tree): kept for tree, kept in zip(trees, best, strict=True)}
-        figures = {"command": "python -m bench.kernels.host", "rounds": args.rounds, "microseconds": by_commit}
-        args.output.write_text(json.dumps(describe() | {"threads": 1} | figures, indent=1) + "\n")
+        run = {"command": "python -m bench.kernels.host --against " + " ".join(commits[1:]), "rounds": args.rounds}
+        figures = {"microseconds": dict(zip(commits, best, strict=True))}
+        args.output.write_text(json.dumps(machine | run | figures, indent=1) + "\n")
 
 
 def _cell(microseconds: float | None) -> str:
