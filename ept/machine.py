@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["describe"]
+__all__ = ["commit", "describe"]
 
 
 def describe() -> dict[str, Any]:
-    """Returns device, threads, versions and the commit of the checkout ("-dirty" where tracked files differ from it)."""
+    """Returns device, threads, versions and the commit of this checkout."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {_cpu()}"
     return {
         "device": device,
@@ -23,8 +23,14 @@ def describe() -> dict[str, Any]:
         "triton": _version("triton"),
         "transformers": transformers.__version__,
         "peft": _version("peft"),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": commit(Path(__file__).parent),
     }
+
+
+def commit(checkout: Path) -> str:
+    """Returns the short name of a checkout's commit ("-dirty" where tracked files differ from it), or "unknown"."""
+    dirty = "-dirty" if _git(checkout, "status", "--porcelain", "-uno") else ""
+    return _git(checkout, "rev-parse", "--short", "HEAD") + dirty
 
 
 def _version(package: str) -> str:
@@ -42,9 +48,9 @@ def _cpu() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _git(*arguments: str) -> str:
+def _git(checkout: Path, *arguments: str) -> str:
     try:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=checkout)
     except OSError:
         return "unknown"
     return result.stdout.strip() or ("unknown" if result.returncode else "")

@@ -1,6 +1,9 @@
 """torch.compile traces a whole pass behind EPT as one graph, without asking the device, and gives what eager mode gives."""
 
+import dataclasses
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from ept import EPTConfig
 from ept.cli import train
-from tiny_models import backbone, ids, padded, wrapped
+from tiny_models import backbone, ids, padded, shake, wrapped
 from tiny_text import reviews, save_model, write_csv
 
 MODELS = {
@@ -19,6 +22,7 @@ MODELS = {
     "t5": hf.AutoModelForSeq2SeqLM,
 }
 PRESETS = {
+    "default": EPTConfig(),
     "input": EPTConfig.input_only(token_dropout=0.0),
     "paper": EPTConfig.paper(prompt_length=4, rank=3, max_text_length=16),
 }
@@ -51,6 +55,78 @@ def check(model, batch):
         fast, counter = compiled(model)
         torch.testing.assert_close(fast(**batch).logits, want, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
+
+
+KINDS = ("live", "folded", "mixed", "training")
+PADDING = (None, "left", "right")
+SHORT = [
+    ("t5", "default", "live", None), ("t5", "default", "mixed", None), ("llama", "default", "mixed", None),
+    ("bert", "default", "folded and mixed", None),
+]  # fmt: skip
+CASES = [
+    *(pytest.param(*case, True) for case in SHORT),
+    *(pytest.param(*case, None, marks=pytest.mark.full) for case in itertools.product(MODELS, PRESETS, KINDS, PADDING)),
+]
+
+
+def changing_batches(name, kind, padding):
+    """Four batches of other sizes and lengths, with labels for training and numbers of adapters for mixed rows."""
+    for turn, lengths in enumerate([(9, 4), (5, 7, 2), (12, 3), (6, 11, 3, 8)]):
+        rows, width, target = len(lengths), max(lengths), 3 + turn
+        batch = batch_of(name, lengths, padding or "right")
+        if padding is None:
+            batch = dict(input_ids=ids(rows, width, seed=turn))
+        if name == "t5":
+            batch["decoder_input_ids"] = ids(rows, target, seed=turn)
+        if "mixed" in kind:
+            batch["adapter_ids"] = torch.arange(turn, turn + rows) % 3
+        if kind == "training":
+            batch["labels"] = torch.arange(rows) % 2 if name == "bert" else ids(rows, target if name == "t5" else width)
+        yield batch
+
+
+def model_of(name, preset, kind):
+    """The wrapped model; where rows are mixed, with two other adapters of other sizes."""
+    config = PRESETS[preset]
+    smaller = {"num_decoder_layers": 1} if name == "t5" else {}
+    model = wrapped(backbone(name, MODELS[name], **smaller), config)
+    if "mixed" in kind:
+        model.add_adapter("longer", dataclasses.replace(config, prompt_length=5))
+        model.add_adapter("as long", config)
+        for number, adapter in enumerate(model.inactive_adapters):
+            shake(SimpleNamespace(ept=adapter.layer), seed=3 + number)
+    if "folded" in kind:
+        for other in model.list_adapters():
+            model.set_adapter(other)
+            model.fold()
+    return model.train(kind == "training")
+
+
+def results_of(run, model, batch):
+    """Logits; in a training pass loss and gradients, by name."""
+    if "labels" not in batch:
+        with torch.no_grad():
+            return {"logits": run(**batch).logits}
+    model.zero_grad()
+    loss = run(**batch).loss
+    loss.backward()
+    trained = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in trained.values())
+    return {"loss": loss.detach()} | {key: grad.clone() for key, grad in trained.items()}
+
+
+@pytest.mark.parametrize(("name", "preset", "kind", "padding", "dynamic"), CASES)
+def test_changing_batches_take_two_compilations_at_most_and_give_eager_modes_results(
+    name, preset, kind, padding, dynamic
+):
+    """`dynamic=True` saves the first trace, of fixed sizes."""
+    model, counter = model_of(name, preset, kind), CompileCounter()
+    fast = torch.compile(model, fullgraph=True, backend=counter, dynamic=dynamic)
+    for batch in changing_batches(name, kind, padding):
+        want, got = results_of(model, model, batch), results_of(fast, model, batch)
+        for key in want:
+            assert torch.equal(got[key], want[key]), key  # the backend runs the same operations
+    assert 1 <= counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -145,7 +221,7 @@ def test_the_command_line_trains_a_compiled_model_to_eager_modes_losses(words, t
 
 
 def test_a_compiled_forward_writes_eager_modes_tokens_into_a_static_cache():
-    model = wrapped(backbone("llama", MODELS["llama"], num_hidden_layers=1), PRESETS["input"])
+    model = wrapped(backbone("llama", MODELS["llama"], num_hidden_layers=3), PRESETS["default"])
     model.base_model.generation_config.eos_token_id = None
     settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
     text, mask = padded([ids(1, 5, seed=1), ids(1, 3, seed=2)], "left")

@@ -11,6 +11,9 @@ import pytest
 import torch
 import transformers as hf
 from counted_operations import Operations
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
 
 from ept import EPTConfig
 from ept.layer.folded import fold_layer
@@ -308,6 +311,41 @@ def test_a_token_of_a_mixed_batch_takes_no_more(as_on_a_gpu):
         return (many - few) / 4
 
     assert of_a_token(adapter_ids=names_of(model, 8)) == of_a_token(adapter_ids=names_of(model, 2)) == of_a_token()
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "columns"),
+    [
+        ("bert", [(4, 9, 6)], {}),
+        pytest.param("llama", [(4, 9, 6), (7, 5), (3, 11, 2, 8)], {"prompt_columns": 1}, marks=pytest.mark.full),
+    ],
+)
+def test_a_compiled_training_pass_calls_one_operator_for_each_stage(as_on_a_gpu, name, lengths, columns):
+    """In changing sizes, too. The backward is traced and not run."""
+    model = wrapped(MODELS[name](), EPTConfig()).train()
+    forward, backward = [], []
+
+    def keep_in(graphs):
+        def compiler(graph, inputs):
+            names = (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            graphs.append(Counter(name.split(".")[1] for name in names if name.startswith("ept_kernels")))
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep_in(forward), bw_compiler=keep_in(backward))
+    fast = torch.compile(model, fullgraph=True, backend=backend)
+    for of_a_batch in lengths:
+        text, mask = padded([ids(1, n, seed=n) for n in of_a_batch], "left")
+        labels = torch.zeros(len(text), dtype=torch.int64) if name == "bert" else text
+        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            losses = [run(text, mask, labels=labels).loss for run in (fast, model)]
+        assert torch.equal(*losses)
+    of_a_pass = {"prompt_embed": 1, "layer_update": 1} | columns
+    of_its_backward = {"prompt_embed_backward": 1, "layer_update_backward": 1}
+    assert 1 <= len(forward) <= 2
+    assert forward == [of_a_pass] * len(forward) and backward == [of_its_backward] * len(forward)
 
 
 def logits_of(model, batch, count=4):

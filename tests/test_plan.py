@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers as hf
+from transformers.integrations import sdpa_attention
 
 from ept import EPTConfig, get_ept_model
 from ept.cli import main
@@ -76,6 +77,34 @@ def test_the_default_presets_updates_keep_a_layers_states_as_they_are_and_q_numb
     assert of_a_layer(settings, kernels=True) - bare == pytest.approx(states + numbers, rel=0.05)
     in_torch = states + numbers * (2 if dtype == "float32" else 1)  # torch's own silu keeps what it reads, too
     assert of_a_layer(settings) - bare == pytest.approx(in_torch, rel=0.05)
+
+
+def test_for_a_gpu_attention_is_planned_without_a_fused_kernel_where_a_masks_numbers_are_apart(monkeypatch):
+    """T5's position bias is handed on so up to transformers 5.19. Kept are then, in fp32, scores, query, key and value."""
+
+    def bias_as_it_is(bias, mask, *_):
+        return bias if mask is None else torch.where(mask, bias, -1.0)
+
+    monkeypatch.setattr(sdpa_attention, "create_position_bias_mask", bias_as_it_is)
+    settings, heads, width = EPTConfig.input_only(), 4, 8
+
+    def of_a_layer(**more):
+        activations = []
+        for layers in (4, 5):
+            config = hf.T5Config(
+                vocab_size=VOCAB, d_model=32, d_kv=width, d_ff=64, num_layers=layers, num_decoder_layers=1, num_heads=heads,
+                pad_token_id=0, decoder_start_token_id=0,
+            )  # fmt: skip
+            plan = plan_step(config, settings, batch=BATCH, length=LENGTH, target_length=2, dtype="bfloat16", **more)
+            activations.append(plan["activations"])
+        return activations[1] - activations[0]
+
+    rows = BATCH * heads * (LENGTH + settings.prompt_length)
+    scores, states = rows * (LENGTH + settings.prompt_length), rows * width
+    fused = (
+        2 * scores + 4 * 2 * states + 4 * rows
+    )  # the mask for each row; query, key, value, result; a number for each row
+    assert of_a_layer(kernels=True) - of_a_layer() == 4 * scores + 3 * 4 * states - fused
 
 
 def test_the_largest_batch_fits_and_one_more_by_a_twentieth_does_not():

@@ -1,6 +1,6 @@
 """What an eager call of each stem costs on the host, on a CPU: checks, autograd, allocation, and handing over a launch.
 
-    python -m bench.kernels.host [--against DIRECTORY] [--rounds 5]
+    python -m bench.kernels.host [--against DIRECTORY] [--rounds 5] [--output FILE]
 
 A Triton driver stands in for a GPU's: kernels are compiled for sm_90, and their launcher does nothing. What is known of a
 GPU after the first call (that Triton runs there) is taken as known; values of ids and indices are looked at, as on a CPU.
@@ -8,13 +8,15 @@ Backward is `torch.autograd.grad`; stacks and columns have none. The floor is an
 results and keeps as many tensors.
 
 Figures are microseconds of the thread's CPU time, the least mean of 20 calls among all rounds: what other processes
-take does not count. `--against` measures the `ept_kernels` of another checkout in turn, in processes of its own.
+take does not count. `--against` measures the `ept_kernels` of another checkout in turn, in processes of its own; what an
+older one does not have is left out. `--output` keeps the figures as JSON, with machine, versions and commits.
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import time
@@ -93,8 +95,9 @@ def weight(*shape: int) -> Tensor:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Any], list[Tensor]]]:
-    """Name, call, and the tensors whose gradients are asked for."""
-    from ept_kernels import layer_update, prompt_columns, prompt_embed
+    """Name, call, and the tensors whose gradients are asked for; those of this checkout's `ept_kernels`, if it is older."""
+    import ept_kernels
+    from ept_kernels import layer_update, prompt_embed
 
     ids, mask = torch.randint(VOCAB, (BATCH, LENGTH)), torch.ones(BATCH, LENGTH, dtype=torch.int64)
     table = torch.randn(VOCAB, D).bfloat16()
@@ -117,12 +120,15 @@ def cases() -> Iterator[tuple[str, Callable[[], Any], list[Tensor]]]:
         lambda: layer_update(hidden, *stack, hidden_scale=2.0, adapter_index=index, impl="triton"),
         [hidden, *stack],
     )
+    if not hasattr(ept_kernels, "prompt_columns"):
+        return  # older than stacks of adapters, too
     constants: list[Any] = [*(torch.randn(ADAPTERS, *t.shape) for t in pair), None, None, None]
     of_rows: dict[str, Any] = dict(
         token_down=stack[0].detach(), token_up=stack[1].detach(), adapter_index=index, impl="triton"
     )
     yield "prompt_embed, adapter_index", lambda: prompt_embed(ids, mask, table, *constants, scale=1.0, **of_rows), []
-    yield "prompt_columns, labels", lambda: prompt_columns(mask, S, labels=ids, impl="triton"), []
+    columns = ept_kernels.prompt_columns
+    yield "prompt_columns, labels", lambda: columns(mask, S, labels=ids, impl="triton"), []
 
 
 def floor(weights: list[Tensor], results: int, out: Tensor) -> Callable[[], Tensor]:
@@ -168,8 +174,9 @@ def measure() -> dict[str, list[float]]:
 
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(stand_in())
-    for stem in ("prompt_embed", "layer_update", "prompt_columns"):
-        importlib.import_module(f"ept_kernels.{stem}.api").resolve = lambda impl, device: impl  # type: ignore[attr-defined]
+    for package in pkgutil.iter_modules(importlib.import_module("ept_kernels").__path__, "ept_kernels."):
+        if package.ispkg and importlib.util.find_spec(f"{package.name}.api"):
+            importlib.import_module(f"{package.name}.api").resolve = lambda impl, device: impl  # type: ignore[attr-defined]
     rows = {}
     for name, call, leaves in cases():
         rows[name] = both_ways(call, leaves)
@@ -189,12 +196,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="another checkout, measured in turn")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="a JSON file")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # what the process of a round is told
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure()))
         return
     trees = [ROOT, *([args.against.resolve()] if args.against else [])]
+    if args.output:
+        from ept.machine import commit, describe  # not where a round runs: it sees `ept_kernels` alone
+
+        # Before the first round: the commits are those of what runs.
+        machine, commits = describe() | {"threads": 1}, [commit(tree) for tree in trees]
     best: list[dict[str, list[float]]] = [{} for _ in trees]
     for _ in range(args.rounds):
         for tree, kept in zip(trees, best, strict=True):
@@ -203,9 +216,16 @@ def main() -> None:
                 kept[name] = [min(one, other) for one, other in zip(before, pair, strict=True)]
     print(f"{'µs, forward and backward':40}" + "".join(f"{str(tree)[-24:]:>26}" for tree in trees))
     for name in best[0]:
-        ways = ([*kept[name], None][:2] for kept in best)
-        cells = (f"{forward:18.1f}{'' if backward is None else f'{backward:.1f}':>8}" for forward, backward in ways)
-        print(f"{name:40}" + "".join(cells))
+        ways = ([*kept.get(name, []), None, None][:2] for kept in best)
+        print(f"{name:40}" + "".join(f"{_cell(forward):>18}{_cell(backward):>8}" for forward, backward in ways))
+    if args.output:
+        run = {"command": "python -m bench.kernels.host --against " + " ".join(commits[1:]), "rounds": args.rounds}
+        figures = {"microseconds": dict(zip(commits, best, strict=True))}
+        args.output.write_text(json.dumps(machine | run | figures, indent=1) + "\n")
+
+
+def _cell(microseconds: float | None) -> str:
+    return "" if microseconds is None else f"{microseconds:.1f}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Operations and bytes of the input stage and of a layer's update, forward and backward: eager torch, torch.compile and
-the Triton kernels.
+the Triton kernels; and of the norm that a layer begins with, as eager torch computes it.
 
     python -m bench.kernels.kernel_traffic          # batch 32, length 256, s 60, r 30, K 4, h 8, N 256, bf16, on the CPU
 
@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ept_kernels import layer_update, prompt_embed
 from ept_kernels.layer_update import traffic as layer_traffic
@@ -72,6 +73,14 @@ def of_a_layer(x: layer_traffic.Shapes, impl: str) -> tuple[Callable[..., Tensor
     return lambda *args: layer_update(*args, impl=impl), args, list(args)
 
 
+def of_a_norm(
+    x: layer_traffic.Shapes, kind: type[nn.Module]
+) -> tuple[Callable[..., Tensor], tuple[Any, ...], list[Tensor]]:
+    """The same of a frozen norm of those hidden states."""
+    hidden = torch.randn(x.batch, x.columns, x.d).bfloat16().requires_grad_()
+    return kind(x.d).bfloat16().requires_grad_(False), (hidden,), [hidden]
+
+
 def eager(function: Callable[..., Tensor], args: tuple[Any, ...], trained: list[Tensor]) -> list[tuple[int, int]]:
     counts = []
     with OperationCounter() as counter:
@@ -117,6 +126,10 @@ def main():
         for kernel in (predicted.forward, predicted.backward):
             cost = kernel(x)
             print(f"kernels {kernel.__name__:8}: {cost.launches} launches, {cost.total / 1e6:6.1f} MB, {cost.memory}")
+    for kind in (LlamaRMSNorm, nn.LayerNorm):
+        for way, (operations, size) in zip(("forward", "backward"), eager(*of_a_norm(LAYER, kind)), strict=True):
+            elements = LAYER.batch * LAYER.columns * LAYER.d
+            print(f"eager {kind.__name__} {way:8}: {operations:3} operations, {size / elements:5.1f} bytes an element")
     x = SHAPE
     for d in (768, 4096):
         for q in (0, 24):

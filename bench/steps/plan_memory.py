@@ -1,12 +1,17 @@
 """What `ept plan` predicts beside what a training step really takes with the default preset, on the CPU.
 
     python -m bench.steps.plan_memory [--only bert-base] [--batch 8] [--length 128]
+    python -m bench.steps.plan_memory --recorded bench/results/nvidia-h200/end_to_end.csv
 
 Each case is a process of its own that trains three steps (forward, backward, AdamW) on padded rows, and measures the
 third in two ways: `peak`, from every allocation and release that torch's profiler records; `rss`, the process's highest
 resident memory in the second step over that before the model was made (rough: it holds what the allocator keeps, too).
 Weights and Adam's moments are added up from the real tensors. Appends one JSON line per case to
 bench/results/plan.jsonl; exits with 1 if a prediction is off by more than 15 %.
+
+`--recorded` measures nothing: it holds the prediction for the kernels against the peaks of the default preset's steps in
+a GPU's table of whole steps. Those leave out what stands before a step (weights, Adam's moments), which is added as
+predicted. The lines have the machine and commit of the table, and `predicted_by`, the commit that predicts.
 """
 
 import argparse
@@ -18,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -32,11 +39,16 @@ from transformers import (
 )
 
 from ept import EPTConfig, get_ept_model
+from ept.backbone.embeddings import embedding_width
 from ept.inspect.memory import plan_step
-from ept.machine import describe
+from ept.machine import commit, describe
+from ept.model.fresh import config_for_budget
 from ept.training.rates import parameter_groups
 
+from ..tables import records
 from ..text.real_text import minilm
+from .methods import BUDGET_ROWS
+from .shapes import GPU_SHAPES, Shape, batch_of
 
 __all__ = ["profiled_peak"]
 
@@ -120,17 +132,58 @@ def _resident(which: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
 
 
+def of_table(path: Path) -> list[dict[str, Any]]:
+    """Lines of plan.jsonl for the default preset's steps in a GPU's table. ValueError: it is of another transformers,
+    whose models may keep other tensors."""
+    shapes = {shape.name: shape for shape in GPU_SHAPES}
+    lines = []
+    for row in records.read(path):
+        if row["method"] != "EPT deep" or not row["peak_bytes"]:
+            continue
+        if row["transformers"] != transformers.__version__:
+            raise ValueError(f"{path} is of transformers {row['transformers']}, here is {transformers.__version__}")
+        planned = _plan_of_shape(shapes[row["shape"]])
+        assert planned["trained"] == int(row["trained_parameters"])
+        measured = planned["weights"] + planned["adapter"] + int(row["peak_bytes"])
+        line = {"model": row["shape"], "dtype": row["dtype"], "checkpointing": False, "preset": "default"}
+        line |= {"batch": int(row["batch"]), "length": int(row["length"]), "predicted": planned}
+        line |= {"measured": {"peak": measured}, "off": planned["peak"] / measured - 1}
+        line |= {name: row[name] for name in describe()}
+        lines.append(line | {"threads": int(row["threads"]), "predicted_by": commit(Path(__file__).parent)})
+    return lines
+
+
+def _plan_of_shape(shape: Shape) -> dict[str, int]:
+    """What is planned for the default preset, by the budget that its benchmark has, as kernels."""
+    assert shape.config is not None
+    config, labels = shape.config(), batch_of(shape, "cpu")["labels"]
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    return plan_step(
+        config,
+        config_for_budget(model, BUDGET_ROWS * embedding_width(model.get_input_embeddings()), preset="deep"),
+        batch=shape.batch, length=shape.length, target_length=labels.shape[1] if shape.task == "SEQ_2_SEQ_LM" else None,
+        task="classification" if shape.task == "SEQ_CLS" else None, dtype=str(shape.dtype).removeprefix("torch."), kernels=True,
+    )  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CONFIGS, help="one model alone")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--recorded", type=Path, help="a GPU's end_to_end.csv, in place of measuring")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # what the process of a case is told
     args = parser.parse_args()
     if args.measure:
         name, dtype, checkpointing = args.measure
         print(json.dumps(measure(name, dtype, checkpointing == "True", args.batch, args.length)))
         return 0
+    if args.recorded:
+        lines = of_table(args.recorded)
+        for line in lines:
+            _keep(line)
+        return int(max(abs(line["off"]) for line in lines) > WITHIN)
     worst, machine = 0.0, describe()
     for name in CONFIGS if args.only is None else [args.only]:
         config: PreTrainedConfig = CONFIGS[name]()
@@ -152,21 +205,28 @@ def main() -> int:
                 )
                 off = planned["peak"] / measured["peak"] - 1
                 worst = max(worst, abs(off))
-                row = {"model": name, "dtype": dtype, "checkpointing": checkpointing, "batch": args.batch}
-                row |= {
+                line = {"model": name, "dtype": dtype, "checkpointing": checkpointing, "batch": args.batch}
+                line |= {
                     "length": args.length,
                     "preset": "default",
                     "predicted": planned,
                     "measured": measured,
                     "off": off,
-                } | machine
-                with open(RESULTS, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(
-                    f"{name:13} {dtype:9} checkpointing {checkpointing!s:5}  predicted {planned['peak'] / 1e6:7.1f} MB  "
-                    f"measured {measured['peak'] / 1e6:7.1f} MB ({off:+.1%})  rss {measured['rss'] / 1e6:7.1f} MB"
-                )
+                }
+                _keep(line | machine)
     return int(worst > WITHIN)
+
+
+def _keep(line: dict[str, Any]) -> None:
+    """Adds a line to plan.jsonl, and prints it."""
+    with open(RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    planned, measured = line["predicted"]["peak"], line["measured"]
+    resident = f"  rss {measured['rss'] / 1e6:7.1f} MB" if "rss" in measured else ""
+    print(
+        f"{line['model']:13} {line['dtype']:9} checkpointing {line['checkpointing']!s:5}  predicted {planned / 1e6:7.1f} MB  "
+        f"measured {measured['peak'] / 1e6:7.1f} MB ({line['off']:+.1%}){resident}"
+    )
 
 
 if __name__ == "__main__":

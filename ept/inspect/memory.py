@@ -5,7 +5,6 @@ tensors (shapes and dtypes, no data), while a dispatch mode counts the storages 
 for a frozen backbone, what attention keeps, and what activation checkpointing saves is right for any architecture.
 """
 
-import contextlib
 import copy
 import dataclasses
 import re
@@ -13,8 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -98,8 +100,10 @@ def plan_step(
         raise ValueError(
             f"length {length} does not fit: the model has positions for {room} tokens beside the prompt's {rows}"
         )
-    with nothing_is_launched() if kernels else contextlib.nullcontext():
-        return _run_on_fakes(model, batch, length, target_length or length)
+    if kernels:
+        with nothing_is_launched(), _AttentionOfGPUs():
+            return _run_on_fakes(model, batch, length, target_length or length)
+    return _run_on_fakes(model, batch, length, target_length or length)
 
 
 def largest_batch(peak: Callable[[int], int], room: float) -> int:
@@ -181,6 +185,23 @@ def _auto_class(config: PreTrainedConfig, task: str | None) -> Any:
     if not has_causal_form(config):
         raise ValueError(f"a {config.model_type} writes no text: use the task classification")
     return AutoModelForCausalLM
+
+
+class _AttentionOfGPUs(TorchFunctionMode):
+    """Computes attention without a fused kernel where a GPU's refuse the mask, as a CPU's does not.
+
+    The last dimension has to have stride 1 (`check_last_dim_stride_equals_1_dense` in torch's sdp_utils). That of T5's
+    position bias has another one up to transformers 5.19.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if mask is not None and mask.stride(-1) != 1:
+                with sdpa_kernel(SDPBackend.MATH):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 class _FakeStepCounter(StorageCounter):
