@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +128,16 @@ def test_changing_batches_take_two_compilations_at_most_and_give_eager_modes_res
         for key in want:
             assert torch.equal(got[key], want[key]), key  # the backend runs the same operations
     assert 1 <= counter.frame_count <= 2
+
+
+def test_a_thread_may_begin_with_a_compiled_call():
+    """Its second call of the same sizes compiles nothing."""
+    model, batch = wrapped(backbone("bert", MODELS["bert"]), PRESETS["default"]), batch_of("bert")
+    fast, counter = compiled(model)
+    with ThreadPoolExecutor(1) as fresh, torch.no_grad():
+        logits = [fresh.submit(lambda: fast(**batch).logits).result() for _ in range(2)]
+        torch.testing.assert_close(logits, [model(**batch).logits] * 2, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("name", MODELS)

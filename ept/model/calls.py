@@ -76,19 +76,22 @@ class _Frame:
     depth: int = 0
 
 
-_thread = threading.local()
+class _Thread(threading.local):
+    """frames: what a thread has entered, the innermost last.
+
+    They are there before the first call: torch.compile would trace the one that makes them, and another for all others.
+    """
+
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
 
 
-def _frames() -> list[_Frame]:
-    """What this thread has entered, the innermost last."""
-    if not hasattr(_thread, "frames"):
-        _thread.frames = []
-    return _thread.frames
+_thread = _Thread()
 
 
 def current() -> Call:
     """The call that this thread entered last; `BARE` outside of any."""
-    frames = _frames()
+    frames = _thread.frames
     return frames[-1].call if frames else BARE
 
 
@@ -97,7 +100,7 @@ def site_of(layer: nn.Module) -> int | None:
 
     It is asked once for each call: calls of a layer that shares its weights are counted.
     """
-    frames = _frames()
+    frames = _thread.frames
     if not frames:
         return None
     frame = frames[-1]
@@ -115,7 +118,7 @@ def site_of(layer: nn.Module) -> int | None:
 @contextlib.contextmanager
 def entered(call: Call) -> Iterator[None]:
     """Within, the hooks act for this call."""
-    frames = _frames()
+    frames = _thread.frames
     depth = len(frames)
     frames.append(_Frame(call))
     try:
@@ -134,7 +137,7 @@ def begin(module: nn.Module) -> None:
 
     An entry that starts again while it runs was called from a hook within the pass: a bare frame lasts until it ends.
     """
-    frames = _frames()
+    frames = _thread.frames
     if not frames:
         return
     frame = frames[-1]
@@ -152,7 +155,7 @@ def begin(module: nn.Module) -> None:
 
 def end(module: nn.Module) -> None:
     """Records that an entry has ended, by an error or not."""
-    frames = _frames()
+    frames = _thread.frames
     if not frames:
         return
     frame = frames[-1]
