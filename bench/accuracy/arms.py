@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["ARMS", "BUDGET", "COMPARISONS", "SMOLLM2_ARMS", "STAGES", "STEPS", "TASKS", "job"]
+__all__ = ["ARMS", "BUDGET", "COMPARISONS", "STAGES", "STEPS", "TASKS", "job"]
 
 TASKS = ("movies", "rating", "tweets", "news", "authors")
 BUDGET = 38_400  # a soft prompt of 100 tokens at d = 384

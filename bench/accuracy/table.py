@@ -9,7 +9,7 @@ import argparse
 import statistics
 
 from ..text.real_text import load_task
-from .arms import ARMS, COMPARISONS, SMOLLM2_ARMS, TASKS
+from .arms import ARMS, COMPARISONS, TASKS
 from .bootstrap import INTERVAL, Bootstrap, Record, by_arm, runs_by
 from .picture import Point, draw_scores
 from .study import RESULTS, read
@@ -18,7 +18,6 @@ from .study import RESULTS, read
 OTHERS = {
     "equal_time": "Equal time: as many steps as fit into the input-only preset's for 150, 2,000 training rows",
     "whole_sets": "Whole training sets, 300 steps",
-    "smollm2_final": "SmolLM2-135M, 2,000 training rows, 100 steps of 16 rows of at most 24 tokens",
 }
 
 LEVEL = "EPT (default)"
@@ -47,7 +46,7 @@ def _table(records: list[Record]) -> list[str]:
     most = max(len(runs) for tasks in of_arm.values() for runs in tasks.values())
     lines = [f"{most} seed{'s' * (most > 1)} where not said.", ""]
     lines += [f"| arm | trained, with the head | {' | '.join(tasks_run)} | mean |", "|---" * (len(tasks_run) + 3) + "|"]
-    for arm in sorted(of_arm, key=list(ARMS | SMOLLM2_ARMS).index):
+    for arm in sorted(of_arm, key=list(ARMS).index):
         tasks = of_arm[arm]
         cells, task_means = [], []
         for task in tasks_run:
