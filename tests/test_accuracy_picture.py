@@ -33,6 +33,6 @@ def test_labels_lie_inside_the_frame_and_hide_neither_each_other_nor_a_point(tmp
 
 
 def test_a_label_without_a_place_is_an_error_that_says_so():
-    stacked = [Point(f"method {number}", "EPT", 20_000, 0.8 + number / 1e6) for number in range(60)]
+    stacked = [Point(f"method {number}", "EPT", 20_000, 0.8 + number / 1e6) for number in range(200)]
     with pytest.raises(ValueError, match="no room for the label"):
         draw_scores({"all in one place": stacked}, "method 0", "score")

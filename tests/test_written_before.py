@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import transformers as hf
@@ -128,6 +129,9 @@ def losses(output_dir: str) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
 
 
+@pytest.mark.skipif(
+    numpy.__version__ < "2", reason="numpy 2 wrote the checkpoint's random state; 1.26 has other names for it"
+)
 @pytest.mark.parametrize("resume", ["auto", "run/checkpoint-24"])
 def test_a_checkpoint_goes_on_to_the_adapter_of_the_uninterrupted_run(resume, place):
     """Rounding differs between processors, and 24 steps carry it on. With torch's plain, AVX2 and AVX-512 code, on one and

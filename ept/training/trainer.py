@@ -225,8 +225,14 @@ class _EPTTrainerMixin(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository on the hub; OSError, of one sentence, where the hub cannot be reached or refuses."""
-        with hub_errors(f"{self.args.hub_model_id or self._directory} cannot be written on the hub"):
-            super().init_hf_repo(token, private)
+        of_all = self.args.hub_private_repo
+        if private is not None:
+            self.args.hub_private_repo = private  # transformers 5.19 has no argument for it
+        try:
+            with hub_errors(f"{self.args.hub_model_id or self._directory} cannot be written on the hub"):
+                super().init_hf_repo(token)
+        finally:
+            self.args.hub_private_repo = of_all
 
     def push_to_hub(
         self,
