@@ -101,9 +101,8 @@ def test_for_a_gpu_attention_is_planned_without_a_fused_kernel_where_a_masks_num
 
     rows = BATCH * heads * (LENGTH + settings.prompt_length)
     scores, states = rows * (LENGTH + settings.prompt_length), rows * width
-    fused = (
-        2 * scores + 4 * 2 * states + 4 * rows
-    )  # the mask for each row; query, key, value, result; a number for each row
+    # The mask for each row; query, key, value, result; a number for each row.
+    fused = 2 * scores + 4 * 2 * states + 4 * rows
     assert of_a_layer(kernels=True) - of_a_layer() == 4 * scores + 3 * 4 * states - fused
 
 

@@ -10,11 +10,11 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..text.real_text import GLUE_TASKS, Task, load_task
+from ..text.real_text import Task, load_task
 from .arms import ALL_ROWS, STAGES
 from .bootstrap import INTERVAL, Bootstrap, Record, Runs, by_arm, runs_by
 from .picture import COLOURS, Point, draw_scores
-from .study import RESULTS, read
+from .study import RESULTS, read, require_glue
 
 # Stage -> arms of other files, on the same rows and seeds, that stand beside its own.
 BESIDE = {
@@ -27,7 +27,8 @@ BESIDE = {
     ),
     "smollm2_rates": tuple(f"EPT, deep q=4, full rate, {rate}" for rate in ("1", "0.5", "0.25", "2")),
 }
-OTHER_FILES = ("final", "plain_start", "earlier_rates")
+EARLIER = ("plain_start", "earlier_rates")  # in the table, not in the picture
+OTHER_FILES = ("final", *EARLIER)
 
 
 def _place(record: Record) -> tuple[str | None, str, int | None, int]:
@@ -102,11 +103,10 @@ def main() -> None:
     records, beside = _in_order(read(options.stage), options.stage), BESIDE.get(options.stage, ())
     if not records:
         raise SystemExit(f"no lines of {options.stage} yet: python -m bench.accuracy.study {options.stage}")
-    if options.glue is None and any(record["task"] in GLUE_TASKS for record in records):
-        parser.error(f"{options.stage} has tasks of GLUE: give the directory of its files (--glue DIRECTORY)")
+    require_glue(parser, options, records)
     places = {_place(record) for record in records}
-    others_there = [record for name in OTHER_FILES for record in read(name)]
-    records += [r for r in others_there if r["arm"] in beside and _place(r) in places]
+    others_there = {name: [r for r in read(name) if r["arm"] in beside and _place(r) in places] for name in OTHER_FILES}
+    records += itertools.chain.from_iterable(others_there.values())
     runs = runs_by(records, by_arm)
     lines = [*score_rows(runs, options.stage), ""]
     if all("answer_loss" in record for record in records):
@@ -124,8 +124,8 @@ def main() -> None:
             if arm in own:
                 lines.append(f"| {arm} − {other} | {bootstrap.difference(runs[arm], runs[other])} |")
         lines.append("")
-        earlier = {record["arm"] for name in ("plain_start", "earlier_rates") for record in read(name)}
-        drawn = {arm: by_task for arm, by_task in runs.items() if arm not in beside or arm not in earlier}
+        undrawn = {record["arm"] for name in EARLIER for record in others_there[name]}
+        drawn = {arm: by_task for arm, by_task in runs.items() if arm not in undrawn}
         picture(drawn, options.stage, tasks, bootstrap)
     common = {"steps", "batch_size", "max_length", "rows", "budget", "backbone"}
     settings = {name: {record.get(name) for record in records} for name in sorted(common)}

@@ -43,7 +43,7 @@ from ..text.written import collator_of, judge, text_loss, written_rows
 from .arms import STAGES
 from .precision import fast_dtype
 
-__all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "key", "minilm_for", "read"]
+__all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "key", "minilm_for", "read", "require_glue"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 MAX_LENGTH = 48
@@ -90,7 +90,6 @@ def run(job: Job, glue: Path | None = None) -> Job:
     max_length, dtype = job.get("max_length", MAX_LENGTH), fast_dtype(job["dtype"])
     task, tokenizer, parts = load(job["task"], max_length, backbone, glue)
     if is_written:
-        before = _other_text_loss(backbone, dtype)
         parts = {part: written_rows(task, part, tokenizer, max_length) for part in parts}
     rows = parts["train"]
     if job["rows"] < len(rows):
@@ -122,7 +121,8 @@ def run(job: Job, glue: Path | None = None) -> Job:
         written = judge(model, parts[part], collate, task, part)
         result |= {
             "score": written.score, "exact_match": written.exact_match, "answer_loss": written.answer_loss,
-            "other_text_loss": text_loss(model, tokenizer, _other_texts(), MAX_LENGTH), "other_text_loss_before": before,
+            "other_text_loss": text_loss(model, tokenizer, _other_texts(), MAX_LENGTH),
+            "other_text_loss_before": _other_text_loss(backbone, dtype),
         }  # fmt: skip
         predictions = np.asarray(written.chosen)
     else:
@@ -232,6 +232,12 @@ def _append(stage: str, record: Job) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def require_glue(parser: argparse.ArgumentParser, options: argparse.Namespace, jobs: list[Job]) -> None:
+    """Ends the program where tasks of a stage are GLUE's and no `--glue` says where its files are."""
+    if options.glue is None and any(job["task"] in GLUE_TASKS for job in jobs):
+        parser.error(f"{options.stage} has tasks of GLUE: give the directory of its files (--glue DIRECTORY)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.study", description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=list(STAGES))
@@ -243,8 +249,7 @@ def main() -> None:
     arms = list(dict.fromkeys(job["arm"] for job in STAGES[options.stage]()))
     if unknown := set(options.arms or ()) - set(arms):
         parser.error(f"{options.stage} has no {', '.join(sorted(unknown))}: choose of {', '.join(map(repr, arms))}")
-    if options.glue is None and any(job["task"] in GLUE_TASKS for job in STAGES[options.stage]()):
-        parser.error(f"{options.stage} has tasks of GLUE: give the directory of its files (--glue DIRECTORY)")
+    require_glue(parser, options, STAGES[options.stage]())
     try:
         run_stage(options.stage, options.processes, options.minutes, options.arms, options.glue)
     except ModuleNotFoundError as error:
