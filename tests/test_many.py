@@ -10,7 +10,19 @@ from peft import LoraConfig, get_peft_model
 from bench.accuracy import forms, forms_table
 from bench.accuracy.arms import TASKS
 from bench.accuracy.bootstrap import Bootstrap
-from bench.accuracy.many import Encoder, Rows, Shape, features, fresh, fresh_head, logits_of, loss_of, settings, train
+from bench.accuracy.many import (
+    Encoder,
+    Rows,
+    Shape,
+    along_layers,
+    features,
+    fresh,
+    fresh_head,
+    logits_of,
+    loss_of,
+    settings,
+    train,
+)
 from bench.accuracy.study import decode_predictions
 from bench.accuracy.transfer import Bundle, Job, Study, mean_product, score
 from bench.text.real_text import Task
@@ -186,6 +198,33 @@ def test_averaged_tensors_are_the_mean_of_the_last_steps():
     torch.testing.assert_close(same["deep_up"], last["deep_up"])
     gaps = [(each["deep_up"][0] - start["deep_up"]).norm() for each in (mean, last)]
     assert 0 < gaps[0] < gaps[1]
+
+
+def test_rates_along_the_layers_keep_their_mean_and_reach_every_update():
+    encoder, shape, rows = encoder_of(mean_pooling()), SHAPES["EPT"], rows_of(8, 1)
+    start = start_of(shape, encoder, 0)
+    rates = settings(shape, 1.0, 0.005)
+    along = along_layers(rates, 4.0, encoder.layers)
+    of_up = [along["token_up"], *along["deep_up"]]
+    assert len(of_up) == encoder.layers and of_up[-1] / of_up[0] == pytest.approx(4)
+    assert np.prod(of_up) == pytest.approx(rates["token_up"] ** len(of_up))
+    assert along["prompt"] == rates["prompt"] and along["head_bias"] == rates["head_bias"]
+    # One step at the whole rate behind one at none, on the same rows: AdamW moves every number by the rate itself.
+    trained, _ = train(encoder, shape, [start], [rows], [along], [0], steps=2, batch_size=8, warmup=0.0)
+    moved = (trained["deep_up"][0] - start["deep_up"]).abs().amax(dim=(1, 2))
+    torch.testing.assert_close(moved, torch.tensor(along["deep_up"]), rtol=1e-3, atol=0)
+
+
+def test_the_rates_rise_over_the_warm_up():
+    encoder, shape, rows = encoder_of(mean_pooling()), SHAPES["EPT"], rows_of(16, 1)
+    start = start_of(shape, encoder, 0)
+    moved = []
+    for warmup in (0.25, 1.0):
+        trained, _ = train(
+            encoder, shape, [start], [rows], [settings(shape, 1.0, 0.005)], [0], steps=4, batch_size=8, warmup=warmup
+        )
+        moved.append((trained["prompt"][0] - start["prompt"]).norm())
+    assert 0 < moved[1] < moved[0]
 
 
 def test_an_untrained_layer_leaves_the_encoder_as_it_is():

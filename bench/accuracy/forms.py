@@ -21,7 +21,7 @@ import torch
 from ept.machine import describe
 
 from .arms import ALL_ROWS, HEAD_RATE, TASKS
-from .many import LINEARS, Shape, features, fresh, fresh_head, logits_of, settings, train
+from .many import LINEARS, WARMUP, Shape, along_layers, features, fresh, fresh_head, logits_of, settings, train
 from .transfer import Bundle, encode_predictions, read_bundle, score
 
 SEARCH_SEEDS, FINAL_SEEDS = (5, 6), (0, 1, 2, 3, 4)
@@ -32,13 +32,16 @@ FACTORS = tuple({"rate": rate} for rate in (1.0, 0.5, 2.0))
 class Form:
     """A shape with its way of training.
 
-    Attributes: `rates` (those that the search tries, as keywords of `settings`), `down` (a factor on D's rate), `averaged` (the
-    share of the last steps whose tensors are averaged).
+    Attributes: `rates` (those that the search tries, as keywords of `settings`), `down` (a factor on D's rate), `upwards` (the
+    last layer's rate over the first's), `warmup` (the share of the steps in which the rates rise), `averaged` (the share of the
+    last steps whose tensors are averaged).
     """
 
     shape: Shape
     rates: tuple[dict[str, float], ...] = FACTORS
     down: float = 1.0
+    upwards: float = 1.0
+    warmup: float = WARMUP
     averaged: float = 0.0
 
 
@@ -57,6 +60,12 @@ LAYERS = {
     "D at half of W's rate": Form(Shape("EPT", 4), down=0.5),
     "D at twice W's rate": Form(Shape("EPT", 4), down=2.0),
     "D at four times W's rate": Form(Shape("EPT", 4), down=4.0),
+    "the last layer at four times the first's rate": Form(Shape("EPT", 4), upwards=4.0),
+    "the last layer at a quarter of the first's rate": Form(Shape("EPT", 4), upwards=0.25),
+    "warm-up of a quarter": Form(Shape("EPT", 4), warmup=0.25),
+    "with the paper's pair, fusion and spaces": Form(
+        Shape("EPT", 4, spaces=(4, 2), lowrank=4, positions=48), ({"others": 0.1}, {"others": 1.0}, {"others": 0.02})
+    ),
     "the last fifth averaged": Form(Shape("EPT", 4), averaged=0.2),
     "EPT, q = 8": Form(Shape("EPT", 8)),
     "LoRA r = 2": Form(**_lora(0.005, 0.0025, 0.01, rank=2)),
@@ -154,9 +163,12 @@ class Runner:
         rates = [
             settings(form.shape, head_rate=HEAD_RATE, down=form.down, **{"rate": 1.0} | dict(job.rates)) for job in jobs
         ]
+        if form.upwards != 1:
+            updates = bundle.encoder.layers + form.shape.after_last
+            rates = [along_layers(own, form.upwards, updates) for own in rates]
         trained, losses = train(
             bundle.encoder, form.shape, starts, rows, rates, [job.seed for job in jobs], steps=self.steps,
-            batch_size=self.question.batch_size, averaged=form.averaged,
+            batch_size=self.question.batch_size, averaged=form.averaged, warmup=form.warmup,
         )  # fmt: skip
         judged = [bundle.parts[job.task][job.part] for job in jobs]
         read = features(bundle.encoder, form.shape, trained, judged)

@@ -5,19 +5,21 @@ forward and backward pass, [runs, batch, L], and through one AdamW whose rates a
 `ept` and of PEFT's LoRA (tests/test_many.py holds them to both); the plain torch here needs neither of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Encoder", "Rows", "Shape", "features", "fresh", "logits_of", "loss_of", "train"]
+__all__ = ["Encoder", "Rows", "Shape", "along_layers", "features", "fresh", "logits_of", "loss_of", "settings", "train"]
 
 WARMUP = 0.06
 PAD = 0
 Tensors = dict[str, Tensor]
+Rates = dict[str, float | list[float]]
 
 
 # Every linear layer of a BERT's layer, by the names that LoRA is given them by.
@@ -334,19 +336,20 @@ def loss_of(logits: Tensor, labels: Tensor, num_labels: Tensor) -> Tensor:
 
 
 def train(
-    encoder: Encoder, shape: Shape, starts: list[Tensors], rows: list[Rows], rates: list[dict[str, float]],
-    seeds: list[int], *, steps: int, batch_size: int = 32, as_adapter: Callable[[Tensors], Tensors] = dict,
-    averaged: float = 0.0,
+    encoder: Encoder, shape: Shape, starts: list[Tensors], rows: list[Rows],
+    rates: Sequence[Mapping[str, float | list[float]]], seeds: list[int], *, steps: int, batch_size: int = 32, as_adapter: Callable[[Tensors], Tensors] = dict,
+    averaged: float = 0.0, warmup: float = WARMUP,
 ) -> tuple[Tensors, Tensor]:  # fmt: skip
     """Trains every run on its rows: AdamW without decay, short warm-up, linear decay, each run's gradient cut at norm 1.
 
     Args:
         starts: the start values of each run, the head's too.
         rows: each run's training rows.
-        rates: each run's learning rate for every tensor by name.
+        rates: each run's learning rate for every tensor by name, one or one for each layer.
         seeds: each run's order of rows.
         as_adapter: makes the tensors of `shape` and of the head from what is trained, where that is something else.
         averaged: share of the steps, at the end, whose tensors are averaged; 0: the last step's.
+        warmup: share of the steps, at the start, in which the rates rise.
 
     Returns:
         The trained tensors [runs, …] by name, and the last five steps' mean loss [runs].
@@ -356,7 +359,7 @@ def train(
     starts = [start | _widened(start, most) for start in starts]
     tensors = {name: torch.stack([start[name] for start in starts]).to(device).requires_grad_() for name in starts[0]}
     rate = {
-        name: torch.tensor([run[name] for run in rates], device=device).view(-1, *[1] * (tensor.dim() - 1))
+        name: torch.tensor([run[name] for run in rates], device=device).view(len(rates), -1, *[1] * (tensor.dim() - 2))
         for name, tensor in tensors.items()
     }
     first = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
@@ -365,7 +368,7 @@ def train(
     table = _Table(rows, device)
     orders = np.stack([_batches(run, steps, batch_size, seed) for run, seed in zip(rows, seeds, strict=True)], axis=1)
     on_device = torch.from_numpy(orders).to(device)  # [steps, runs, batch]; nothing in a step waits for the device
-    warmup, last = max(1, round(WARMUP * steps)), []
+    rising, last = max(1, round(warmup * steps)), []
     first_averaged, sums = steps - round(averaged * steps), {name: torch.zeros_like(t) for name, t in tensors.items()}
     for step in range(steps):
         ids, lengths, labels = table.batch(orders[step], on_device[step])
@@ -375,7 +378,7 @@ def train(
         with torch.no_grad():
             norm = sum(gradient.flatten(1).square().sum(1) for gradient in gradients).sqrt()  # type: ignore[union-attr]
             cut = (1 / (norm + 1e-6)).clamp(max=1)
-            now = step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+            now = step / rising if step < rising else (steps - step) / max(1, steps - rising)
             for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True):
                 gradient = gradient * cut.view(-1, *[1] * (tensor.dim() - 1))
                 first[name].lerp_(gradient, 0.1)
@@ -417,19 +420,34 @@ def features(encoder: Encoder, shape: Shape, tensors: Tensors, rows: list[Rows],
 
 def settings(
     shape: Shape, rate: float, head_rate: float, *, down: float = 1.0, prompt: float = 1.0, others: float = 1.0
-) -> dict[str, float]:
+) -> Rates:
     """A run's learning rate for every tensor: `rate` is a factor on EPT's defaults, and LoRA's rate itself.
 
     Args:
         down: a further factor on D's rates.
         prompt, others: further factors on the prompt's rate and on those of the paper's parts.
     """
-    heads = {"head_weight": head_rate, "head_bias": head_rate}
+    heads: Rates = {"head_weight": head_rate, "head_bias": head_rate}
     if shape.method == "LoRA":
         return heads | {f"lora_{x}.{target}": rate for x in "ab" for target in shape.targets}
     kinds = ("up", "bias", "gain")
-    deep = dict.fromkeys((f"{place}_{kind}" for place in ("token", "deep") for kind in kinds), 0.005 * rate)
+    deep: Rates = dict.fromkeys((f"{place}_{kind}" for place in ("token", "deep") for kind in kinds), 0.005 * rate)
     deep |= {"token_down": 0.005 * rate * down, "deep_down": 0.005 * rate * down, "prompt": 0.09 * rate * prompt}
     fast, slow = 0.018 * rate * others, 0.001 * rate * others
-    of_paper = {"lowrank_b": fast, "space_up": fast, "lowrank_a": slow, "space_down": slow, "gate_weight": slow}
+    of_paper: Rates = {"lowrank_b": fast, "space_up": fast, "lowrank_a": slow, "space_down": slow, "gate_weight": slow}
     return heads | deep | of_paper
+
+
+def along_layers(rates: Rates, ratio: float, updates: int) -> Rates:
+    """The same with the last update's rates `ratio` times those of the first, in equal steps of their logarithm.
+
+    Their geometric mean stays. `updates` counts the one at the embeddings.
+    """
+    factors = [ratio ** (layer / (updates - 1) - 0.5) for layer in range(updates)]
+
+    def at(name: str, rate: Any) -> float | list[float]:
+        if name.startswith("token_"):
+            return rate * factors[0]
+        return [rate * factor for factor in factors[1:]] if name.startswith("deep_") else rate
+
+    return {name: at(name, rate) for name, rate in rates.items()}
