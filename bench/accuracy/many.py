@@ -337,8 +337,8 @@ def loss_of(logits: Tensor, labels: Tensor, num_labels: Tensor) -> Tensor:
 
 def train(
     encoder: Encoder, shape: Shape, starts: list[Tensors], rows: list[Rows],
-    rates: Sequence[Mapping[str, float | list[float]]], seeds: list[int], *, steps: int, batch_size: int = 32, as_adapter: Callable[[Tensors], Tensors] = dict,
-    averaged: float = 0.0, warmup: float = WARMUP,
+    rates: Sequence[Mapping[str, float | list[float]]], seeds: list[int], *, steps: int, batch_size: int = 32,
+    as_adapter: Callable[[Tensors], Tensors] = dict, averaged: float = 0.0, warmup: float = WARMUP,
 ) -> tuple[Tensors, Tensor]:  # fmt: skip
     """Trains every run on its rows: AdamW without decay, short warm-up, linear decay, each run's gradient cut at norm 1.
 
