@@ -10,6 +10,8 @@ import torch
 import transformers as hf
 
 from bench.accuracy import stage_table, study
+from bench.accuracy.bootstrap import scores_of
+from bench.accuracy.study import decode_predictions, encode_predictions
 from bench.text import language_models, real_text
 from bench.text.written import collator_of, judge, text_loss, written_rows
 from tiny_models import backbone
@@ -97,14 +99,43 @@ def test_a_written_task_is_judged_by_the_likeliest_label_the_whole_answer_and_it
                 likeliest = output.logits[0, :-1].argmax(-1)
                 right.append(bool((likeliest == batch["labels"][0, 1:])[wanted].all()))
         scores.append(by_label)
-    assert found.chosen == np.argmax(scores, axis=1).tolist()
-    assert found.score == np.mean(np.array(found.chosen) == task.labels["dev"])
+    assert found.predictions == np.argmax(scores, axis=1).tolist()
+    assert found.score == np.mean(np.array(found.predictions) == task.labels["dev"])
     assert found.exact_match == np.mean(right) and found.answer_loss == pytest.approx(np.mean(losses), rel=1e-4)
     text = task.texts["test"][0]
     ids = made(text, return_tensors="pt").input_ids
     assert text_loss(model, made, [text], 64) == pytest.approx(
         float(model(input_ids=ids, labels=ids).loss.detach()), rel=1e-4
     )
+
+
+def test_a_text_that_is_written_is_judged_by_the_loss_of_each_row(monkeypatch, tmp_path):
+    folder = tmp_path / "sport"
+    folder.mkdir()
+    for n in range(1300):
+        (folder / f"{n}.txt").write_text(f"Title {n % 7}\n\n  The  lead {n} of a story, {'and more ' * 20}\n\nThe end.")
+    (folder / "again.txt").write_bytes((folder / "0.txt").read_bytes())  # a copy counts once
+    (folder / "empty.txt").write_text("A title alone\n")
+    monkeypatch.setattr(real_text, "_topics", lambda: [folder])
+    task, made = real_text.load_task("headlines"), tokenizer("llama")
+    assert {part: len(texts) for part, texts in task.texts.items()} == {"train": 200, "dev": 500, "test": 600}
+    text, answer = task.texts["dev"][0], task.answers["dev"][0]
+    lead, cue = text.split("\n")
+    assert len(lead.split()) == real_text.LEAD_WORDS and cue == "Headline:"
+    number = int(lead.split()[2])
+    assert lead.startswith(f"The lead {number} of a story,") and answer == f" Title {number % 7}"
+
+    model = backbone("llama", hf.AutoModelForCausalLM).eval()
+    rows, collate = written_rows(task, "dev", made, 64)[:40], collator_of(task, made)
+    found = judge(model, rows, collate, task, "dev")
+    losses = []
+    for row in rows:
+        with torch.no_grad():
+            losses.append(float(model(**collate([row])).loss))
+    assert found.predictions == pytest.approx([1000 * loss for loss in losses], rel=1e-3)
+    assert found.score == pytest.approx(np.mean(losses), rel=1e-4) and found.exact_match == 0
+    stored = decode_predictions(encode_predictions(np.asarray(found.predictions))).astype(float)
+    assert scores_of(stored, np.zeros(40), "loss") == pytest.approx(found.score, abs=1e-3)
 
 
 def test_a_stages_table_has_every_arm_and_the_differences_from_the_first(tmp_path, monkeypatch, capsys):

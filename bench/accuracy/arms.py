@@ -441,11 +441,30 @@ def written() -> list[Job]:
     ]
 
 
+# BBC's headlines, from the first words of each article: all 1,000 training rows.
+HEADLINES = WRITTEN | {"task": "headlines", "max_length": 64}
+
+
+def headlines_search() -> list[Job]:
+    """Rates on the dev part at a seed of no final run, as many for each arm."""
+    rates: dict[str, tuple[float, ...]] = {"EPT, default": (1.0, 0.5, 0.25), "LoRA r=2": (0.008, 0.004, 0.002)}
+    return _searched(HEADLINES | {"seed": 5}, SMOLLM2_ARMS, rates)
+
+
+def headlines() -> list[Job]:
+    """Three seeds, the test part."""
+    return [
+        job(arm, **dict[str, Any](HEADLINES) | told | {"seed": seed, "reads_test": True})
+        for seed in range(3)
+        for arm, told in WRITTEN_ARMS.items()
+    ]
+
+
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
     "smollm2_final": smollm2_final, "paper_search": paper_search, "paper_final": paper_final, "lora_all_final": lora_all_final,
     "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final,
     "gemma3_rates": gemma3_rates, "smollm2_rates": smollm2_rates, "glue": glue, "few_steps": few_steps,
-    "written_search": written_search, "written": written,
+    "written_search": written_search, "written": written, "headlines_search": headlines_search, "headlines": headlines,
 }  # fmt: skip

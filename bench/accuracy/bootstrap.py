@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..text.real_text import Task
+from ..text.written import MILLI
 from .study import decode_predictions
 
 __all__ = ["INTERVAL", "Bootstrap", "Difference", "Record", "Runs", "by_arm", "runs_by", "scores_of"]
@@ -46,9 +47,11 @@ def by_arm(record: Record) -> str:
     return str(record["arm"])
 
 
-def scores_of(predictions: np.ndarray, labels: np.ndarray, is_correlation: bool) -> np.ndarray:
-    """[…] accuracy or Pearson's correlation over the last axis of predictions and labels [… , rows]."""
-    if not is_correlation:
+def scores_of(predictions: np.ndarray, labels: np.ndarray, metric: str) -> np.ndarray:
+    """[…] accuracy, a correlation, or the mean loss over the last axis of predictions and labels [… , rows]."""
+    if metric == "loss":
+        return predictions.mean(-1) / MILLI
+    if metric not in ("pearson", "matthews"):  # Matthews' correlation is Pearson's of zeros and ones
         return (predictions == labels).mean(-1)
     x = predictions - predictions.mean(-1, keepdims=True)
     y = labels - labels.mean(-1, keepdims=True)
@@ -64,14 +67,13 @@ class Bootstrap:
 
     def __init__(self, tasks: Mapping[str, Task], draws: int):
         self._rng, self._draws = np.random.default_rng(0), draws
-        self._rows, self._labels, self._is_correlation = {}, {}, {}
+        self._rows, self._labels, self._metric = {}, {}, {}
         for name, task in tasks.items():
             labels = np.asarray(task.labels["test"], dtype=float)
             drawn = self._rng.integers(len(labels), size=(draws, len(labels)))
             self._rows[name] = np.concatenate([np.arange(len(labels))[None], drawn])  # the first: the rows as they are
             self._labels[name] = labels[self._rows[name]]
-            # Matthews' correlation is Pearson's of zeros and ones.
-            self._is_correlation[name] = task.metric in ("pearson", "matthews")
+            self._metric[name] = task.metric
         self._seeds: dict[int, np.ndarray] = {}
         self._scores: dict[tuple[str, str], np.ndarray] = {}
 
@@ -102,5 +104,5 @@ class Bootstrap:
         name, text = record["task"], record["predictions"]
         if (name, text) not in self._scores:
             predictions = decode_predictions(text).astype(float)[self._rows[name]]
-            self._scores[name, text] = scores_of(predictions, self._labels[name], self._is_correlation[name])
+            self._scores[name, text] = scores_of(predictions, self._labels[name], self._metric[name])
         return self._scores[name, text]

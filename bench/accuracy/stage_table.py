@@ -114,8 +114,9 @@ def main() -> None:
     first, *others = runs
     if all("predictions" in record for record in records) and others:
         tasks = {name: load_task(name, options.glue) for name in sorted({record["task"] for record in records})}
+        unit = "hundredths; less is better" if any(task.metric == "loss" for task in tasks.values()) else "points"
         lines += [
-            f"| difference of the means | points | {INTERVAL} | pairs of runs |",
+            f"| difference of the means | {unit} | {INTERVAL} | pairs of runs |",
             "|---|---|---|---|",
         ]
         bootstrap = Bootstrap(tasks, options.draws)

