@@ -356,6 +356,19 @@ def glue() -> list[Job]:
     ]
 
 
+def glue_rates() -> list[Job]:
+    """Whether GLUE's tasks want other rates than sentiment, from which those of `final` come: dev parts, seeds of no final
+    run."""
+    tried: dict[str, tuple[float, ...]] = {"EPT, deep": (1.0, 2.0, 4.0), "LoRA r=2": (0.005, 0.01, 0.02)}
+    return [
+        job(f"{arm} {rate:g}", **dict[str, Any](task=task, rows=2000, seed=seed) | ARMS[arm] | {"rate": rate})
+        for task in ("cola", "mrpc")
+        for seed in (5, 6)
+        for arm, rates in tried.items()
+        for rate in rates
+    ]
+
+
 # Gemma 3 270M, as SmolLM2: with q = 2 EPT has 47,360 parameters, LoRA r = 1 on query and value 46,080.
 GEMMA3 = SMOLLM2 | {"backbone": "gemma3", "budget": 47_360}
 GEMMA3_DEFAULT = {"settings": DEEP | {"deep_layers": 17}, "budget": 93_440}
@@ -465,6 +478,6 @@ STAGES = {
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
     "smollm2_final": smollm2_final, "paper_search": paper_search, "paper_final": paper_final, "lora_all_final": lora_all_final,
     "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final,
-    "gemma3_rates": gemma3_rates, "smollm2_rates": smollm2_rates, "glue": glue, "few_steps": few_steps,
+    "gemma3_rates": gemma3_rates, "smollm2_rates": smollm2_rates, "glue": glue, "glue_rates": glue_rates, "few_steps": few_steps,
     "written_search": written_search, "written": written, "headlines_search": headlines_search, "headlines": headlines,
 }  # fmt: skip
