@@ -27,6 +27,29 @@ def cola_lines(count, source):
     return [(source, n % 2, "", f"sentence {source} {n}") for n in range(count)]
 
 
+def test_few_training_rows_keep_four_fifths_where_a_dev_part_is_taken_from_them(tmp_path):
+    for name, count in (("train", 300), ("dev", 6)):
+        write_tsv(tmp_path / "CoLA" / f"{name}.tsv", cola_lines(count, name))
+    task = real_text.load_task("cola", tmp_path)
+    assert {part: len(texts) for part, texts in task.texts.items()} == {"train": 240, "dev": 60, "test": 6}
+
+
+def test_a_test_file_with_labels_in_some_rows_is_refused(tmp_path):
+    for name in ("train", "dev", "test"):
+        write_tsv(
+            tmp_path / "SST-2" / f"{name}.tsv", [("sentence", "label"), *((f"{name} {n}", n % 2) for n in range(9))]
+        )
+    assert len(real_text.load_task("sst2", tmp_path).labels["test"]) == 9
+    rows = [("sentence", "label"), ("one", 1), ("two", -1), ("three", 0)]
+    write_tsv(tmp_path / "SST-2" / "test.tsv", rows)
+    with pytest.raises(ValueError, match="1 of 3 rows in sst2's test file have no label"):
+        real_text.load_task("sst2", tmp_path)
+
+
+def test_a_constant_prediction_correlates_with_nothing():
+    assert scores_of(np.ones((2, 4)), np.array([[0, 1, 0, 1], [1, 0, 1, 1]]), "matthews").tolist() == [0, 0]
+
+
 def test_cola_without_labels_in_its_test_file_is_judged_on_both_dev_files_and_has_dev_rows_off_the_training_rows(
     tmp_path,
 ):
@@ -63,6 +86,7 @@ def test_a_stage_with_tasks_of_glue_asks_for_their_directory_and_a_missing_model
     assert "paper_search has tasks of GLUE: give the directory of its files (--glue DIRECTORY)" in refused(
         ["paper_search"]
     )
+    assert "sst2" in refused(["paper_search", "--glue", "absent"])
     # Of this module alone: transformers keeps for good what it once found missing.
     without = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(language_models, "importlib", without)
@@ -153,7 +177,8 @@ def test_a_stages_table_has_every_arm_and_the_differences_from_the_first(tmp_pat
     (tmp_path / "paper_search.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(stage_table, "RESULTS", tmp_path)
-    monkeypatch.setattr(stage_table, "load_task", lambda name, glue: task)
+    for module in (study, stage_table):
+        monkeypatch.setattr(module, "load_task", lambda name, glue: task)
     arguments = ["stage_table", "paper_search", "--draws", "200"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit):
@@ -164,4 +189,10 @@ def test_a_stages_table_has_every_arm_and_the_differences_from_the_first(tmp_pat
     table = (tmp_path / "paper_search.md").read_text()
     assert "| EPT | 1,200 | 0.9000 ± 0.0000 (3 seeds) |" in table and "| LoRA | 1,200 | 0.8000" in table
     assert "| EPT − LoRA | +10.00 | +" in table and "steps 9" in table and "device a CPU" in table
+    assert "rows alone" not in table
     assert (tmp_path / "paper_search.png").stat().st_size
+    # Other files, whose test part has another number of rows, do not give other differences from the same lines.
+    fewer = real_text.Task("sst2", "single_label_classification", ["a", "b"], {}, {"test": labels[:30].tolist()})
+    monkeypatch.setattr(stage_table, "load_task", lambda name, glue: fewer)
+    with pytest.raises(ValueError, match="a line of EPT has 40 predictions, but sst2's test part has 30 rows"):
+        stage_table.main()

@@ -48,14 +48,18 @@ def by_arm(record: Record) -> str:
 
 
 def scores_of(predictions: np.ndarray, labels: np.ndarray, metric: str) -> np.ndarray:
-    """[…] accuracy, a correlation, or the mean loss over the last axis of predictions and labels [… , rows]."""
+    """[…] accuracy, a correlation, or the mean loss over the last axis of predictions and labels [… , rows].
+
+    A correlation is 0 where one of the two is constant, as it is for ept's metrics.
+    """
     if metric == "loss":
         return predictions.mean(-1) / MILLI
     if metric not in ("pearson", "matthews"):  # Matthews' correlation is Pearson's of zeros and ones
         return (predictions == labels).mean(-1)
     x = predictions - predictions.mean(-1, keepdims=True)
     y = labels - labels.mean(-1, keepdims=True)
-    return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+    size = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+    return np.where(size > 0, (x * y).sum(-1) / np.where(size > 0, size, 1), 0.0)
 
 
 class Bootstrap:
@@ -63,6 +67,9 @@ class Bootstrap:
 
     Args:
         tasks: by name, those of all runs.
+
+    Raises:
+        ValueError: a run was scored on another number of test rows than its task has.
     """
 
     def __init__(self, tasks: Mapping[str, Task], draws: int):
@@ -103,6 +110,12 @@ class Bootstrap:
         """[1 + draws] scores of one run."""
         name, text = record["task"], record["predictions"]
         if (name, text) not in self._scores:
-            predictions = decode_predictions(text).astype(float)[self._rows[name]]
+            stored = decode_predictions(text).astype(float)
+            if len(stored) != self._rows[name].shape[1]:
+                raise ValueError(
+                    f"a line of {record['arm'] if 'arm' in record else record['form']} has {len(stored):,} predictions, but "
+                    f"{name}'s test part has {self._rows[name].shape[1]:,} rows: its files are others than those of the run"
+                )
+            predictions = stored[self._rows[name]]
             self._scores[name, text] = scores_of(predictions, self._labels[name], self._metric[name])
         return self._scores[name, text]

@@ -112,6 +112,7 @@ def main() -> None:
     if all("answer_loss" in record for record in records):
         lines += written_rows(runs)
     first, *others = runs
+    bootstrap = None
     if all("predictions" in record for record in records) and others:
         tasks = {name: load_task(name, options.glue) for name in sorted({record["task"] for record in records})}
         unit = "hundredths; less is better" if any(task.metric == "loss" for task in tasks.values()) else "points"
@@ -125,9 +126,8 @@ def main() -> None:
             if arm in own:
                 lines.append(f"| {arm} − {other} | {bootstrap.difference(runs[arm], runs[other])} |")
         lines.append("")
-        undrawn = {record["arm"] for name in EARLIER for record in others_there[name]}
-        drawn = {arm: by_task for arm, by_task in runs.items() if arm not in undrawn}
-        picture(drawn, options.stage, tasks, bootstrap)
+        if any(len(by_seed) == 1 for own_tasks in runs.values() for by_seed in own_tasks.values()):
+            lines += ["Where a method has one seed, the interval draws rows alone.", ""]
     common = {"steps", "batch_size", "max_length", "rows", "budget", "backbone"}
     settings = {name: {record.get(name) for record in records} for name in sorted(common)}
     settings["rows"] = {"all" if rows == ALL_ROWS else rows for rows in settings["rows"]}
@@ -140,6 +140,13 @@ def main() -> None:
     text = "\n".join(lines)
     (RESULTS / f"{options.stage}.md").write_text(text + "\n", encoding="utf-8")
     print(text)
+    if bootstrap is not None:
+        undrawn = {record["arm"] for name in EARLIER for record in others_there[name]}
+        drawn = {arm: by_task for arm, by_task in runs.items() if arm not in undrawn}
+        try:
+            picture(drawn, options.stage, tasks, bootstrap)
+        except ValueError as error:
+            raise SystemExit(f"the table is written, but not the picture: {error}") from None
 
 
 if __name__ == "__main__":

@@ -238,9 +238,15 @@ def _append(stage: str, record: Job) -> None:
 
 
 def require_glue(parser: argparse.ArgumentParser, options: argparse.Namespace, jobs: list[Job]) -> None:
-    """Ends the program where tasks of a stage are GLUE's and no `--glue` says where its files are."""
-    if options.glue is None and any(job["task"] in GLUE_TASKS for job in jobs):
+    """Ends the program where tasks of a stage are GLUE's and no `--glue` says where its files are, or they cannot be read."""
+    names = sorted({job["task"] for job in jobs} & set(GLUE_TASKS))
+    if options.glue is None and names:
         parser.error(f"{options.stage} has tasks of GLUE: give the directory of its files (--glue DIRECTORY)")
+    for name in names:
+        try:
+            load_task(name, options.glue)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
 
 
 def main() -> None:

@@ -155,6 +155,8 @@ def export(directory: Path, glue: Path | None = None) -> None:
 
 def read_bundle(directory: Path, device: str) -> Bundle:
     """What `export` wrote, the encoder in the type that is fast on the device."""
+    if not (directory / "tasks.npz").is_file():
+        raise SystemExit(f"{directory} holds no bundle: python -m bench.accuracy.transfer export {directory}")
     arrays = dict(np.load(directory / "tasks.npz"))
     encoder = Encoder(
         load_file(directory / "encoder.safetensors"), int(arrays["num_heads"]), float(arrays["embed_scale"]),

