@@ -10,7 +10,7 @@ __all__ = ["fast_dtype"]
 def fast_dtype(dtype: str, device: str | None = None) -> str:
     """The type to compute in: float32 in place of bfloat16 on a CPU without its instructions.
 
-    Stage `precision` shows that scores do not depend on it beyond the noise.
+    Stage `precision` is to show whether scores depend on it; one of its runs is on record.
 
     Args:
         device: None takes an accelerator where there is one.

@@ -28,6 +28,7 @@ PAIRS = [
     (("EPT q=8", SOURCES), ("LoRA r=4", SOURCES)),
     (("EPT q=8", SOURCES), ("LoRA, all linear", SOURCES)),
     (("EPT", FAR), ("LoRA r=4", SCRATCH)),
+    (("EPT", FAR), ("LoRA r=2", FAR)),
     (("EPT", FAR), ("LoRA r=4", FAR)),
     (("EPT", FAR), ("LoRA, all linear", FAR)),
     (("EPT", SCRATCH), ("LoRA r=4", SCRATCH)),
