@@ -460,7 +460,7 @@ HEADLINES = WRITTEN | {"task": "headlines", "max_length": 64}
 
 def headlines_search() -> list[Job]:
     """Rates on the dev part at a seed of no final run, as many for each arm."""
-    rates: dict[str, tuple[float, ...]] = {"EPT, default": (1.0, 0.5, 0.25), "LoRA r=2": (0.008, 0.004, 0.002)}
+    rates: dict[str, tuple[float, ...]] = {"EPT, default": (1.0, 0.5, 0.25), "LoRA r=2": (0.016, 0.008, 0.004)}
     return _searched(HEADLINES | {"seed": 5}, SMOLLM2_ARMS, rates)
 
 
