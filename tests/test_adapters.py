@@ -218,6 +218,47 @@ def test_adapters_are_saved_and_loaded_by_name(tmp_path):
     EPTModel.from_pretrained(backbone("bert", SEQ, num_labels=5), tmp_path / "5")
 
 
+@pytest.mark.parametrize("labels", [(), (5, 1, 3)])
+def test_a_state_dict_is_loaded_by_the_adapters_names_whichever_is_active(labels):
+    def make(active):
+        model = with_others(backbone("bert", SEQ, num_labels=3) if labels else backbone("bert"), labels)
+        model.set_adapter(active)
+        return model
+
+    model = make("plain/prompt.1")
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}  # as a safetensors file gives it
+    assert "inactive_adapters.adapter_short.layer.prompt" in state
+    for active in ("plain/prompt.1", "default", "same"):
+        other = make(active)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.load_state_dict(state, strict=True)
+        for name in model.list_adapters():
+            for key, tensor in model.adapter_tensors(name).items():
+                assert torch.equal(other.adapter_tensors(name)[key], tensor), (active, name, key)
+    with pytest.raises(RuntimeError, match="adapter_short"):
+        other.delete_adapter("short")
+        other.load_state_dict(state)
+
+
+def test_a_state_dict_that_numbers_the_adapters_loads_in_their_order():
+    model = with_others(backbone("bert"))
+    state, numbers = {}, {f"adapter_{name}".replace(".", "%2E"): str(i) for i, name in enumerate(OTHERS)}
+    for key, tensor in model.state_dict().items():
+        for name, number in numbers.items():
+            key = key.replace(f"inactive_adapters.{name}.", f"inactive_adapters.{number}.")
+        state[key] = tensor.clone()
+    assert "inactive_adapters.1.layer.prompt" in state
+    want = {name: copy.deepcopy(model.adapter_tensors(name)) for name in model.list_adapters()}
+    for i, name in enumerate(model.list_adapters()):
+        randomise(model, name, seed=30 + i)
+    fresh = with_others(backbone("bert"))
+    fresh.load_state_dict(state, strict=True)
+    for name, tensors in want.items():
+        assert all(torch.equal(fresh.adapter_tensors(name)[key], tensor) for key, tensor in tensors.items()), name
+
+
 def test_adapters_are_removed_and_wrong_names_are_refused():
     model = with_others(backbone("bert"))
     model.delete_adapter("short")

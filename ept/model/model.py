@@ -26,6 +26,7 @@ from ept.layer.base import AdapterLayer
 from ept.layer.folded import fold_layer
 from ept.model.adapters import Adapter, config_for, new_layer, tensors_of_adapter
 from ept.model.backbone import Backbone
+from ept.model.by_name import InactiveAdapters, load_by_name
 from ept.model.calls import BARE, Call, Decoding, Disabled, entered
 from ept.model.class_name import class_called, name_for
 from ept.model.files import AdapterFiles, check_finite, copy_tensors, settings_of
@@ -84,7 +85,7 @@ class EPTModel(nn.Module):
 
     ept: AdapterLayer
     base_model: PreTrainedModel
-    inactive_adapters: nn.ModuleList  # of Adapter
+    inactive_adapters: InactiveAdapters
 
     def __init__(self, model: PreTrainedModel, config: EPTConfig, adapter_name: str = "default"):
         super().__init__()
@@ -99,7 +100,7 @@ class EPTModel(nn.Module):
         self.adapter_names: list[str] = []
         check_new_name(self, adapter_name)
         self.adapter_names.append(adapter_name)
-        self.active_adapter, self.inactive_adapters = adapter_name, nn.ModuleList()
+        self.active_adapter, self.inactive_adapters = adapter_name, InactiveAdapters()
         with changing(model, "wrapping a model"):
             keep_4_bits_differentiable(model)
             self.traits = traits_of(model)
@@ -117,6 +118,7 @@ class EPTModel(nn.Module):
             if self.traits.generates:
                 pass_embeddings_on(model)
         write_tied_once(self)
+        load_by_name(self)
         self.__class__ = class_called(name_for(model), type(self))
         self.train(model.training)
 
@@ -359,7 +361,7 @@ class EPTModel(nn.Module):
             if adapter_name == self.active_adapter:
                 raise ValueError(f"{adapter_name!r} is the active adapter: make another one active first (set_adapter)")
             gone = self._inactive(adapter_name)
-            self.inactive_adapters = nn.ModuleList([a for a in self.inactive_adapters if a is not gone])
+            self.inactive_adapters = InactiveAdapters(a for a in self.inactive_adapters if a is not gone)
             self.adapter_names.remove(adapter_name)
             self._stacks.drop()
             self._walked = None
