@@ -341,6 +341,16 @@ def test_training_starts_from_adapters_says_their_weights_and_is_resumed_without
     shutil.rmtree(source)
     assert train(*begun, "--resume_from_checkpoint", "true", steps=2) == 0
     assert train(place, tmp_path / "out", "--resume_from_checkpoint", "true", "--seed", 7, steps=3) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["started_from"] == record
+    state = tmp_path / "out" / "checkpoint-3" / "trainer_state.json"
+    before = json.loads(state.read_text())  # a checkpoint that does not say it, as earlier versions wrote them
+    state.write_text(
+        json.dumps(before | {"stateful_callbacks": {"TrainerControl": before["stateful_callbacks"]["TrainerControl"]}})
+    )
+    assert (
+        train(place, tmp_path / "out", "--resume_from_checkpoint", "true", "--seed", 7, "--save_steps", 1, steps=4) == 0
+    )
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["started_from"] is None
 
 
 @pytest.mark.parametrize("options, said", [
