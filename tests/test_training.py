@@ -27,7 +27,7 @@ from ept.training.rates import (
     EPTTrainingArguments,
     parameter_groups,
 )
-from ept.training.trainer import EPTSeq2SeqTrainer, EPTTrainer
+from ept.training.trainer import EPTSeq2SeqTrainer, EPTTrainer, EPTWritingTrainer
 from killed_run import STEPS, Tokenizer
 from tiny_models import VOCAB, all_parts, backbone, ids, mean_pooling, padded, wrapped
 
@@ -487,6 +487,25 @@ def test_label_smoothing_trains_an_encoder_decoder_and_is_refused_where_its_loss
     for base in (backbone("llama", hf.AutoModelForCausalLM), several):
         with pytest.raises(ValueError, match="label_smoothing_factor"):
             EPTTrainer(wrapped(base), EPTTrainingArguments(str(tmp_path), **smoothed))
+
+
+@pytest.mark.parametrize("name", ["neftune_noise_alpha", "use_liger_kernel"])
+@pytest.mark.parametrize("arguments", [EPTTrainingArguments, EPTSeq2SeqTrainingArguments])
+def test_arguments_without_effect_are_refused(arguments, name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}. would have no effect"):
+        arguments(str(tmp_path), **{name: 5})
+
+
+def test_a_way_to_generate_that_a_causal_models_answers_do_not_take_is_refused(tmp_path):
+    model = get_ept_model(backbone("llama", hf.AutoModelForCausalLM), all_parts())
+    arguments = EPTSeq2SeqTrainingArguments(str(tmp_path), generation_num_beams=4, use_cpu=True)
+    with pytest.raises(ValueError, match=r"generation_num_beams. would have no effect"):
+        EPTWritingTrainer(model, arguments, hf.default_data_collator, rows())
+
+
+def test_a_training_of_no_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_steps=0"):
+        EPTTrainingArguments(str(tmp_path), max_steps=0)
 
 
 class Best:

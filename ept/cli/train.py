@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.utils import is_liger_kernel_available
 
 from ept.backbone.embeddings import weight_of
 from ept.backbone.loading import input_limit, load_tokenizer, pad_like_tokenizer
@@ -270,8 +269,6 @@ def _complete_arguments(options: TrainOptions, task: Task, max_length: int | Non
         raise ValueError(
             f"--generation_max_length {args.generation_max_length} does not fit in {max_length} tokens a row"
         )
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ValueError("--use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it out")
 
 
 def _trainer(

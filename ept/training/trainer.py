@@ -430,8 +430,17 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
 class EPTWritingTrainer(_EPTTrainerMixin, Trainer):
     """Trains a causal model on answers; with `predict_with_generate` an evaluation writes them.
 
-    Its rows have labels on the answers alone, at their end.
+    Its rows have labels on the answers alone, at their end. An answer is the likeliest tokens: ValueError where the arguments
+    ask for another way to generate.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for name in ("generation_num_beams", "generation_config"):
+            if getattr(self.args, name, None) is not None:
+                raise ValueError(
+                    f"`{name}` would have no effect: a causal model's answers are the likeliest tokens; leave it out"
+                )
 
     def prediction_step(
         self,
