@@ -197,6 +197,20 @@ def test_the_active_adapter_alone_trains():
     assert sum(model.trainable_parameters().values()) == trained
 
 
+def test_what_was_frozen_stays_frozen_while_other_adapters_are_active():
+    model = wrapped(backbone("bert", SEQ, num_labels=3))
+    model.ept.prompt.requires_grad_(False)
+    model.trained_heads()[0].requires_grad_(False)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    model.add_adapter("b", all_parts())
+    model.set_adapter("b")
+    assert all(p.requires_grad for module in (model.ept, *model.trained_heads()) for p in module.parameters())
+    assert not any(p.requires_grad for p in model.inactive_adapters.parameters())
+    model.set_adapter("default")
+    inactive = {name for name, _ in model.named_parameters() if name.startswith("inactive_adapters.")}
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen | inactive
+
+
 def test_adapters_are_saved_and_loaded_by_name(tmp_path):
     model = with_others(backbone("bert", SEQ, num_labels=3), labels=[5, 1, 3])
     model.set_adapter("short")

@@ -347,7 +347,10 @@ class EPTModel(nn.Module):
             self._put(loaded_adapter(self, adapter_name, files, self._sites_for(files.config)))
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Makes an adapter the active one; the one before keeps its tensors and stops training."""
+        """Makes an adapter the active one; the one before keeps its tensors and stops training.
+
+        What was frozen with `requires_grad_(False)` while its adapter was active stays frozen.
+        """
         with changing(self.base_model, "switching adapters"):
             if adapter_name == self.active_adapter:
                 return

@@ -82,5 +82,4 @@ def activate(model: Host, incoming: Adapter, own_labels: Labels) -> None:
     if model.traits.head_names:
         incoming.labels.put_on(model.base_model)
     if model.ept.trainable:
-        for module in (model.ept, *model.trained_heads()):
-            module.requires_grad_(True)
+        incoming.thaw()
