@@ -211,8 +211,9 @@ class EPTModel(nn.Module):
             attention_mask: [batch, L], 1 on text; None: transformers' rule, padding by its id.
             adapter_ids: each row's adapter by name, or [batch] integers, its place in `list_adapters()`; None: the active
                 one for all.
-            kwargs: everything that `generate` of the wrapped model takes. With `past_key_values` of an earlier turn the
-                whole text goes in again, as in transformers; only what the cache lacks is computed.
+            kwargs: everything that `generate` of the wrapped model takes. An encoder-decoder's `encoder_outputs`
+                [batch, s + L, d], as a call of this model gives them, stand in place of the text. With `past_key_values`
+                of an earlier turn the whole text goes in again, as in transformers; only what the cache lacks is computed.
 
         Raises:
             ValueError, TypeError: what cannot be right is refused with the reason.
@@ -224,7 +225,8 @@ class EPTModel(nn.Module):
                     return backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
             input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
             embeds = kwargs.pop("inputs_embeds", None)
-            if input_ids is None and embeds is None:
+            encoded = self.traits.kind.encoder_decoder and kwargs.get("encoder_outputs") is not None
+            if input_ids is None and embeds is None and not encoded:
                 raise ValueError("generate needs input_ids or inputs_embeds")
             settings = GenerationSettings(backbone, self.traits, kwargs)
             settings.refuse_unsupported()
@@ -232,7 +234,7 @@ class EPTModel(nn.Module):
             ids = input_ids if embeds is None else None
             inputs = Inputs(ids, embeds, attention_mask, token_type_ids=types, others=others)
             check_inputs(self.traits, inputs, kwargs)
-            routing = self._route(inputs, adapter_ids, {})
+            routing = self._route(inputs, adapter_ids, kwargs if encoded else {})
             plan, decoding = self._backbone.start_of_text(inputs, routing, settings)
             if input_ids is not None and not self.traits.kind.encoder_decoder:
                 plan = plan.with_arguments(input_ids=input_ids)  # returned with what is written
