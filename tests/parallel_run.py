@@ -5,6 +5,7 @@
 RUNS is a JSON list, run in order; a run is a dictionary of
 `name` (its output directory, below DIRECTORY), `kind` ("ddp" or "fsdp2"), `processes`, `batch` (rows per process),
 and, where wanted, `model` ("encoder", or "causal"), `dropout` (of the token-conditioned update), `resume` (true),
+`second` (true: a second adapter is trained after the first, by the same trainer),
 `steps` (after how many to stop), `signal` ([process, step, number]: a real signal at the step's start), `disk` ([step,
 bytes]: from that step on no file can grow beyond so many).
 Prints each run's exit codes, by process: minus the signal that killed it, 143 where SIGTERM ended it.
@@ -54,12 +55,16 @@ class TokenLabels(Tokenizer):
         return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-def train(output_dir, batch, model="encoder", dropout=0.0, resume=False, steps=STEPS, signal=(), disk=(-1, 0)) -> None:
+def train(
+    output_dir, batch, model="encoder", dropout=0.0, resume=False, second=False, steps=STEPS, signal=(), disk=(-1, 0)
+) -> None:
     torch.manual_seed(0)
     causal = model == "causal"
     auto = hf.AutoModelForCausalLM if causal else hf.AutoModelForSequenceClassification
     base = backbone("llama", auto) if causal else backbone("bert", auto, num_labels=2)
     wrapped = get_ept_model(base, all_parts(token_dropout=dropout, deep_layers=-1))
+    if second:
+        wrapped.add_adapter("second", all_parts())
     rows = [
         {"input_ids": ids(1, 3 + i % 9, seed=i)[0], "labels": i % 2, "attention_mask": torch.ones(3 + i % 9).long()}
         for i in range(ROWS)
@@ -74,6 +79,9 @@ def train(output_dir, batch, model="encoder", dropout=0.0, resume=False, steps=S
     trainer.train(resume_from_checkpoint=resume)
     if trainer.terminated:
         os._exit(143)
+    if second:
+        wrapped.set_adapter("second")
+        trainer.train()
     trainer.save_model()
     trainer.save_state()
 

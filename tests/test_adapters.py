@@ -197,6 +197,20 @@ def test_the_active_adapter_alone_trains():
     assert sum(model.trainable_parameters().values()) == trained
 
 
+def test_what_was_frozen_stays_frozen_while_other_adapters_are_active():
+    model = wrapped(backbone("bert", SEQ, num_labels=3))
+    model.ept.prompt.requires_grad_(False)
+    model.trained_heads()[0].requires_grad_(False)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    model.add_adapter("b", all_parts())
+    model.set_adapter("b")
+    assert all(p.requires_grad for module in (model.ept, *model.trained_heads()) for p in module.parameters())
+    assert not any(p.requires_grad for p in model.inactive_adapters.parameters())
+    model.set_adapter("default")
+    inactive = {name for name, _ in model.named_parameters() if name.startswith("inactive_adapters.")}
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen | inactive
+
+
 def test_adapters_are_saved_and_loaded_by_name(tmp_path):
     model = with_others(backbone("bert", SEQ, num_labels=3), labels=[5, 1, 3])
     model.set_adapter("short")
@@ -216,6 +230,47 @@ def test_adapters_are_saved_and_loaded_by_name(tmp_path):
     fresh.set_adapter("b")
     assert fresh.config.id2label == dict(enumerate("abcde")) and fresh.config.num_labels == 5
     EPTModel.from_pretrained(backbone("bert", SEQ, num_labels=5), tmp_path / "5")
+
+
+@pytest.mark.parametrize("labels", [(), (5, 1, 3)])
+def test_a_state_dict_is_loaded_by_the_adapters_names_whichever_is_active(labels):
+    def make(active):
+        model = with_others(backbone("bert", SEQ, num_labels=3) if labels else backbone("bert"), labels)
+        model.set_adapter(active)
+        return model
+
+    model = make("plain/prompt.1")
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}  # as a safetensors file gives it
+    assert "inactive_adapters.adapter_short.layer.prompt" in state
+    for active in ("plain/prompt.1", "default", "same"):
+        other = make(active)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        other.load_state_dict(state, strict=True)
+        for name in model.list_adapters():
+            for key, tensor in model.adapter_tensors(name).items():
+                assert torch.equal(other.adapter_tensors(name)[key], tensor), (active, name, key)
+    with pytest.raises(RuntimeError, match="adapter_short"):
+        other.delete_adapter("short")
+        other.load_state_dict(state)
+
+
+def test_a_state_dict_that_numbers_the_adapters_loads_in_their_order():
+    model = with_others(backbone("bert"))
+    state, numbers = {}, {f"adapter_{name}".replace(".", "%2E"): str(i) for i, name in enumerate(OTHERS)}
+    for key, tensor in model.state_dict().items():
+        for name, number in numbers.items():
+            key = key.replace(f"inactive_adapters.{name}.", f"inactive_adapters.{number}.")
+        state[key] = tensor.clone()
+    assert "inactive_adapters.1.layer.prompt" in state
+    want = {name: copy.deepcopy(model.adapter_tensors(name)) for name in model.list_adapters()}
+    for i, name in enumerate(model.list_adapters()):
+        randomise(model, name, seed=30 + i)
+    fresh = with_others(backbone("bert"))
+    fresh.load_state_dict(state, strict=True)
+    for name, tensors in want.items():
+        assert all(torch.equal(fresh.adapter_tensors(name)[key], tensor) for key, tensor in tensors.items()), name
 
 
 def test_adapters_are_removed_and_wrong_names_are_refused():

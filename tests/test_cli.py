@@ -341,6 +341,16 @@ def test_training_starts_from_adapters_says_their_weights_and_is_resumed_without
     shutil.rmtree(source)
     assert train(*begun, "--resume_from_checkpoint", "true", steps=2) == 0
     assert train(place, tmp_path / "out", "--resume_from_checkpoint", "true", "--seed", 7, steps=3) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["started_from"] == record
+    state = tmp_path / "out" / "checkpoint-3" / "trainer_state.json"
+    before = json.loads(state.read_text())  # a checkpoint that does not say it, as earlier versions wrote them
+    state.write_text(
+        json.dumps(before | {"stateful_callbacks": {"TrainerControl": before["stateful_callbacks"]["TrainerControl"]}})
+    )
+    assert (
+        train(place, tmp_path / "out", "--resume_from_checkpoint", "true", "--seed", 7, "--save_steps", 1, steps=4) == 0
+    )
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["started_from"] is None
 
 
 @pytest.mark.parametrize("options, said", [
@@ -467,7 +477,10 @@ EVALUATED = {"--validation_file": "dev.csv"}
         ({"--optim": "lomo"}, "lomo"),
         ({"--optim_args": "foo"}, "--optim_args foo must be name=value"),
         ({"--report_to": "dvclive"}, "dvclive"),
-        ({"--use_liger_kernel": "true"}, "--use_liger_kernel needs liger-kernel"),
+        ({"--use_liger_kernel": "true"}, "--use_liger_kernel would have no effect"),
+        ({"--neftune_noise_alpha": "5"}, "--neftune_noise_alpha would have no effect"),
+        ({"--sortish_sampler": "true"}, "--sortish_sampler would have no effect"),
+        ({"--max_steps": "0"}, "--max_steps 0 is no number of updates"),
         ({"--impl": "triton"}, 'impl="torch"'),
         ({"--prompt_start": "300"}, "train.csv, row 1: "),
         ({"--max_seq_length": "-3"}, "--max_seq_length -3 must be at least 1"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutput
 
 from tiny_models import POSITIONS, VOCAB, all_parts, backbone, ids, mean_pooling, padded, wrapped
 
@@ -165,6 +166,21 @@ def test_lengths_count_the_text_without_the_prompt_wherever_they_are_set():
         model.generate(row, max_length=5)
     embeds = model.get_input_embeddings()(row)
     assert model.generate(inputs_embeds=embeds, max_length=8, do_sample=False).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_what_an_encoder_gave_before_is_generated_from(name):
+    model = wrapped(backbone(name, hf.AutoModelForSeq2SeqLM))
+    batch, mask = padded([ids(1, 9, seed=1), ids(1, 4, seed=2)], "left", pad=model.config.pad_token_id)
+    settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    with torch.no_grad():
+        states = model(batch, mask, decoder_input_ids=ids(2, 1)).encoder_last_hidden_state
+    for more in ({}, {"num_beams": 3}, {"adapter_ids": ["default"] * 2}):
+        encoded = BaseModelOutput(states)  # transformers repeats its rows in place for a beam search
+        got = model.generate(encoder_outputs=encoded, attention_mask=mask, **more, **settings)
+        assert torch.equal(got, model.generate(batch, mask, **more, **settings))
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model.generate(attention_mask=mask)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "t5"])

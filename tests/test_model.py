@@ -175,6 +175,18 @@ def test_explicit_positions_are_honoured(name):
         )
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_a_batch_without_rows_is_refused(name):
+    auto = {"bert": hf.AutoModel, "llama": hf.AutoModelForCausalLM, "t5": hf.AutoModelForSeq2SeqLM}[name]
+    model = wrapped(backbone(name, auto))
+    for given in ({"input_ids": ids(0, 5)}, {"inputs_embeds": torch.zeros(0, 5, WIDTH)}):
+        with pytest.raises(ValueError, match="the batch has no rows"):
+            model(**given)
+    if name != "bert":
+        with pytest.raises(ValueError, match="the batch has no rows"):
+            model.generate(ids(0, 5))
+
+
 def test_positions_that_cannot_be_honoured_are_refused():
     with pytest.raises(ValueError, match="takes no position_ids"):
         wrapped(backbone("t5", hf.AutoModelForSeq2SeqLM))(

@@ -42,6 +42,9 @@ RUNS = [
     {"name": "one, dropout", "dropout": 0.25} | ONE,
     {"name": "two, dropout", "dropout": 0.25} | TWO,
     {"name": "fsdp2, dropout", "dropout": 0.25} | FSDP2,
+    {"name": "one, second", "second": True} | ONE,
+    {"name": "two, second", "second": True} | TWO,
+    {"name": "fsdp2, second", "second": True} | FSDP2,
     {"name": "two, then one", "steps": 3} | TWO,
     {"name": "two, then one", "resume": True} | ONE,
     {"name": "one, then fsdp2", "steps": 3} | ONE,
@@ -80,7 +83,7 @@ def directory(tmp_path_factory):
     return directory
 
 
-OF_ONE = {"one", "one, causal", "one, dropout"}
+OF_ONE = {"one", "one, causal", "one, dropout", "one, second"}
 FULL = {run["name"] for run in RUNS if run["name"].startswith("room for")}  # and not resumed
 
 

@@ -27,7 +27,7 @@ from ept.training.rates import (
     EPTTrainingArguments,
     parameter_groups,
 )
-from ept.training.trainer import EPTSeq2SeqTrainer, EPTTrainer
+from ept.training.trainer import EPTSeq2SeqTrainer, EPTTrainer, EPTWritingTrainer
 from killed_run import STEPS, Tokenizer
 from tiny_models import VOCAB, all_parts, backbone, ids, mean_pooling, padded, wrapped
 
@@ -384,6 +384,70 @@ def test_batches_hold_rows_of_similar_length_in_an_order_that_seed_and_epoch_giv
     assert sum(max(batch) - min(batch) for batch in lengths) / len(lengths) < 64 / 4
 
 
+def changed(model, before) -> list[str]:
+    """The adapters of which any tensor differs from `before`."""
+    return [
+        name
+        for name, tensors in before.items()
+        if any(not torch.equal(t, model.adapter_tensors(name)[key]) for key, t in tensors.items())
+    ]
+
+
+def snapshot(model) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: copy.deepcopy(model.adapter_tensors(name)) for name in model.list_adapters()}
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_second_training_trains_the_adapter_that_is_active_then(resumes, tmp_path):
+    model = get_ept_model(backbone("bert", SEQ, num_labels=2), all_parts())
+    model.add_adapter("b", all_parts(prompt_length=3))
+    run = trainer(model, tmp_path / "a", save_strategy="steps", save_steps=2)
+    before = snapshot(model)
+    run.train()
+    assert changed(model, before) == ["default"]
+    first, before = run.optimizer, snapshot(model)
+    run.train()
+    assert run.optimizer is first and changed(model, before) == ["default"]  # its state goes on, as in transformers
+    model.set_adapter("b")
+    run.args.output_dir, before = str(tmp_path / "b"), snapshot(model)
+    run.train()
+    assert changed(model, before) == ["b"]
+    rates = [entry["prompt_learning_rate"] for entry in run.state.log_history if "loss" in entry]
+    assert rates[-1] < max(rates) == pytest.approx(run.args.rates()["prompt"])  # the schedule is of the new optimiser
+    if resumes:
+        trained = snapshot(model)["b"]
+        model.set_adapter("default")
+        run.args.output_dir = str(tmp_path / "a")
+        run.train()
+        model.set_adapter("b")
+        run.train(str(tmp_path / "b" / "checkpoint-2"))
+        assert changed(model, {"b": trained}) == []
+
+
+def test_a_second_training_of_a_folded_adapter_is_refused(tmp_path):
+    model = get_ept_model(backbone("bert", SEQ, num_labels=2), all_parts())
+    run = trainer(model, tmp_path, max_steps=1)
+    run.train()
+    model.fold()
+    with pytest.raises(ValueError, match="folded"):
+        run.train()
+
+
+def test_an_optimiser_of_another_adapters_tensors_is_refused_before_the_training(tmp_path):
+    model = get_ept_model(backbone("bert", SEQ, num_labels=2), all_parts())
+    model.add_adapter("b")
+    run = trainer(model, tmp_path, max_steps=2)
+    run.optimizer = torch.optim.SGD(model.ept.parameters(), lr=0.1)
+    run.train()
+    model.set_adapter("b")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="no tensor that the active adapter 'b' trains"):
+        run.train()
+    run.optimizer = run.lr_scheduler = None
+    run.train()
+    assert changed(model, before) == ["b"]
+
+
 TEXTS = [{"text": "good film", "label": 1}, {"text": "dull", "label": 0}] * 8
 
 
@@ -423,6 +487,25 @@ def test_label_smoothing_trains_an_encoder_decoder_and_is_refused_where_its_loss
     for base in (backbone("llama", hf.AutoModelForCausalLM), several):
         with pytest.raises(ValueError, match="label_smoothing_factor"):
             EPTTrainer(wrapped(base), EPTTrainingArguments(str(tmp_path), **smoothed))
+
+
+@pytest.mark.parametrize("name", ["neftune_noise_alpha", "use_liger_kernel"])
+@pytest.mark.parametrize("arguments", [EPTTrainingArguments, EPTSeq2SeqTrainingArguments])
+def test_arguments_without_effect_are_refused(arguments, name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}. would have no effect"):
+        arguments(str(tmp_path), **{name: 5})
+
+
+def test_a_way_to_generate_that_a_causal_models_answers_do_not_take_is_refused(tmp_path):
+    model = get_ept_model(backbone("llama", hf.AutoModelForCausalLM), all_parts())
+    arguments = EPTSeq2SeqTrainingArguments(str(tmp_path), generation_num_beams=4, use_cpu=True)
+    with pytest.raises(ValueError, match=r"generation_num_beams. would have no effect"):
+        EPTWritingTrainer(model, arguments, hf.default_data_collator, rows())
+
+
+def test_a_training_of_no_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_steps=0"):
+        EPTTrainingArguments(str(tmp_path), max_steps=0)
 
 
 class Best:

@@ -20,15 +20,21 @@ OPTIONS = {
     "Columns.text_pair": "--text_pair_column",
     "data_dir": "--data_dir",
     "dtype": "--dtype",
+    "generation_config": "--generation_config",
+    "generation_num_beams": "--generation_num_beams",
     "gpu": "--gpu",
     "head": "--head",
     "kind": "--task",
     "max_length": "--max_seq_length",
+    "max_steps": "--max_steps",
     "metric_for_best_model": "--metric_for_best_model",
     "name_or_path": "--model_name_or_path",
+    "neftune_noise_alpha": "--neftune_noise_alpha",
     "prompt_start": "--prompt_start",
     "revision": "--revision",
+    "sortish_sampler": "--sortish_sampler",
     "threshold": "--threshold",
+    "use_liger_kernel": "--use_liger_kernel",
 }
 SWITCHES = {"header=False": "--no_header"}
 # Presets, which the message keeps, and the options that choose them.

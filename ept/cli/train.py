@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import is_liger_kernel_available
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ept.backbone.embeddings import weight_of
 from ept.backbone.loading import input_limit, load_tokenizer, pad_like_tokenizer
@@ -36,7 +35,7 @@ from ept.model.model import EPTModel
 from ept.model.start_values import token_counts
 from ept.peft_format import read_soft_prompt
 from ept.tasks.task import Split, Task
-from ept.training.checkpoints import check_same_adapter, is_whole, last_checkpoint
+from ept.training.checkpoints import StartNote, check_same_adapter, is_whole, last_checkpoint, noted_start
 from ept.training.trainer import TRAINERS
 from ept.version import __version__
 
@@ -220,7 +219,8 @@ def _fresh_model(
 ) -> EPTModel:
     """Puts a fresh adapter on the backbone, which starts as the options say.
 
-    Where it starts from trained ones and goes on from a checkpoint, that is its start.
+    Where it goes on from a checkpoint of a run that started from trained ones, these stay what it started from, as
+    far as the checkpoint says them.
     """
     counts = None
     if config.init == "vocab":
@@ -244,8 +244,11 @@ def _fresh_model(
     )
     if soft_prompt is not None:
         say(f"{path}: decomposed with a relative error of {model.ept.decomposition_error:.3g}")
-    if sources is not None and checkpoint is None:
-        say(start_in_words(model))
+    if sources is not None:
+        if checkpoint is None:
+            say(start_in_words(model))
+        else:
+            model.started_from = noted_start(checkpoint)
     return model
 
 
@@ -266,8 +269,6 @@ def _complete_arguments(options: TrainOptions, task: Task, max_length: int | Non
         raise ValueError(
             f"--generation_max_length {args.generation_max_length} does not fit in {max_length} tokens a row"
         )
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ValueError("--use_liger_kernel needs liger-kernel: pip install liger-kernel, or leave it out")
 
 
 def _trainer(
@@ -278,7 +279,12 @@ def _trainer(
     collator: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Any:
-    validation, patience = splits.get("validation"), options.run.early_stopping_patience
+    validation = splits.get("validation")
+    callbacks: list[TrainerCallback] = []
+    if options.run.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(options.run.early_stopping_patience))
+    if model.started_from is not None:
+        callbacks.append(StartNote(dataclasses.asdict(model.started_from)))
     trainer_class: Any = TRAINERS[task.kind.name]
     return trainer_class(
         model,
@@ -288,7 +294,7 @@ def _trainer(
         data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=None if validation is None else task.compute_metrics(validation, tokenizer),
-        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+        callbacks=callbacks,
     )
 
 

@@ -28,12 +28,21 @@ Layer = TypeVar("Layer", bound=AdapterLayer)
 
 
 class Adapter(nn.Module):
-    """An adapter that is not in use: its layer, its heads in the order of the backbone's, and what its labels are."""
+    """An adapter that is not in use: its layer, its heads in the order of the backbone's, and what its labels are.
+
+    Nothing of it trains. `frozen` has the names of the parameters that shall not train when it is in use, either.
+    """
 
     def __init__(self, name: str, layer: AdapterLayer, heads: list[nn.Module], labels: Labels):
         super().__init__()
         self.name, self.layer, self.heads, self.labels = name, layer, nn.ModuleList(heads), labels
+        self.frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         self.requires_grad_(False)
+
+    def thaw(self) -> None:
+        """Has its parameters train, but for those in `frozen`."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in self.frozen)
 
     def tensors(self, head_names: tuple[str, ...]) -> dict[str, Tensor]:
         """`tensors_of_adapter` of this one."""
@@ -133,7 +142,7 @@ def new_heads(heads: list[nn.Module], config: Any, num_labels: int, *, fresh: bo
         heads: the active adapter's.
         config: of the backbone, which says how many labels these have and how weights start.
     """
-    copies = [copy.deepcopy(head) for head in heads]
+    copies = [copy.deepcopy(head).requires_grad_(True) for head in heads]
     for number, head in enumerate(copies):
         for name, module in list(head.named_modules()):
             if not isinstance(module, nn.Linear):

@@ -91,10 +91,11 @@ class Backbone:
     ) -> tuple[InputPlan, Decoding | None]:
         """The model's arguments to generate from a text, and what embeds the tokens that follow.
 
-        An encoder-decoder reads the text once: nothing follows. Changes the settings' arguments.
+        An encoder-decoder reads the text once, or has read it before: nothing follows. Changes the settings' arguments.
         """
         if self.traits.kind.encoder_decoder:
-            return encoder(self.traits, inputs, routing, self.embed, encoded=False), None
+            encoded = settings.arguments.get("encoder_outputs") is not None
+            return encoder(self.traits, inputs, routing, self.embed, encoded=encoded), None
         mask = settings.prepare_causal(inputs, routing)
         inputs = inputs.with_(attention_mask=mask)
         inputs = self._completed(inputs, settings.arguments, packed=False, cached=False)

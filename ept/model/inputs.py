@@ -136,6 +136,8 @@ def check_inputs(traits: Traits, inputs: Inputs, arguments: dict[str, Any]) -> N
         raise ValueError("pass either input_ids or inputs_embeds")
     if inputs.input_ids is not None and inputs.input_ids.dim() != 2:
         raise ValueError(f"input_ids must be [batch, length], not {tuple(inputs.input_ids.shape)}")
+    if not encoded and inputs.batch == 0:
+        raise ValueError("the batch has no rows: leave it out")
     mask = inputs.attention_mask
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

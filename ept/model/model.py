@@ -26,6 +26,7 @@ from ept.layer.base import AdapterLayer
 from ept.layer.folded import fold_layer
 from ept.model.adapters import Adapter, config_for, new_layer, tensors_of_adapter
 from ept.model.backbone import Backbone
+from ept.model.by_name import InactiveAdapters, load_by_name
 from ept.model.calls import BARE, Call, Decoding, Disabled, entered
 from ept.model.class_name import class_called, name_for
 from ept.model.files import AdapterFiles, check_finite, copy_tensors, settings_of
@@ -84,7 +85,7 @@ class EPTModel(nn.Module):
 
     ept: AdapterLayer
     base_model: PreTrainedModel
-    inactive_adapters: nn.ModuleList  # of Adapter
+    inactive_adapters: InactiveAdapters
 
     def __init__(self, model: PreTrainedModel, config: EPTConfig, adapter_name: str = "default"):
         super().__init__()
@@ -99,7 +100,7 @@ class EPTModel(nn.Module):
         self.adapter_names: list[str] = []
         check_new_name(self, adapter_name)
         self.adapter_names.append(adapter_name)
-        self.active_adapter, self.inactive_adapters = adapter_name, nn.ModuleList()
+        self.active_adapter, self.inactive_adapters = adapter_name, InactiveAdapters()
         with changing(model, "wrapping a model"):
             keep_4_bits_differentiable(model)
             self.traits = traits_of(model)
@@ -117,6 +118,7 @@ class EPTModel(nn.Module):
             if self.traits.generates:
                 pass_embeddings_on(model)
         write_tied_once(self)
+        load_by_name(self)
         self.__class__ = class_called(name_for(model), type(self))
         self.train(model.training)
 
@@ -209,8 +211,9 @@ class EPTModel(nn.Module):
             attention_mask: [batch, L], 1 on text; None: transformers' rule, padding by its id.
             adapter_ids: each row's adapter by name, or [batch] integers, its place in `list_adapters()`; None: the active
                 one for all.
-            kwargs: everything that `generate` of the wrapped model takes. With `past_key_values` of an earlier turn the
-                whole text goes in again, as in transformers; only what the cache lacks is computed.
+            kwargs: everything that `generate` of the wrapped model takes. An encoder-decoder's `encoder_outputs`
+                [batch, s + L, d], as a call of this model gives them, stand in place of the text. With `past_key_values`
+                of an earlier turn the whole text goes in again, as in transformers; only what the cache lacks is computed.
 
         Raises:
             ValueError, TypeError: what cannot be right is refused with the reason.
@@ -222,7 +225,8 @@ class EPTModel(nn.Module):
                     return backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
             input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
             embeds = kwargs.pop("inputs_embeds", None)
-            if input_ids is None and embeds is None:
+            encoded = self.traits.kind.encoder_decoder and kwargs.get("encoder_outputs") is not None
+            if input_ids is None and embeds is None and not encoded:
                 raise ValueError("generate needs input_ids or inputs_embeds")
             settings = GenerationSettings(backbone, self.traits, kwargs)
             settings.refuse_unsupported()
@@ -230,7 +234,7 @@ class EPTModel(nn.Module):
             ids = input_ids if embeds is None else None
             inputs = Inputs(ids, embeds, attention_mask, token_type_ids=types, others=others)
             check_inputs(self.traits, inputs, kwargs)
-            routing = self._route(inputs, adapter_ids, {})
+            routing = self._route(inputs, adapter_ids, kwargs if encoded else {})
             plan, decoding = self._backbone.start_of_text(inputs, routing, settings)
             if input_ids is not None and not self.traits.kind.encoder_decoder:
                 plan = plan.with_arguments(input_ids=input_ids)  # returned with what is written
@@ -345,7 +349,10 @@ class EPTModel(nn.Module):
             self._put(loaded_adapter(self, adapter_name, files, self._sites_for(files.config)))
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Makes an adapter the active one; the one before keeps its tensors and stops training."""
+        """Makes an adapter the active one; the one before keeps its tensors and stops training.
+
+        What was frozen with `requires_grad_(False)` while its adapter was active stays frozen.
+        """
         with changing(self.base_model, "switching adapters"):
             if adapter_name == self.active_adapter:
                 return
@@ -359,7 +366,7 @@ class EPTModel(nn.Module):
             if adapter_name == self.active_adapter:
                 raise ValueError(f"{adapter_name!r} is the active adapter: make another one active first (set_adapter)")
             gone = self._inactive(adapter_name)
-            self.inactive_adapters = nn.ModuleList([a for a in self.inactive_adapters if a is not gone])
+            self.inactive_adapters = InactiveAdapters(a for a in self.inactive_adapters if a is not gone)
             self.adapter_names.remove(adapter_name)
             self._stacks.drop()
             self._walked = None

@@ -14,6 +14,7 @@ from ept.backbone.traits import Traits
 from ept.layer.base import AdapterLayer
 from ept.layer.layer import EPTLayer
 from ept.model.adapters import Adapter, new_heads
+from ept.model.by_name import InactiveAdapters
 from ept.model.files import AdapterFiles
 from ept.model.labels import Labels
 
@@ -27,7 +28,7 @@ class Host(Protocol):
     config: Any
     traits: Traits
     ept: AdapterLayer
-    inactive_adapters: nn.ModuleList
+    inactive_adapters: InactiveAdapters
     adapter_names: list[str]
     active_adapter: str
 
@@ -74,12 +75,11 @@ def activate(model: Host, incoming: Adapter, own_labels: Labels) -> None:
     """Puts an adapter in the active one's place, which joins the others; `own_labels` are the active one's."""
     outgoing = Adapter(model.active_adapter, model.ept, model.trained_heads(), own_labels)
     others = [adapter for adapter in model.inactive_adapters if adapter is not incoming]
-    model.inactive_adapters = nn.ModuleList([*others, outgoing])
+    model.inactive_adapters = InactiveAdapters([*others, outgoing])
     model.active_adapter, model.ept = incoming.name, incoming.layer
     for name, head in zip(model.traits.head_names, incoming.heads, strict=True):
         setattr(model.base_model, name, head)
     if model.traits.head_names:
         incoming.labels.put_on(model.base_model)
     if model.ept.trainable:
-        for module in (model.ept, *model.trained_heads()):
-            module.requires_grad_(True)
+        incoming.thaw()

@@ -1,4 +1,4 @@
-"""The checkpoints of a training: the last whole one, and whether a model can go on from one."""
+"""The checkpoints of a training: the last whole one, whether a model can go on from one, and what the run started from."""
 
 import dataclasses
 import json
@@ -7,13 +7,27 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from ept.config import EPTConfig
 from ept.files.adapter_dir import read_adapter
 from ept.model.model import EPTModel
+from ept.model.transfer import Start
 
-__all__ = ["adapter_settings", "check_same_adapter", "is_whole", "last_checkpoint"]
+__all__ = ["StartNote", "adapter_settings", "check_same_adapter", "is_whole", "last_checkpoint", "noted_start"]
+
+
+class StartNote(TrainerCallback, ExportableState):
+    """Has every checkpoint's trainer_state.json say what the run's adapter started from, a `Start` as a dictionary."""
+
+    def __init__(self, started_from: dict[str, Any] | None = None):
+        self.started_from = started_from
+
+    def state(self) -> dict[str, Any]:
+        """What transformers keeps: the arguments that make this callback again."""
+        return {"args": {"started_from": self.started_from}, "attributes": {}}
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -36,6 +50,13 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def noted_start(checkpoint: str) -> Start | None:
+    """Returns what the run of a checkpoint started from; None where no `StartNote` says it."""
+    state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    note = state.get("stateful_callbacks", {}).get(StartNote.__name__)
+    return None if note is None else Start(**note["args"]["started_from"])
 
 
 def adapter_settings(checkpoint: str) -> dict[str, Any]:

@@ -35,6 +35,13 @@ DEEP_LEARNING_RATE, HEAD_LEARNING_RATE = RATES["deep"], RATES["head"]
 LOGGED_SHARE = 1 / 40
 EVAL_STEPS = 500  # transformers' default of both, which an evaluation keeps
 
+# transformers' arguments that it would take and do nothing with, and why.
+WITHOUT_EFFECT = {
+    "neftune_noise_alpha": "its noise is added to what the embeddings return while they train, and here they are frozen",
+    "use_liger_kernel": "transformers puts these kernels into a model of its own alone, and here that is wrapped",
+    "sortish_sampler": "transformers reads it nowhere, and train_sampling_strategy has rows of similar length together",
+}
+
 
 def _own_rate(part: str, what: str, but: str = "") -> Any:
     """A part's own learning rate as a field of the arguments; `but` is an exception from its default, in words."""
@@ -50,6 +57,9 @@ class EPTArguments:
 
     `learning_rate` moves all parts: each one's rate is a fixed multiple of it unless it is given. That of the updates in the
     layers is multiplied by the model's `layer_rate`, too.
+
+    Raises:
+        ValueError: an argument of transformers' would have no effect, or there are no steps to train.
     """
 
     learning_rate: float = field(
@@ -96,6 +106,13 @@ class EPTArguments:
 
     def __post_init__(self) -> None:
         args: Any = self
+        for name, reason in WITHOUT_EFFECT.items():
+            if getattr(args, name, None):
+                raise ValueError(f"`{name}` would have no effect: {reason}; leave it out")
+        if args.max_steps == 0:
+            raise ValueError(
+                "`max_steps=0` is no number of updates: transformers would make one; evaluate without training"
+            )
         if args.eval_steps is None and self.logging_steps < 1:
             args.eval_steps = EVAL_STEPS  # transformers would evaluate as often as it logs
         args.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns without a GPU

@@ -108,6 +108,26 @@ class _EPTTrainerMixin(Trainer):
             logger.info("learning rates: %s", self.rates_in_words())
         return self.optimizer
 
+    def _drop_optimizer_of_others(self) -> None:
+        """Lets the trainer's own optimiser go where the active adapter trains tensors that it lacks.
+
+        Raises ValueError where an optimiser that the caller made holds none of them.
+        """
+        if self.optimizer is None:
+            return
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if not self._has_rates_by_part:
+            if not self.is_deepspeed_enabled and trained.isdisjoint(_held(self.optimizer)):
+                raise ValueError(
+                    f"the optimiser holds no tensor that the active adapter {self.model.active_adapter!r} trains: make one of "
+                    "its tensors, or set the trainer's optimizer and lr_scheduler to None for its own"
+                )
+        elif not trained or not trained <= _held(self.optimizer):
+            self.optimizer = None
+            if self.accelerator.num_processes > 1:
+                # DDP sums the gradients of the tensors that trained when it was made.
+                self.model_wrapped = self.model
+
     def _layer_rate(self) -> float:
         """The model's `layer_rate` as the first process measured it, so that all processes step alike."""
         found = [self.model.layer_rate]
@@ -142,8 +162,14 @@ class _EPTTrainerMixin(Trainer):
         """Trains; True resumes from the last whole checkpoint, passing over one that a kill cut short.
 
         SIGTERM ends the training after the step that it falls into, with a checkpoint; `terminated` says so then.
-        Raises OSError if a checkpoint cannot be written; nothing of it is left, and older ones are as they were.
+        Where another adapter is active than in the training before, it has an optimiser of its own.
+
+        Raises:
+            OSError: a checkpoint cannot be written; nothing of it is left, and older ones are as they were.
+            ValueError: there is no checkpoint to resume from, or an optimiser that the caller made holds no tensor of the
+                active adapter.
         """
+        self._drop_optimizer_of_others()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self._directory)
             if resume_from_checkpoint is None:
@@ -404,8 +430,17 @@ class EPTContinuationTrainer(_EPTTrainerMixin, Trainer):
 class EPTWritingTrainer(_EPTTrainerMixin, Trainer):
     """Trains a causal model on answers; with `predict_with_generate` an evaluation writes them.
 
-    Its rows have labels on the answers alone, at their end.
+    Its rows have labels on the answers alone, at their end. An answer is the likeliest tokens: ValueError where the arguments
+    ask for another way to generate.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for name in ("generation_num_beams", "generation_config"):
+            if getattr(self.args, name, None) is not None:
+                raise ValueError(
+                    f"`{name}` would have no effect: a causal model's answers are the likeliest tokens; leave it out"
+                )
 
     def prediction_step(
         self,
@@ -438,6 +473,11 @@ def _warn_of_failure(push: Future[Any]) -> None:
     error = push.exception()
     if error is not None:
         logger.warning("a checkpoint could not be uploaded: %s", error)
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of an optimiser's parameters."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _peaks(optimizer: torch.optim.Optimizer) -> dict[str, float]:
