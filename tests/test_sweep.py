@@ -109,12 +109,24 @@ def test_a_directory_of_own_files_may_be_called_like_a_benchmarks_task(place, tm
     (["--seeds", "1", "0", "1"], "the seed 1 is given twice"),
     (["--methods", "EPT", "EPT"], "the method EPT is given twice"),
     (["--learning_rates", "1", "1.0"], "the learning rate 1.0 is given twice"),
+    (["--learning_rates", "1", "-1"], "--learning_rates 1.0 -1.0 must be finite and at least 0"),
+    (["--results", "{place}"], "is a directory: give a file"),
 ])  # fmt: skip
 def test_a_grid_that_cannot_run_is_one_line(options, said, place, tmp_path, capsys):
     with pytest.raises(SystemExit):
         sweep(place, tmp_path / "runs", *(word.format(place=place) for word in options))
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and said in errors[0]
+
+
+def test_a_row_that_cannot_be_judged_is_said_before_the_first_run(place, tmp_path, capsys):
+    shutil.copytree(place / "reviews", tmp_path / "bad")
+    write_csv(tmp_path / "bad" / "dev.csv", [("the film", "other")])
+    grid = ["--tasks", place / "reviews", tmp_path / "bad", "--methods", "head only", "--seeds", 0, "--middle_rate"]
+    with pytest.raises(SystemExit):
+        sweep(place, tmp_path / "runs", *grid)
+    assert "dev.csv, row 1: label 'other' is not among" in (said := capsys.readouterr().err) and "run 1 of" not in said
+    assert finished(tmp_path / "runs") == []
 
 
 def test_a_method_that_the_model_cannot_have_leaves_the_others_to_run(place, tmp_path, capsys):

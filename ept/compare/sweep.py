@@ -81,9 +81,10 @@ def grid(options: Any) -> list[Job]:
 
 
 def read_tasks(jobs: list[Job]) -> None:
-    """Reads every task's rows once. ValueError says which cannot be read."""
-    for model, task, data in {(job["model"], job["task"], job["data"]): None for job in jobs}:
-        _read_task(model, task, data)
+    """Reads and encodes every task's rows once. ValueError says which cannot be read, or trained and judged on."""
+    tasks = {(job["model"], job["task"], job["data"], job["max_seq_length"]): None for job in jobs}
+    for task in reversed(tasks):  # the first run's is kept
+        _splits(*task)
 
 
 def name_of_run(job: Job) -> str:
