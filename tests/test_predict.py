@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ept.cli import main
+from ept.cli.predict_output import Output
 from tiny_text import reviews, save_model, write_csv
 
 
@@ -14,12 +15,23 @@ def command(*argv) -> int:
 
 def trained(place, name, rows, *more) -> str:
     data = write_csv(place / f"{name}.csv", rows, header=None)
+    return trained_on(place, name, data, "--no_header", *more)
+
+
+def trained_on(place, name, data, *more) -> str:
     assert command(
         "train", "--model_name_or_path", place / "model", "--train_file", data, "--output_dir", place / name,
-        "--max_steps", 1, "--prompt_length", 4, "--token_rank", 6, "--disable_tqdm", "true", "--use_cpu", "--no_header",
+        "--max_steps", 1, "--prompt_length", 4, "--token_rank", 6, "--disable_tqdm", "true", "--use_cpu",
         *more,
     ) == 0  # fmt: skip
     return str(place / name)
+
+
+def trained_on_lines(place) -> str:
+    """An adapter whose classes' names end with a line end."""
+    data = place / "lines.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "label": f"{label}\n"}) + "\n" for text, label in reviews(8)))
+    return trained_on(place, "lines", data)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +82,27 @@ def test_all_probabilities_are_written_on_request(place, tmp_path, capsys):
     assert records[0]["probabilities"][records[0]["label"]] == records[0]["probability"]
     assert command(*run, "--output_file", out, "--overwrite_output_file") == 0
     assert len(out.read_text().splitlines()) == 2 and "probabilities" not in out.read_text()
+
+
+def test_a_run_goes_on_by_rows_where_a_label_has_a_line_end(place, tmp_path, monkeypatch):
+    adapter = trained_on_lines(place)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text, _ in reviews(6))
+    (tmp_path / "in.jsonl").write_text(rows)
+    run = ["predict", "--adapter", adapter, "--input_file", tmp_path / "in.jsonl", "--batch_size", 2, "--all_probabilities"]
+    assert command(*run, "--output_file", tmp_path / "whole.txt") == 0
+    whole = (tmp_path / "whole.txt").read_text().splitlines()
+    write, batches = Output.write, iter(range(2))
+
+    def write_or_stop(*batch):
+        if next(batches, None) is None:
+            raise KeyboardInterrupt
+        write(*batch)
+
+    monkeypatch.setattr(Output, "write", write_or_stop)
+    assert command(*run, "--output_file", tmp_path / "part.txt") == 130
+    monkeypatch.setattr(Output, "write", write)
+    assert command(*run, "--output_file", tmp_path / "part.txt") == 0
+    assert (tmp_path / "part.txt").read_text().splitlines() == whole and len(whole) == 6
 
 
 def test_pairs_and_values_of_a_table(place, tmp_path, capsys):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ept.cli.predict_input import InputRow
 from ept.data.rows import json_objects, listed
-from ept.tasks.kind import TaskKind
+from ept.tasks.kind import TaskKind, one_line
 
 __all__ = ["Output"]
 
@@ -127,7 +127,7 @@ class Output:
 
 
 def _with_probabilities(line: str, record: dict[str, Any]) -> str:
-    return "\t".join([line, *(f"{name}={value:.6f}" for name, value in record["probabilities"].items())])
+    return "\t".join([line, *(f"{one_line(name)}={value:.6f}" for name, value in record["probabilities"].items())])
 
 
 def _origin_file(path: str) -> Path:

@@ -1,5 +1,6 @@
 """What a kind of task must know: the base class of `ept.tasks.kinds`."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
 
     from ept.data.columns import Columns
 
-__all__ = ["TaskKind", "Texts"]
+__all__ = ["TaskKind", "Texts", "one_line"]
 
 Texts = list[tuple[Any, ...]]  # one or two texts a row, or a conversation
+
+
+def one_line(text: str) -> str:
+    """Returns a text with a space for each of its line ends."""
+    return " ".join(re.split(r"\r\n|\r|\n", text))
 
 
 class TaskKind(ABC):
@@ -253,9 +259,13 @@ class TaskKind(ABC):
             )
         return name, is_better_higher(name)
 
-    @abstractmethod
     def lines(self, predictions: Any) -> Iterator[str]:
         """Yields each prediction as a line of text."""
+        yield from map(one_line, self.as_text(predictions))
+
+    @abstractmethod
+    def as_text(self, predictions: Any) -> Iterator[str]:
+        """Yields each prediction as text, in which names of classes and what was written may have line ends."""
 
     @abstractmethod
     def records(self, predictions: Any) -> Iterator[dict[str, Any]]:
