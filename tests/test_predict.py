@@ -1,10 +1,13 @@
 """`ept predict` for classes and values: tables, probabilities of all classes, and objects in jsonl."""
 
+import io
 import json
+import sys
 
 import pytest
 
 from ept.cli import main
+from ept.cli.predict_input import Lines
 from ept.cli.predict_output import Output
 from tiny_text import reviews, save_model, write_csv
 
@@ -103,6 +106,14 @@ def test_a_run_goes_on_by_rows_where_a_label_has_a_line_end(place, tmp_path, mon
     monkeypatch.setattr(Output, "write", write)
     assert command(*run, "--output_file", tmp_path / "part.txt") == 0
     assert (tmp_path / "part.txt").read_text().splitlines() == whole and len(whole) == 6
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(place, tmp_path, capsys, monkeypatch):
+    (tmp_path / "plain.txt").write_bytes(b"great\r\ngreat\r\n")
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfgreat\r\ngreat\r\n")
+    assert [row.texts for row in Lines(str(tmp_path / "marked.txt"), pairs=False)] == [("great",), ("great",)]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "marked.txt").read_bytes())))
+    assert list(Lines(None, pairs=False)) == list(Lines(str(tmp_path / "plain.txt"), pairs=False))
 
 
 def test_pairs_and_values_of_a_table(place, tmp_path, capsys):

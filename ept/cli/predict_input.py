@@ -1,5 +1,6 @@
 """The rows of `ept predict`: lines of text, or a table's."""
 
+import codecs
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Lines:
 
     def _rows(self, lines: Iterable[bytes], source: str) -> Iterator[InputRow]:
         for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 text = line.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
