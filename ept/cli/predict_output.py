@@ -41,6 +41,11 @@ class Output:
             raise ValueError(f"--output_file {path}: there is no such directory")
         if Path(path).is_dir():
             raise ValueError(f"--output_file {path} is a directory: give a file")
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(
+                f"--output_file {path} is a device or a pipe, which no run could go on with: leave it out, and lead standard "
+                "output there (> or |)"
+            )
         if Path(path).is_file() and Path(path).stat().st_size and not overwrite:
             self._check_origin()
             self.done, self._size = _whole_lines(path)
