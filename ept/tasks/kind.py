@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 
     from ept.data.columns import Columns
 
-__all__ = ["TaskKind", "Texts", "one_line"]
+__all__ = ["TaskKind", "Texts", "answers_cut", "one_line"]
 
 Texts = list[tuple[Any, ...]]  # one or two texts a row, or a conversation
+
+
+def answers_cut(cut: int, rows: int, max_target_length: int) -> str:
+    """Says how many rows' answers were cut."""
+    return f"{cut} of {rows} answers were cut to {max_target_length} tokens (max_target_length)"
 
 
 def one_line(text: str) -> str:
@@ -162,9 +167,11 @@ class TaskKind(ABC):
         max_target_length: int,
     ) -> tuple["Dataset", list[Any], list[str]]:
         """Encodes a table's rows; returns them with labels, what predictions are judged by, and sentences on what was cut."""
-        truth, labels = self.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
+        truth, labels, cut_answers = self.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
         data, cut = self.tokens(table, source, columns, tokenizer, limit, labels)
         remarks = [f"{cut} of {len(data)} rows were cut to {limit} tokens"] if cut else []
+        if cut_answers:
+            remarks.append(answers_cut(cut_answers, len(data), max_target_length))
         empty = sum(not text.strip() for text in table[columns.text])
         if empty:
             remarks.append(f"warning: {empty} of {len(data)} rows have an empty text ({columns.text!r})")
@@ -182,12 +189,13 @@ class TaskKind(ABC):
 
     def targets(
         self, table: "Dataset", source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_target_length: int
-    ) -> tuple[list[Any], list[Any]]:
-        """Returns what a label column's predictions are judged by, and the labels that the model trains on."""
+    ) -> tuple[list[Any], list[Any], int]:
+        """Returns what a label column's predictions are judged by, the labels that the model trains on, and how many of
+        these were cut."""
         from ept.data.labels import Labels  # `datasets`, which it imports, is optional
 
         labels = Labels(self.label_names, self.label_form == "multi_label").encode(table, source, column)
-        return labels, labels
+        return labels, labels, 0
 
     def tokens(
         self,

@@ -35,7 +35,7 @@ from ept.data.chats import is_chat
 from ept.files.run_record import RUN_NAME
 from ept.tasks.continuation import ContinuationCollator, candidates, contexts
 from ept.tasks.glue import BenchmarkTask, Rows
-from ept.tasks.kind import TaskKind, Texts
+from ept.tasks.kind import TaskKind, Texts, answers_cut
 from ept.tasks.metrics import Answers
 from ept.tasks.predicting import (
     Predictor,
@@ -364,10 +364,10 @@ class Text2Text(TaskKind):
 
     def targets(
         self, table: "Dataset", source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_target_length: int
-    ) -> tuple[list[Any], list[Any]]:
+    ) -> tuple[list[Any], list[Any], int]:
         from ept.data.tokens import tokenize_targets  # as above
 
-        return list(table[column]), tokenize_targets(table, source, column, tokenizer, max_target_length)
+        return list(table[column]), *tokenize_targets(table, source, column, tokenizer, max_target_length)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, multiple: int | None = None) -> Any:
         return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple)
@@ -453,10 +453,7 @@ class CausalText2Text(Text2Text):
         rows, cut, cut_answers = encode_exchanges(tokenizer, exchanges, limit, max_target_length)
         remarks = [f"{cut} of {len(rows)} texts were cut to their last {limit} tokens"] if cut else []
         if cut_answers:
-            remarks.append(
-                f"{cut_answers} of {len(rows)} answers were cut to {max_target_length} tokens (max_target_length), without "
-                "their end"
-            )
+            remarks.append(answers_cut(cut_answers, len(rows), max_target_length) + ", without their end")
         return Dataset.from_list(rows), [exchange.reference for exchange in exchanges], remarks
 
     def stream_encoder(
