@@ -813,7 +813,7 @@ def test_an_adapter_of_a_bf16_backbone_loads_onto_the_fp32_one(tmp_path):
 )
 def test_an_adapter_of_another_backbone_is_refused(other, tmp_path):
     wrapped(backbone("bert")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="another backbone"):
+    with pytest.raises(ValueError, match=r"another backbone.*, `model`, or pass `ignore_backbone_mismatch=True`"):
         EPTModel.from_pretrained(other(), tmp_path)
 
 
