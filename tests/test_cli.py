@@ -625,9 +625,9 @@ def test_bad_input_to_eval_and_predict_is_one_line_and_exit_code_2(
     data = ["--test_file", place / "test.csv"] if command == "eval" else []
     monkeypatch.setattr(sys, "stdin", Bytes(b"the film\ncaf\xe9\n"))
     assert "adapter_config.json" in refused(capsys, [command, "--adapter", tmp_path, *data])
-    assert "another backbone" in refused(
-        capsys, [command, "--adapter", adapter, "--model_name_or_path", other_model(tmp_path), *data]
-    )
+    said = refused(capsys, [command, "--adapter", adapter, "--model_name_or_path", other_model(tmp_path), *data])
+    assert "another backbone" in said
+    assert said.endswith("; give the backbone that the adapter was trained on, --model_name_or_path")
     for option in ("--batch_size", "--max_seq_length", "--max_target_length"):
         assert f"{option} 0 must" in refused(capsys, [command, "--adapter", adapter, *data, option, "0"])
     if command == "predict":

@@ -12,7 +12,7 @@ from ept.data.labels import LabelCounts, Labels
 from ept.data.streaming import RowStream
 from ept.data.tables import read_file
 from ept.data.tokens import tokenize
-from ept.tasks.kinds import Classification, Text2Text
+from ept.tasks.kinds import CausalText2Text, Classification, Text2Text
 from ept.tasks.task import Task
 from tiny_text import reviews, tokenizer, write_csv
 
@@ -360,6 +360,20 @@ def test_pairs_are_joined_and_cut_together(tmp_path):
     assert cut == 0 and len(whole["input_ids"][0]) == 2 + 6 + 3 and 1 in whole["token_type_ids"][0]
     short, cut = tokenize(read_file(path), path, columns, tokenizer(), 8)
     assert cut == 1 and len(short["input_ids"][0]) == 8 and short["input_ids"][0].count(3) == 2
+
+
+def test_answers_that_are_cut_are_counted_whatever_model_writes_them(tmp_path, capsys):
+    path = jsonl(
+        tmp_path / "x.jsonl", [{"prompt": "the film", "completion": text} for text in ("great", "a very dull plot")]
+    )
+    columns, lengths = Columns("prompt", None, "completion"), {}
+    for kind in (Text2Text(), CausalText2Text()):
+        rows = Task(kind, columns).encode(read_file(path), path, tokenizer("t5"), None, 3).data
+        lengths[kind.name] = [sum(label >= 0 for label in row) for row in rows["labels"]]
+        assert f"{path}: 1 of 2 answers were cut to 3 tokens (max_target_length)" in capsys.readouterr().err
+        Task(kind, columns).encode(read_file(path), path, tokenizer("t5"), None, 5)
+        assert "cut" not in capsys.readouterr().err
+    assert lengths == {"text2text": [2, 3], "causal_text2text": [2, 3]}
 
 
 def test_the_same_file_read_twice_gives_the_same_tokens_whatever_was_read_before(tmp_path):

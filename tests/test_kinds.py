@@ -10,6 +10,7 @@ from ept.tasks.kinds import (
     KINDS,
     Classification,
     Continuation,
+    MultiLabel,
     Regression,
     Text2Text,
     TokenClassification,
@@ -87,6 +88,15 @@ def test_metrics_and_lines_of_each_kind():
     assert list(Regression().lines(torch.tensor([[0.5], [2.0]]))) == ["0.5", "2"]
     assert Text2Text().metrics(["a b ", "c"], ["a b", "d"]) == {"exact_match": 0.5, "token_f1": 0.5}
     assert list(Text2Text().lines(["two\nlines"])) == ["two lines"]
+
+
+def test_a_prediction_is_one_line_whatever_its_label_is_called():
+    names = ("no\n", "yes\r\n", "may\rbe")
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]])
+    for kind in (Classification(names), Continuation(names), MultiLabel(names, 0.6)):
+        assert [line.split("\t")[0] for line in kind.lines(logits)] == ["no ", "yes ", "may be"]
+        assert [next(iter(record.values())) for record in kind.records(logits)][2] in ("may\rbe", ["may\rbe"])
+    assert list(TokenClassification(names).lines([[0, 1], [2]])) == ["no  yes ", "may be"]
 
 
 def test_written_texts_are_read_from_ids_and_from_logits_with_what_is_ignored_left_out():

@@ -825,7 +825,7 @@ def test_an_adapter_of_a_bf16_backbone_loads_onto_the_fp32_one(tmp_path):
 )
 def test_an_adapter_of_another_backbone_is_refused(other, tmp_path):
     wrapped(backbone("bert")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="another backbone"):
+    with pytest.raises(ValueError, match=r"another backbone.*, `model`, or pass `ignore_backbone_mismatch=True`"):
         EPTModel.from_pretrained(other(), tmp_path)
 
 
@@ -1018,3 +1018,15 @@ def test_zero_grad_clears_the_gradients_of_all_parameters_also_of_new_ones():
         assert some.grad is not None and model.ept.prompt.grad is not None
         model.zero_grad()
         assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_head_on_the_last_token_does_not_warn_of_padding_which_the_model_moves(name, caplog, monkeypatch):
+    monkeypatch.setattr(hf.utils.logging.get_logger("transformers"), "propagate", True)
+    hf.utils.logging.warning_once.cache_clear()
+    base = backbone(name, SEQ, num_labels=3, pad_token_id=0)
+    wrapped(base)(input_ids=torch.full((2, 5), 7), attention_mask=torch.ones(2, 5, dtype=torch.int64))
+    assert "will not detect padding tokens" not in caplog.text
+    hf.utils.logging.warning_once.cache_clear()
+    base(inputs_embeds=torch.zeros(2, 5, WIDTH))  # the bare model by itself
+    assert "will not detect padding tokens" in caplog.text

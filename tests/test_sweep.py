@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import transformers as hf
@@ -23,6 +24,7 @@ def place(tmp_path_factory):
     (place / "reviews").mkdir()
     for split, n in (("train", 32), ("dev", 16), ("test", 16)):
         write_csv(place / "reviews" / f"{split}.csv", reviews(n, seed=n))
+    shutil.copytree(place / "reviews", place / "other" / "reviews")
     return place
 
 
@@ -103,12 +105,28 @@ def test_a_directory_of_own_files_may_be_called_like_a_benchmarks_task(place, tm
 @pytest.mark.parametrize("options, said", [
     (["--methods", "EPT2"], "unknown method 'EPT2'"), (["--tasks", "nowhere"], "unknown task 'nowhere'"),
     (["--tasks", "{place}"], "has no train file"),
+    (["--tasks", "{place}/reviews", "{place}/other/reviews"], "would both be reviews in the results"),
+    (["--seeds", "1", "0", "1"], "the seed 1 is given twice"),
+    (["--methods", "EPT", "EPT"], "the method EPT is given twice"),
+    (["--learning_rates", "1", "1.0"], "the learning rate 1.0 is given twice"),
+    (["--learning_rates", "1", "-1"], "--learning_rates 1.0 -1.0 must be finite and at least 0"),
+    (["--results", "{place}"], "is a directory: give a file"),
 ])  # fmt: skip
 def test_a_grid_that_cannot_run_is_one_line(options, said, place, tmp_path, capsys):
     with pytest.raises(SystemExit):
         sweep(place, tmp_path / "runs", *(word.format(place=place) for word in options))
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and said in errors[0]
+
+
+def test_a_row_that_cannot_be_judged_is_said_before_the_first_run(place, tmp_path, capsys):
+    shutil.copytree(place / "reviews", tmp_path / "bad")
+    write_csv(tmp_path / "bad" / "dev.csv", [("the film", "other")])
+    grid = ["--tasks", place / "reviews", tmp_path / "bad", "--methods", "head only", "--seeds", 0, "--middle_rate"]
+    with pytest.raises(SystemExit):
+        sweep(place, tmp_path / "runs", *grid)
+    assert "dev.csv, row 1: label 'other' is not among" in (said := capsys.readouterr().err) and "run 1 of" not in said
+    assert finished(tmp_path / "runs") == []
 
 
 def test_a_method_that_the_model_cannot_have_leaves_the_others_to_run(place, tmp_path, capsys):
@@ -155,3 +173,13 @@ def test_the_report_takes_the_rate_that_validates_best_and_compares_averages(tmp
     assert "Machine: device a CPU" in lines and (tmp_path / "table.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="differ in steps"):
         table([records[0], records[0] | {"steps": 7}])
+
+
+def test_a_report_does_not_mix_two_directories_of_one_name():
+    of_a, of_b = (record("EPT", 1.0, 0, 0.8, 0.7, task="movies") | {"data": name} for name in ("a/movies", "b/movies"))
+    with pytest.raises(ValueError, match="runs of movies differ in data \\(a/movies, b/movies\\): report them apart"):
+        table([of_a, of_b])
+    from_hub, from_disk = (
+        record("EPT", 1.0, seed, 0.8, 0.7) | {"data": data} for seed, data in ((0, None), (1, "rte"))
+    )
+    assert len(table([from_hub, from_disk])["EPT"]["rte"].scores) == 2

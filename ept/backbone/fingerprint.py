@@ -35,9 +35,15 @@ def backbone_fingerprint(config: Any, embedding: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """ValueError if the two backbones differ, naming the first difference."""
-    hint = "load the backbone that the adapter was trained on, or pass ignore_backbone_mismatch=True"
+def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], *, may_ignore: bool = False) -> None:
+    """Raises ValueError if two backbones differ, which names the first difference.
+
+    Args:
+        may_ignore: whether the caller has an argument `ignore_backbone_mismatch`, which the message then names.
+    """
+    hint = "give the backbone that the adapter was trained on, `model`"
+    if may_ignore:
+        hint += ", or pass `ignore_backbone_mismatch=True`"
     for key in (*_CONFIG_KEYS, "embedding_shape"):
         if saved.get(key) != current.get(key):
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ept.backbone.embeddings import lacks_weights, weight_of
+from ept.console import without_padding_warning
 
 __all__ = [
     "beside_embeddings",
@@ -168,7 +169,7 @@ def check_inputs_embeds(model: PreTrainedModel, kind: str) -> None:
     weight = weight_of(embedding)
     ids = torch.arange(len(weight), device=weight.device)[-4:].unsqueeze(0)
     try:
-        with evaluating(model):
+        with evaluating(model), without_padding_warning(model):
             embeds, others = embedding(ids), beside_text(probed, ids)
             by_ids = probed(input_ids=ids, **others, return_dict=True)
             by_embeds = probed(inputs_embeds=embeds, **beside_embeddings(probed, ids), return_dict=True)

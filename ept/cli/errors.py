@@ -28,6 +28,7 @@ OPTIONS = {
     "max_length": "--max_seq_length",
     "max_steps": "--max_steps",
     "metric_for_best_model": "--metric_for_best_model",
+    "model": "--model_name_or_path",
     "name_or_path": "--model_name_or_path",
     "neftune_noise_alpha": "--neftune_noise_alpha",
     "prompt_start": "--prompt_start",
@@ -37,6 +38,7 @@ OPTIONS = {
     "use_liger_kernel": "--use_liger_kernel",
 }
 SWITCHES = {"header=False": "--no_header"}
+PYTHONS_OWN = (", or pass `ignore_backbone_mismatch=True`",)  # remedies that no option gives
 # Presets, which the message keeps, and the options that choose them.
 PRESETS = {
     "EPTConfig.input_only()": "--preset input",
@@ -76,6 +78,8 @@ def as_options(message: str) -> str:
             return match[0]
         return OPTIONS[name] if value is None else " ".join([OPTIONS[name], value.strip('"')])
 
+    for remedy in PYTHONS_OWN:
+        message = message.replace(remedy, "")
     for preset, options in PRESETS.items():
         message = message.replace(preset, f"{preset} ({options})")
     return re.sub(r"`(([\w.]+)(?:=([^`]*))?)`", option, message)

@@ -71,7 +71,8 @@ class OptionParser(HfArgumentParser):
             self.error(f"unknown option {unknown[0]}: see {self.prog} --help")
         for name, value in itertools.chain.from_iterable(vars(group).items() for group in groups):
             if requirement := _unmet_requirement(name, value):
-                self.error(f"{self._spelling(name, argv)} {value} must be {requirement}")
+                words = " ".join(map(str, value)) if isinstance(value, list) else value
+                self.error(f"{self._spelling(name, argv)} {words} must be {requirement}")
         return tuple(groups)
 
     def _spelling(self, name: str, argv: list[str]) -> str:
@@ -107,7 +108,8 @@ def _unmet_requirement(name: str, value: Any) -> str | None:
         return "at least 1"
     if name == "dataloader_num_workers" and value < 0:
         return "at least 0"
-    if name.endswith("learning_rate") and value is not None and not (value >= 0 and math.isfinite(value)):
+    rates = value if name == "learning_rates" else [value] if name.endswith("learning_rate") else []
+    if not all(rate is None or (rate >= 0 and math.isfinite(rate)) for rate in rates):
         return "finite and at least 0"
     if name == "num_train_epochs" and not (value > 0 and math.isfinite(value)):
         return "finite and above 0"

@@ -1,5 +1,8 @@
 """The rows of `ept predict`: lines of text, or a table's."""
 
+import codecs
+import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,10 +20,17 @@ QUESTIONS = ("prompt", "messages")  # columns that are found by themselves where
 
 
 class InputRow(NamedTuple):
-    """A row to predict for: its id, or its number from 1; and its texts, of which there are two in a task on pairs."""
+    """A row to predict for: its id as JSON holds it, or its number from 1; and its texts, two in a task on pairs."""
 
     id: Any
     texts: tuple[Any, ...]
+
+
+def _in_json(id: Any) -> Any:
+    """Returns an id as JSON holds it: not-a-number and infinity as null, a date as ISO 8601, other objects as text."""
+    if isinstance(id, float) and not math.isfinite(id):
+        return None
+    return json.loads(json.dumps(id, default=lambda value: getattr(value, "isoformat", value.__str__)()))
 
 
 def is_table(path: str) -> bool:
@@ -48,6 +58,8 @@ class Lines:
 
     def _rows(self, lines: Iterable[bytes], source: str) -> Iterator[InputRow]:
         for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 text = line.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
@@ -88,7 +100,7 @@ class TableRows:
             if columns is None:
                 columns, id_column = self._text_columns(list(row)), self._id_column(list(row))
             texts = tuple(self._text(row, column, number) for column in columns)
-            yield InputRow(number if id_column is None else row[id_column], texts)
+            yield InputRow(number if id_column is None else _in_json(row[id_column]), texts)
         if columns is None:
             raise ValueError(f"{self.path} holds no rows: add some")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ept.cli.predict_input import InputRow
 from ept.data.rows import json_objects, listed
-from ept.tasks.kind import TaskKind
+from ept.tasks.kind import TaskKind, one_line
 
 __all__ = ["Output"]
 
@@ -41,6 +41,11 @@ class Output:
             raise ValueError(f"--output_file {path}: there is no such directory")
         if Path(path).is_dir():
             raise ValueError(f"--output_file {path} is a directory: give a file")
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(
+                f"--output_file {path} is a device or a pipe, which no run could go on with: leave it out, and lead standard "
+                "output there (> or |)"
+            )
         if Path(path).is_file() and Path(path).stat().st_size and not overwrite:
             self._check_origin()
             self.done, self._size = _whole_lines(path)
@@ -127,7 +132,7 @@ class Output:
 
 
 def _with_probabilities(line: str, record: dict[str, Any]) -> str:
-    return "\t".join([line, *(f"{name}={value:.6f}" for name, value in record["probabilities"].items())])
+    return "\t".join([line, *(f"{one_line(name)}={value:.6f}" for name, value in record["probabilities"].items())])
 
 
 def _origin_file(path: str) -> Path:

@@ -56,12 +56,15 @@ def run(argv: list[str]) -> None:
         (options,) = OptionParser("sweep", "Trains every method on every task; ept report makes the table.",
                                   SweepArguments).parse(argv)  # fmt: skip
         jobs = grid(options)
-        read_tasks(jobs)  # unreadable data is said first
         path = Path(options.results)
+        if path.is_dir():
+            raise ValueError(f"--results {path} is a directory: give a file")
         done = {key_of(record) for record in finished(path)}
         missing = [job for job in jobs if key_of(job) not in done]
         say(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished in {path}")
+        read_tasks(missing)  # bad rows, and a file that cannot be written, are said before the first run
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
         if options.engine == "ray":
             run_on_ray(missing, path, cpus_per_run=options.cpus_per_run, gpus_per_run=options.gpus_per_run)
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ept.plots import plot_scores
+from ept.tasks.glue import BENCHMARK_TASKS
 
 __all__ = ["Cell", "draw", "markdown", "table"]
 
@@ -35,7 +36,8 @@ def table(records: list[dict[str, Any]]) -> dict[str, dict[str, Cell]]:
     those with the most seeds; the scores are the test rows' where there are any, else the validation rows'.
 
     Raises:
-        ValueError: there are no runs, or runs of more than one model, length, budget or number of steps.
+        ValueError: there are no runs, or runs of more than one model, length, budget or number of steps, or of two
+            directories of own files with one name.
     """
     if not records:
         raise ValueError("the results hold no finished run: let ept sweep go on first")
@@ -43,6 +45,7 @@ def table(records: list[dict[str, Any]]) -> dict[str, dict[str, Cell]]:
         values = sorted({str(record[name]) for record in records})
         if len(values) > 1:
             raise ValueError(f"the runs differ in {name} ({', '.join(values)}): report them apart")
+    _refuse_namesakes(records)
     runs: dict[tuple[str, str], dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for record in {json.dumps([r["task"], r["method"], r["learning_rate"], r["seed"]]): r for r in records}.values():
         runs[record["method"], record["task"]][record["learning_rate"]].append(record["metrics"])
@@ -56,6 +59,17 @@ def table(records: list[dict[str, Any]]) -> dict[str, dict[str, Cell]]:
         best = max(rates, key=lambda rate: (len(rates[rate]), statistics.mean(scores(rate, "validation"))))
         cells.setdefault(method, {})[task] = Cell(metric, best, scores(best, "test"))
     return cells
+
+
+def _refuse_namesakes(records: list[dict[str, Any]]) -> None:
+    """Raises ValueError if a task's runs are of several directories; a benchmark's hold the same rows."""
+    directories: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        if record["task"] not in BENCHMARK_TASKS:
+            directories[record["task"]].add(str(record["data"]))
+    for task, names in directories.items():
+        if len(names) > 1:
+            raise ValueError(f"the runs of {task} differ in data ({', '.join(sorted(names))}): report them apart")
 
 
 def markdown(cells: dict[str, dict[str, Cell]], records: list[dict[str, Any]], baseline: str) -> str:

@@ -52,7 +52,7 @@ def grid(options: Any) -> list[Job]:
         options: with the attributes of `ept.cli.sweep.SweepArguments`.
 
     Raises:
-        ValueError: there is no such method, task or directory.
+        ValueError: there is no such method, task or directory, or one thing twice.
     """
     methods = METHODS | ABLATIONS
     for name in options.methods:
@@ -60,13 +60,19 @@ def grid(options: Any) -> list[Job]:
             raise ValueError(f"unknown method {name!r}: choose one of {', '.join(methods)}")
     config = transformers.AutoConfig.from_pretrained(options.model_name_or_path)
     budget = options.budget or 100 * config.get_text_config().hidden_size
+    for what, given in (
+        ("method", options.methods), ("seed", options.seeds), ("learning rate", options.learning_rates)
+    ):  # fmt: skip
+        for value in given:
+            if given.count(value) > 1:
+                raise ValueError(f"the {what} {value} is given twice: leave one out")
     jobs = []
-    for seed, task, name in itertools.product(options.seeds, options.tasks, options.methods):
+    for seed, (task, data), name in itertools.product(options.seeds, _named_tasks(options), options.methods):
         method = methods[name]
         of_method = method.learning_rates[1:2] if options.middle_rate else method.learning_rates
         for rate in options.learning_rates or of_method:
             jobs.append({
-                "model": options.model_name_or_path, "task": _name_of(task), "data": _files_of(task, options.data_dir),
+                "model": options.model_name_or_path, "task": task, "data": data,
                 "method": name, "learning_rate": rate, "seed": seed, "steps": options.max_steps,
                 "batch_size": options.batch_size, "max_seq_length": options.max_seq_length, "budget": budget,
                 "dtype": "float32" if method.trains_backbone else options.dtype,
@@ -75,9 +81,10 @@ def grid(options: Any) -> list[Job]:
 
 
 def read_tasks(jobs: list[Job]) -> None:
-    """Reads every task's rows once. ValueError says which cannot be read."""
-    for model, task, data in {(job["model"], job["task"], job["data"]): None for job in jobs}:
-        _read_task(model, task, data)
+    """Reads and encodes every task's rows once. ValueError says which cannot be read, or trained and judged on."""
+    tasks = {(job["model"], job["task"], job["data"], job["max_seq_length"]): None for job in jobs}
+    for task in reversed(tasks):  # the first run's is kept
+        _splits(*task)
 
 
 def name_of_run(job: Job) -> str:
@@ -168,6 +175,20 @@ def _named_benchmark(name: str) -> BenchmarkTask | None:
         return benchmark_task(name)
     except ValueError:
         return None
+
+
+def _named_tasks(options: Any) -> list[tuple[str, str | None]]:
+    """Returns each task's name in the results, and the directory with its files; ValueError where two have one name."""
+    given_as: dict[str, str] = {}
+    for task in options.tasks:
+        name = _name_of(task)
+        if name in given_as:
+            raise ValueError(
+                f"the tasks {given_as[name]} and {task} would both be {name} in the results: leave one out, or rename a "
+                "directory"
+            )
+        given_as[name] = task
+    return [(name, _files_of(task, options.data_dir)) for name, task in given_as.items()]
 
 
 def _name_of(task: str) -> str:

@@ -50,7 +50,11 @@ def tokenize(
 
 def tokenize_targets(
     table: Dataset, source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[list[int]]:
-    """Returns the token ids of the texts to be generated, for `tokenize`'s `labels`."""
+) -> tuple[list[list[int]], int]:
+    """Returns the token ids of the texts to be generated, for `tokenize`'s `labels`; and how many texts were cut."""
     texts = texts_of(table, source, column)
-    return tokenizer(text_target=texts, truncation=True, max_length=max_length)["input_ids"]
+    ids = tokenizer(text_target=texts, verbose=False)["input_ids"]
+    cut = [i for i, row in enumerate(ids) if len(row) > max_length]
+    for i in cut:
+        ids[i] = tokenizer(text_target=texts[i], truncation=True, max_length=max_length)["input_ids"]
+    return ids, len(cut)

@@ -66,12 +66,12 @@ class AdapterFiles:
         """Whether it holds the constants that inference needs in place of what is trained."""
         return bool(self.settings.get("folded"))
 
-    def check_backbone(self, backbone: PreTrainedModel) -> None:
-        """Raises ValueError if it belongs to another backbone."""
+    def check_backbone(self, backbone: PreTrainedModel, *, may_ignore: bool = False) -> None:
+        """Raises ValueError if it belongs to another backbone; `may_ignore` as in `check_fingerprint`."""
         fingerprint = self.settings.get("backbone")
         if fingerprint is not None:
             current = backbone_fingerprint(backbone.config, backbone.get_input_embeddings())
-            check_fingerprint(fingerprint, current)
+            check_fingerprint(fingerprint, current, may_ignore=may_ignore)
 
     def new_layer(self, backbone: PreTrainedModel, traits: Traits, sites: LayerSites | None) -> AdapterLayer:
         """A layer of its kind and sizes, for its tensors; `sites` as in `new_layer`."""

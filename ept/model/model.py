@@ -345,7 +345,7 @@ class EPTModel(nn.Module):
         files = AdapterFiles.read(path, revision=revision, token=token, cache_dir=cache_dir)
         with changing(self.base_model, "loading an adapter"):
             if not ignore_backbone_mismatch:
-                files.check_backbone(self.base_model)
+                files.check_backbone(self.base_model, may_ignore=True)
             self._put(loaded_adapter(self, adapter_name, files, self._sites_for(files.config)))
 
     def set_adapter(self, adapter_name: str) -> None:
@@ -586,7 +586,7 @@ class EPTModel(nn.Module):
     ) -> "EPTModel":
         """Puts an adapter whose files have been read on the backbone `model`; ValueError as in `from_pretrained`."""
         if not ignore_backbone_mismatch:
-            files.check_backbone(model)
+            files.check_backbone(model, may_ignore=True)
         with changing(model, "loading an adapter"):
             wrapped = cls(model, files.config, adapter_name)
             if files.is_folded:

@@ -1,5 +1,6 @@
 """What a kind of task must know: the base class of `ept.tasks.kinds`."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,9 +17,19 @@ if TYPE_CHECKING:
 
     from ept.data.columns import Columns
 
-__all__ = ["TaskKind", "Texts"]
+__all__ = ["TaskKind", "Texts", "answers_cut", "one_line"]
 
 Texts = list[tuple[Any, ...]]  # one or two texts a row, or a conversation
+
+
+def answers_cut(cut: int, rows: int, max_target_length: int) -> str:
+    """Says how many rows' answers were cut."""
+    return f"{cut} of {rows} answers were cut to {max_target_length} tokens (max_target_length)"
+
+
+def one_line(text: str) -> str:
+    """Returns a text with a space for each of its line ends."""
+    return " ".join(re.split(r"\r\n|\r|\n", text))
 
 
 class TaskKind(ABC):
@@ -156,9 +167,11 @@ class TaskKind(ABC):
         max_target_length: int,
     ) -> tuple["Dataset", list[Any], list[str]]:
         """Encodes a table's rows; returns them with labels, what predictions are judged by, and sentences on what was cut."""
-        truth, labels = self.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
+        truth, labels, cut_answers = self.targets(table, source, columns.chosen_label, tokenizer, max_target_length)
         data, cut = self.tokens(table, source, columns, tokenizer, limit, labels)
         remarks = [f"{cut} of {len(data)} rows were cut to {limit} tokens"] if cut else []
+        if cut_answers:
+            remarks.append(answers_cut(cut_answers, len(data), max_target_length))
         empty = sum(not text.strip() for text in table[columns.text])
         if empty:
             remarks.append(f"warning: {empty} of {len(data)} rows have an empty text ({columns.text!r})")
@@ -176,12 +189,13 @@ class TaskKind(ABC):
 
     def targets(
         self, table: "Dataset", source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_target_length: int
-    ) -> tuple[list[Any], list[Any]]:
-        """Returns what a label column's predictions are judged by, and the labels that the model trains on."""
+    ) -> tuple[list[Any], list[Any], int]:
+        """Returns what a label column's predictions are judged by, the labels that the model trains on, and how many of
+        these were cut."""
         from ept.data.labels import Labels  # `datasets`, which it imports, is optional
 
         labels = Labels(self.label_names, self.label_form == "multi_label").encode(table, source, column)
-        return labels, labels
+        return labels, labels, 0
 
     def tokens(
         self,
@@ -253,9 +267,13 @@ class TaskKind(ABC):
             )
         return name, is_better_higher(name)
 
-    @abstractmethod
     def lines(self, predictions: Any) -> Iterator[str]:
         """Yields each prediction as a line of text."""
+        yield from map(one_line, self.as_text(predictions))
+
+    @abstractmethod
+    def as_text(self, predictions: Any) -> Iterator[str]:
+        """Yields each prediction as text, in which names of classes and what was written may have line ends."""
 
     @abstractmethod
     def records(self, predictions: Any) -> Iterator[dict[str, Any]]:

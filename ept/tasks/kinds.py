@@ -35,7 +35,7 @@ from ept.data.chats import is_chat
 from ept.files.run_record import RUN_NAME
 from ept.tasks.continuation import ContinuationCollator, candidates, contexts
 from ept.tasks.glue import BenchmarkTask, Rows
-from ept.tasks.kind import TaskKind, Texts
+from ept.tasks.kind import TaskKind, Texts, answers_cut
 from ept.tasks.metrics import Answers
 from ept.tasks.predicting import (
     Predictor,
@@ -88,7 +88,7 @@ class _OfOneClass(TaskKind):
     def answers(self, predictions: Any, truth: list[Any]) -> Answers:
         return Answers(truth, _chosen(predictions), num_classes=predictions.shape[-1])
 
-    def lines(self, predictions: Tensor) -> Iterator[str]:
+    def as_text(self, predictions: Tensor) -> Iterator[str]:
         """The likeliest label and its probability among the labels with a tab between."""
         words, best = self.words, predictions.softmax(-1).max(-1)
         for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
@@ -172,7 +172,7 @@ class MultiLabel(Classification):
         chosen = torch.as_tensor(predictions).sigmoid() > self.threshold
         return Answers(torch.tensor(truth).int().tolist(), chosen.int().tolist(), num_classes=chosen.shape[-1])
 
-    def lines(self, predictions: Tensor) -> Iterator[str]:
+    def as_text(self, predictions: Tensor) -> Iterator[str]:
         """Writes every label above the threshold with its probability, the likeliest first; a row without has an empty line."""
         for row in predictions.sigmoid():
             order = row.argsort(descending=True)
@@ -218,7 +218,7 @@ class Regression(_Headed):
     def answers(self, predictions: Any, truth: list[Any]) -> Answers:
         return Answers([float(value) for value in truth], torch.as_tensor(predictions).double().flatten().tolist())
 
-    def lines(self, predictions: Tensor) -> Iterator[str]:
+    def as_text(self, predictions: Tensor) -> Iterator[str]:
         """The value with six digits."""
         yield from (f"{value:.6g}" for value in predictions.flatten().tolist())
 
@@ -316,7 +316,7 @@ class TokenClassification(_Headed):
     def answers(self, predictions: Any, truth: list[Any]) -> Answers:
         return Answers(truth, [[self.words[number] for number in row] for row in predictions])
 
-    def lines(self, predictions: list[list[int]]) -> Iterator[str]:
+    def as_text(self, predictions: list[list[int]]) -> Iterator[str]:
         """The label of each word with spaces between."""
         yield from (" ".join(self.words[number] for number in row) for row in predictions)
 
@@ -364,10 +364,10 @@ class Text2Text(TaskKind):
 
     def targets(
         self, table: "Dataset", source: str, column: str, tokenizer: PreTrainedTokenizerBase, max_target_length: int
-    ) -> tuple[list[Any], list[Any]]:
+    ) -> tuple[list[Any], list[Any], int]:
         from ept.data.tokens import tokenize_targets  # as above
 
-        return list(table[column]), tokenize_targets(table, source, column, tokenizer, max_target_length)
+        return list(table[column]), *tokenize_targets(table, source, column, tokenizer, max_target_length)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module, multiple: int | None = None) -> Any:
         return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple)
@@ -388,9 +388,9 @@ class Text2Text(TaskKind):
     def answers(self, predictions: Any, truth: list[Any]) -> Answers:
         return Answers([text.strip() for text in truth], [text.strip() for text in predictions])
 
-    def lines(self, predictions: list[str]) -> Iterator[str]:
-        """The text, its line ends as spaces."""
-        yield from (" ".join(text.split("\n")) for text in predictions)
+    def as_text(self, predictions: list[str]) -> Iterator[str]:
+        """The text as it was written."""
+        yield from predictions
 
     def records(self, predictions: list[str]) -> Iterator[dict[str, Any]]:
         """Yields the `text` as it was written."""
@@ -453,10 +453,7 @@ class CausalText2Text(Text2Text):
         rows, cut, cut_answers = encode_exchanges(tokenizer, exchanges, limit, max_target_length)
         remarks = [f"{cut} of {len(rows)} texts were cut to their last {limit} tokens"] if cut else []
         if cut_answers:
-            remarks.append(
-                f"{cut_answers} of {len(rows)} answers were cut to {max_target_length} tokens (max_target_length), without "
-                "their end"
-            )
+            remarks.append(answers_cut(cut_answers, len(rows), max_target_length) + ", without their end")
         return Dataset.from_list(rows), [exchange.reference for exchange in exchanges], remarks
 
     def stream_encoder(
