@@ -179,7 +179,7 @@ def load_glue(name: str, directory: Path | None) -> Task:
 
     The test part is the published test file where that has labels; then the development file is the dev part. Elsewhere
     the development file, with CoLA's out-of-domain one, is the test part, and 500 training rows are the dev part, a fifth of
-    them where there are fewer than 2,500.
+    them where there are no more than 500.
 
     Raises:
         ValueError: no directory is given, it does not hold the task, or only some rows of the test file have labels.
@@ -201,7 +201,7 @@ def load_glue(name: str, directory: Path | None) -> Task:
         parts |= {"dev": _labelled(published["validation"]), "test": _labelled(test)}
     else:
         order = np.random.default_rng(SPLIT_SEED).permutation(len(parts["train"]))
-        held = min(MOST_DEV, len(order) // 5)
+        held = MOST_DEV if len(order) > MOST_DEV else len(order) // 5
         parts = {"train": [parts["train"][i] for i in order[held:]], "dev": [parts["train"][i] for i in order[:held]]}
         held_out = (published[split] for split in ("validation", "validation_out_of_domain") if split in published)
         parts["test"] = [row for rows in held_out for row in _labelled(rows)]
