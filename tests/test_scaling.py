@@ -47,7 +47,11 @@ RUNS = [
     {"name": "one, second", "second": True} | ONE,
     {"name": "two, second", "second": True} | TWO,
     # accelerate 1.7 prepares a sharded model once more for a second training, which torch refuses.
-    *([{"name": "fsdp2, second", "second": True} | FSDP2] if Version(accelerate.__version__) >= Version("1.15") else []),
+    *(
+        [{"name": "fsdp2, second", "second": True} | FSDP2]
+        if Version(accelerate.__version__) >= Version("1.15")
+        else []
+    ),
     {"name": "two, then one", "steps": 3} | TWO,
     {"name": "two, then one", "resume": True} | ONE,
     {"name": "one, then fsdp2", "steps": 3} | ONE,
