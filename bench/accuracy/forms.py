@@ -67,6 +67,9 @@ LAYERS = {
         Shape("EPT", 4, spaces=(4, 2), lowrank=4, positions=48), ({"others": 0.1}, {"others": 1.0}, {"others": 0.02})
     ),
     "the last fifth averaged": Form(Shape("EPT", 4), averaged=0.2),
+    "EPT of half the size and LoRA r = 1": Form(
+        Shape("EPT", 2, lora_rank=1), tuple({"lora": x} for x in (0.005, 0.0025, 0.01))
+    ),
     "EPT, q = 8": Form(Shape("EPT", 8)),
     "LoRA r = 2": Form(**_lora(0.005, 0.0025, 0.01, rank=2)),
     "LoRA r = 4": Form(**_lora(0.005, 0.0025, 0.01, rank=4)),
@@ -101,8 +104,11 @@ class Question:
     batch_size: int
 
 
+# Of these, LAYERS' forms by name.
+PAIRS = {name: LAYERS[name] for name in ("EPT", "LoRA r = 2", "EPT of half the size and LoRA r = 1")}
 QUESTIONS = {
     "layers": Question(LAYERS, TASKS, (2000, 500), 150, 32),
+    "pairs": Question(PAIRS, ("mrpc", "cola", "sst2"), (2000,), 150, 32),
     "paper": Question(PAPER, ("sst2", "cola"), (ALL_ROWS,), 1000, 16),
 }
 

@@ -42,6 +42,7 @@ class Shape:
         method: "EPT" or "LoRA".
         rank: q of the updates in the layers, 0 for none; or LoRA's r.
         targets: LoRA's, names in LINEARS.
+        lora_rank: r of LoRA beside EPT's updates, 0 for none.
         prompt_length: s, rows of the prompt.
         activation: of the updates and the spaces, a name in ACTIVATIONS.
         after_last: whether what the last layer gives is updated, too.
@@ -55,6 +56,7 @@ class Shape:
     method: str
     rank: int
     targets: tuple[str, ...] = ("query", "value")
+    lora_rank: int = 0
     prompt_length: int = 2
     activation: str = "silu"
     after_last: bool = False
@@ -69,11 +71,12 @@ class Shape:
         """The trained tensors of one run by name, without the head."""
         layers, d = encoder.layers, encoder.width
         sizes: dict[str, tuple[int, ...]] = {}
+        lora_rank = self.rank if self.method == "LoRA" else self.lora_rank
+        for target in self.targets if lora_rank else ():
+            outputs, inputs = encoder.weights[f"encoder.layer.0.{LINEARS[target]}.weight"].shape
+            sizes[f"lora_a.{target}"] = (layers, lora_rank, inputs)
+            sizes[f"lora_b.{target}"] = (layers, outputs, lora_rank)
         if self.method == "LoRA":
-            for target in self.targets:
-                outputs, inputs = encoder.weights[f"encoder.layer.0.{LINEARS[target]}.weight"].shape
-                sizes[f"lora_a.{target}"] = (layers, self.rank, inputs)
-                sizes[f"lora_b.{target}"] = (layers, outputs, self.rank)
             return sizes
         updates = layers - 1 + self.after_last
         if self.prompt_length:
@@ -419,17 +422,22 @@ def features(encoder: Encoder, shape: Shape, tensors: Tensors, rows: list[Rows],
 
 
 def settings(
-    shape: Shape, rate: float, head_rate: float, *, down: float = 1.0, prompt: float = 1.0, others: float = 1.0
-) -> Rates:
+    shape: Shape, rate: float, head_rate: float, *, down: float = 1.0, prompt: float = 1.0, others: float = 1.0,
+    lora: float = 0.005,
+) -> Rates:  # fmt: skip
     """A run's learning rate for every tensor: `rate` is a factor on EPT's defaults, and LoRA's rate itself.
 
     Args:
         down: a further factor on D's rates.
         prompt, others: further factors on the prompt's rate and on those of the paper's parts.
+        lora: LoRA's rate beside EPT.
     """
     heads: Rates = {"head_weight": head_rate, "head_bias": head_rate}
     if shape.method == "LoRA":
-        return heads | {f"lora_{x}.{target}": rate for x in "ab" for target in shape.targets}
+        lora = rate
+    heads |= {f"lora_{x}.{target}": lora for x in "ab" for target in shape.targets}
+    if shape.method == "LoRA":
+        return heads
     kinds = ("up", "bias", "gain")
     deep: Rates = dict.fromkeys((f"{place}_{kind}" for place in ("token", "deep") for kind in kinds), 0.005 * rate)
     deep |= {"token_down": 0.005 * rate * down, "deep_down": 0.005 * rate * down, "prompt": 0.09 * rate * prompt}
