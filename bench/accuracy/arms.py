@@ -429,6 +429,25 @@ def smollm2_rates() -> list[Job]:
     return _default_rates(SMOLLM2, SMOLLM2_DEFAULT, {7: two})
 
 
+def narrow_rates() -> list[Job]:
+    """Whether fewer hidden units than four want a faster rate: two on Gemma 3 and one on SmolLM2 at the layers' default rate and
+    above it, as multiples of MiniLM's. Dev parts, seeds of no final run."""
+    tried = (
+        ("Gemma 3, q = 2", GEMMA3, GEMMA3_ARMS, (0.3, 0.42, 0.5)),
+        ("SmolLM2, q = 1", SMOLLM2, SMOLLM2_ARMS, (0.7, 1.0)),
+    )
+    return [
+        job(
+            f"{name}, {factor:g}",
+            **shape | arms["EPT, deep"] | {"task": task, "seed": seed, "rates": {"deep_learning_rate": 0.005 * factor}},
+        )
+        for name, shape, arms, factors in tried
+        for seed in (5, 6)
+        for task in ("movies", "tweets")
+        for factor in factors
+    ]
+
+
 # GLUE's tasks as text that SmolLM2-135M writes: rows of at most 32 tokens, the default preset beside LoRA r = 2.
 WRITTEN = SMOLLM2 | {"form": "written", "max_length": 32}
 WRITTEN_ARMS: dict[str, dict[str, Any]] = {  # the rates are those that `written_search` chose
@@ -482,5 +501,6 @@ STAGES = {
     "smollm2_final": smollm2_final, "paper_search": paper_search, "paper_final": paper_final, "lora_all_final": lora_all_final,
     "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final,
     "gemma3_rates": gemma3_rates, "smollm2_rates": smollm2_rates, "glue": glue, "glue_rates": glue_rates, "few_steps": few_steps,
+    "narrow_rates": narrow_rates,
     "written_search": written_search, "written": written, "headlines_search": headlines_search, "headlines": headlines,
 }  # fmt: skip

@@ -104,11 +104,9 @@ class Question:
     batch_size: int
 
 
-# Of these, LAYERS' forms by name.
-PAIRS = {name: LAYERS[name] for name in ("EPT", "LoRA r = 2", "EPT of half the size and LoRA r = 1")}
 QUESTIONS = {
     "layers": Question(LAYERS, TASKS, (2000, 500), 150, 32),
-    "pairs": Question(PAIRS, ("mrpc", "cola", "sst2"), (2000,), 150, 32),
+    "glue": Question(LAYERS, ("mrpc", "cola", "sst2"), (2000,), 150, 32),
     "paper": Question(PAPER, ("sst2", "cola"), (ALL_ROWS,), 1000, 16),
 }
 
