@@ -175,7 +175,7 @@ def test_features_are_in_the_rows_own_order():
 
 
 @pytest.mark.parametrize("form", [
-    {"after_last": True}, {"affine": True}, {"sharing": 2}, {"lora_rank": 1},
+    {"after_last": True}, {"affine": True}, {"sharing": 2}, {"lora_rank": 1}, {"attention_only": True},
     {"after_last": True, "affine": True, "sharing": 2},
 ])  # fmt: skip
 def test_a_form_that_the_package_has_not_starts_as_the_prompt_alone_and_every_tensor_of_it_learns(form):

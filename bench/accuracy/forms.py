@@ -53,6 +53,7 @@ def _lora(*rates: float, **shape: Any) -> dict[str, Any]:
 LAYERS = {
     "EPT": Form(Shape("EPT", 4)),
     "identity": Form(Shape("EPT", 4, activation="identity")),
+    "read by the attention alone": Form(Shape("EPT", 4, attention_only=True)),
     "also behind the last layer": Form(Shape("EPT", 4, after_last=True)),
     "bias and gain of every channel, q = 3": Form(Shape("EPT", 3, affine=True)),
     "D shared by two layers, q = 5": Form(Shape("EPT", 5, sharing=2)),

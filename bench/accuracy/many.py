@@ -45,6 +45,7 @@ class Shape:
         lora_rank: r of LoRA beside EPT's updates, 0 for none.
         prompt_length: s, rows of the prompt.
         activation: of the updates and the spaces, a name in ACTIVATIONS.
+        attention_only: whether a layer's attention alone reads its update, which does not stay in the residual stream.
         after_last: whether what the last layer gives is updated, too.
         affine: whether each update adds a trained bias and a multiple of every channel.
         sharing: how many neighbouring layers share a D.
@@ -59,6 +60,7 @@ class Shape:
     lora_rank: int = 0
     prompt_length: int = 2
     activation: str = "silu"
+    attention_only: bool = False
     after_last: bool = False
     affine: bool = False
     sharing: int = 1
@@ -137,9 +139,11 @@ class Encoder:
         hidden = hidden + self.weights["embeddings.position_embeddings.weight"][: hidden.shape[2]]
         hidden = self._norm(hidden, "embeddings.LayerNorm")
         for number in range(self.layers):
+            attended = hidden
             if is_ept and shape.rank and number:
-                hidden = self._update(hidden, number - 1, shape, tensors)
-            hidden = self._layer(hidden, is_read, number, tensors)
+                attended = self._update(hidden, number - 1, shape, tensors)
+            kept = hidden if shape.attention_only else attended
+            hidden = self._layer(kept, attended, is_read, number, tensors)
         if is_ept and shape.rank and shape.after_last:
             hidden = self._update(hidden, self.layers - 1, shape, tensors)
         text = hidden[:, :, prompt_rows:].float() * is_text.unsqueeze(-1)
@@ -180,7 +184,8 @@ class Encoder:
             self.deep_scale[min(number, len(self.deep_scale) - 1)], ACTIVATIONS[shape.activation], **own,
         )  # fmt: skip
 
-    def _layer(self, hidden: Tensor, is_read: Tensor, number: int, tensors: Tensors) -> Tensor:
+    def _layer(self, hidden: Tensor, attended: Tensor, is_read: Tensor, number: int, tensors: Tensors) -> Tensor:
+        """The layer's result for its residual stream and what its attention reads, one and the same in a plain BERT."""
         runs, batch, columns, d = hidden.shape
         name = f"encoder.layer.{number}"
 
@@ -194,7 +199,7 @@ class Encoder:
             return (value + 2 * low.view_as(value)).to(value.dtype)  # PEFT's alpha / r with alpha = 2·r
 
         def heads(target: str) -> Tensor:
-            return linear(hidden, target).view(runs * batch, columns, self.num_heads, -1).transpose(1, 2)
+            return linear(attended, target).view(runs * batch, columns, self.num_heads, -1).transpose(1, 2)
 
         mask = is_read.view(runs * batch, 1, 1, columns)
         mixed = _attention(heads("query"), heads("key"), heads("value"), mask)
