@@ -495,12 +495,30 @@ def headlines() -> list[Job]:
     ]
 
 
+GEMMA3_HEADLINES = HEADLINES | {"backbone": "gemma3"}
+
+
+def gemma3_headlines_search() -> list[Job]:
+    """Rates on Gemma 3 270M, as `headlines_search`."""
+    rates: dict[str, tuple[float, ...]] = {"LoRA r=2": (0.004, 0.008, 0.002), "EPT, default": (1.0, 0.5, 2.0)}
+    return _searched(GEMMA3_HEADLINES | {"seed": 5}, GEMMA3_ARMS, rates)
+
+
+def gemma3_headlines() -> list[Job]:
+    """Five seeds, the test part, on Gemma 3 270M: EPT's default, and LoRA's for labels."""
+    return [
+        job(arm, **dict[str, Any](GEMMA3_HEADLINES) | GEMMA3_ARMS[arm] | {"seed": seed, "reads_test": True})
+        for seed in range(5)
+        for arm in ("EPT, default", "LoRA r=2")
+    ]
+
+
 STAGES = {
     "explore": explore, "regularise": regularise, "combine": combine, "precision": precision,
     "search": search, "rates": rates, "final": final, "equal_time": equal_time, "whole_sets": whole_sets, "smollm2": smollm2,
     "smollm2_final": smollm2_final, "paper_search": paper_search, "paper_final": paper_final, "lora_all_final": lora_all_final,
     "lora_all": lora_all, "gemma3": gemma3, "gemma3_final": gemma3_final,
     "gemma3_rates": gemma3_rates, "smollm2_rates": smollm2_rates, "glue": glue, "glue_rates": glue_rates, "few_steps": few_steps,
-    "narrow_rates": narrow_rates,
+    "narrow_rates": narrow_rates, "gemma3_headlines_search": gemma3_headlines_search, "gemma3_headlines": gemma3_headlines,
     "written_search": written_search, "written": written, "headlines_search": headlines_search, "headlines": headlines,
 }  # fmt: skip
