@@ -476,22 +476,35 @@ def written() -> list[Job]:
 HEADLINES = WRITTEN | {"task": "headlines", "max_length": 64}
 
 
+# Of twice EPT's default size, at which LoRA's form for all linear layers begins.
+HEADLINES_LARGER: dict[str, dict[str, Any]] = {
+    "EPT, q=8": {
+        "method": "EPT", "rate": 1.0, "settings": SMOLLM2_DEFAULT["settings"] | {"token_rank": 8}, "budget": 277_632,
+    },
+    "LoRA, all linear": {"method": "LoRA all", "rate": 0.004, "budget": 305_280},
+}  # fmt: skip
+
+
 def headlines_search() -> list[Job]:
-    """Rates on the dev part at a seed of no final run, as many for both arms; and LoRA r = 1 on all linear layers, which has
-    more than twice EPT's parameters."""
-    arms = SMOLLM2_ARMS | {"LoRA, all linear": {"method": "LoRA all", "budget": 305_280}}
+    """Rates on the dev part at a seed of no final run, as many for both arms; and the larger arms'."""
     rates: dict[str, tuple[float, ...]] = {
-        "EPT, default": (1.0, 0.5, 0.25), "LoRA r=2": (0.016, 0.008, 0.004), "LoRA, all linear": (0.008, 0.004),
+        "EPT, default": (1.0, 0.5, 0.25), "LoRA r=2": (0.016, 0.008, 0.004), "EPT, q=8": (1.0, 0.5),
+        "LoRA, all linear": (0.002, 0.008, 0.004),
     }  # fmt: skip
-    return _searched(HEADLINES | {"seed": 5}, arms, rates)
+    return _searched(HEADLINES | {"seed": 5}, SMOLLM2_ARMS | HEADLINES_LARGER, rates)
 
 
 def headlines() -> list[Job]:
-    """Five seeds, the test part, at the rates that `headlines_search` chose: EPT's default, and LoRA's for labels."""
+    """The test part, at the rates that `headlines_search` chose: EPT's default and LoRA's for labels at five seeds, the larger
+    arms at three."""
     return [
-        job(arm, **dict[str, Any](HEADLINES) | SMOLLM2_ARMS[arm] | {"seed": seed, "reads_test": True})
-        for seed in range(5)
-        for arm in ("EPT, default", "LoRA r=2")
+        job(arm, **dict[str, Any](HEADLINES) | told | {"seed": seed, "reads_test": True})
+        for arms, seeds in (
+            ({name: SMOLLM2_ARMS[name] for name in ("EPT, default", "LoRA r=2")}, 5),
+            (HEADLINES_LARGER, 3),
+        )
+        for seed in range(seeds)
+        for arm, told in arms.items()
     ]
 
 
