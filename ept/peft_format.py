@@ -49,7 +49,7 @@ def from_peft(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> EPTModel:
-    """A PEFT prompt-tuning adapter, or a DePT checkpoint, as an EPT adapter on `model`; it can be trained on.
+    """Reads a PEFT prompt-tuning adapter or a DePT checkpoint; returns an EPTModel around `model`, which can be trained on.
 
     Prompt tuning becomes EPT with the prompt alone; DePT becomes EPT with the low-rank update alone. A head that the
     adapter holds is put on the model. To start another EPT adapter from a trained prompt, give `read_soft_prompt(path)`
@@ -100,7 +100,7 @@ def read_soft_prompt(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Tensor:
-    """Q [m, d]: the trained prompt of a PEFT prompt-tuning or DePT adapter, or the one matrix of a safetensors file.
+    """Reads Q [m, d]: the trained prompt of a PEFT prompt-tuning or DePT adapter, or the one matrix of a safetensors file.
 
     Args:
         path: a directory, a file, or a hub id.

@@ -133,6 +133,12 @@ def test_prompt_embeds_of_the_vllm_page_gives_the_models_logits():
     torch.testing.assert_close(names["logits"][:, 5:], model(input_ids=input_ids).logits)
 
 
+def test_the_kernels_example_runs_as_it_stands(capsys):
+    names: dict = {}
+    run("../ept_kernels/README.md", names, {})
+    assert names["hidden"].shape == (3, 12, 64) and names["prompt"].grad.abs().sum() > 0
+
+
 def test_the_references_are_those_of_the_code(monkeypatch):
     pinned = re.search(r"^transformers==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
     if version("transformers") != pinned:

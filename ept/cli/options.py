@@ -81,10 +81,10 @@ ADAPTER_HELP = {
     "token_update": "Whether the token-conditioned update is on.",
     "prompt_start": "Text column at which the prompt stands; by default 1 where the head reads the first token, else 0.",
     "embed_scale": "Unit of all that is trained; by default the RMS of the model's embeddings.",
-    "init": f"Start of the prompt: {', '.join(INITS)} (needs --soft_prompt).",
-    "init_text": "The words for --init text.",
+    "init": f"Start of the prompt: {', '.join(INITS)}; decompose needs a soft prompt.",
+    "init_text": "The words for init text.",
     "backbone_dropout": "Whether the frozen model's dropout stays on in training.",
-    "impl": "Implementation of the embedding step: auto, torch, reference or triton.",
+    "impl": "Implementation of EPT's formulas: auto, torch, reference or triton.",
 }
 
 

@@ -95,7 +95,7 @@ TRAINING_ARGUMENTS = ForeignOptions(
         "resume_from_checkpoint": "true: go on from the last whole checkpoint in --output_dir; auto: begin where there is "
         "none; or a checkpoint's directory.",
         "lr_scheduler_type": "Schedule of the learning rates: linear, cosine, constant_with_warmup, …",
-        "metric_for_best_model": "Which checkpoint is best; by default accuracy, pearson or (text2text) loss.",
+        "metric_for_best_model": "Which checkpoint is best; by default the task's first metric, or loss for text2text.",
         "gradient_accumulation_steps": "Batches per update.",
         "activation_checkpointing": "Compute activations again in the backward pass, to save memory.",
         "bf16": "Mixed precision with bfloat16.",

@@ -193,7 +193,7 @@ class EPTLayer(AdapterLayer):
 
 
 def decompose(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best rank-r approximation of a matrix [m, d] as A [m, r] times B [r, d], √Σ on both sides (truncated SVD).
+    """Splits a matrix [m, d] into A [m, r] and B [r, d], its best rank-r approximation, √Σ on both sides (truncated SVD).
 
     Returns A, B and the relative error ‖M − A·B‖ / ‖M‖, measured on the factors; by Eckart and Young it equals
     √(Σ of the discarded squared singular values / Σ of all).

@@ -21,7 +21,7 @@ from ept.model.transfer import Source, Suitability, start_from
 def config_for_budget(
     model: PreTrainedModel, parameters: int, *, preset: str = "default", **settings: Any
 ) -> EPTConfig:
-    """A preset's sizes that fill a budget of trained parameters on a backbone exactly or just below.
+    """Returns a preset's config whose sizes fill a budget of trained parameters exactly or just below.
 
     It is `EPTConfig.for_budget` with what the backbone says: how wide it is and how many layers have updates. Where the
     default preset finds no such layers, the sizes are those of the preset "input", with a warning.
@@ -63,7 +63,7 @@ def get_ept_model(
     init_weights: Sequence[float] | None = None,
     adapter_name: str = "default",
 ) -> "EPTModel":
-    """Freezes a transformers model and puts a fresh EPT layer before it.
+    """Freezes a transformers model and returns an EPTModel around it with a fresh adapter.
 
     Args:
         model: an encoder (with or without a head), an encoder-decoder, a causal LM, or a causal LM with a

@@ -54,7 +54,7 @@ NOT_PASSED_ON = ("generate_batch", "continuous_batching_context_manager", "init_
 
 
 class EPTModel(nn.Module):
-    """A frozen transformers model behind an EPT layer; made by `get_ept_model` or `EPTModel.from_pretrained`.
+    """A frozen transformers model with EPT adapters; made by `get_ept_model` or `EPTModel.from_pretrained`.
 
     `forward` takes, and names in its signature, what the wrapped model's forward takes. Its outputs have the wrapped
     model's shapes: token-level `logits` and `last_hidden_state` [batch, L, …] come without the prompt's rows, in the

@@ -23,7 +23,7 @@ def layer_update(
     adapter_index: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The hidden states that a layer reads, updated token by token (step 8 of docs/method.md).
+    """Returns the hidden states that a layer reads with each token's update added (step 8 of docs/method.md).
 
         out = hidden + h·σ((hidden/h)·downᵀ)·up
 

@@ -22,7 +22,7 @@ def prompt_columns(
     drops_first_label: bool = False,
     impl: str = "auto",
 ) -> Columns:
-    """A causal model's columns with S added ones directly before each row's first text token.
+    """Puts S columns of ones directly before each row's first text token; returns mask, positions and labels to match.
 
     Nothing on the host waits for what the mask holds: rows without padding on the left are treated as those with it.
 

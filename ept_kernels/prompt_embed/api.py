@@ -57,7 +57,7 @@ def prompt_embed(
     text_positions: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The backbone's input: the reconstructed prompt P* joined with the updated embeddings of the text.
+    """Returns the backbone's input [batch, s + L, d]: the reconstructed prompt P* and the updated embeddings of the text.
 
         X[b, j] = E[id] + e·c·A[p]·B + e·σ(E[id]/e·Dᵀ)·W        p = text tokens before j in row b
         P*      = e·(P + softmax(P·Cᵀ/√d)·C + Σ_k w[:, k]·σ(P·U_kᵀ)·V_k),  w = softmax(P·Gᵀ),  C = c·A·B
@@ -132,7 +132,7 @@ def prompt_embed_inputs(
     text_positions: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`prompt_embed` for embeddings that come from elsewhere (scaled, quantised, computed): [batch, L, d].
+    """Returns what `prompt_embed` does, for embeddings [batch, L, d] from elsewhere (scaled, quantised, computed).
 
     The result has the dtype of `inputs_embeds`, which also receives a gradient when it asks for one.
     Everything else is as in `prompt_embed`.
@@ -160,7 +160,7 @@ def reconstruct_prompt(
     fusion: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """P* [s, d] and the gate's weights [s, K], both in the prompt's dtype. Arguments as in `prompt_embed`."""
+    """Returns P* [s, d] and the gate's weights [s, K], both in the prompt's dtype. Arguments as in `prompt_embed`."""
     weights = Weights(prompt, lowrank_a, lowrank_b, space_down, space_up, gate_weight)
     settings = Settings(scale, embed_scale, activation, lowrank_update=False, fusion=fusion)
     check_prompt(weights, settings)
@@ -189,7 +189,7 @@ def text_update(
     token_up: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
-    """The text's embeddings [batch, L, d] with both updates and without a prompt: what a decoding step needs.
+    """Returns the text's embeddings [batch, L, d] with both updates and without a prompt, which a decoding step needs.
 
     `text_positions` [batch, L] int64 says p for each token, -1 on padding: the tokens of a cached prefix count. None is
     text without padding that starts at 0.

@@ -14,7 +14,7 @@ from .arguments import Settings, Stack, TextWeights, Weights
 
 
 def text_positions(attention_mask: Tensor) -> Tensor:
-    """[batch, L] mask -> [batch, L] int64: text tokens before each token in its row, -1 on padding."""
+    """Counts the text tokens before each token of a mask [batch, L]; returns [batch, L] int64 with -1 on padding."""
     text = attention_mask != 0
     return text.cumsum(1) * text - 1
 
@@ -80,7 +80,7 @@ def text_update(inputs_embeds: Tensor, text_positions: Tensor, weights: TextWeig
 
 
 def insert_prompt(prompt_star: Tensor, text: Tensor, prompt_start: int | Tensor) -> Tensor:
-    """Step 7: P* [s, d] at column `prompt_start` of text [batch, L, d], a number or one for each row [batch].
+    """Puts P* [s, d] at column `prompt_start` of text [batch, L, d], a number or one for each row [batch] (step 7).
 
     Returns [batch, s + L, d].
     """
