@@ -1,7 +1,13 @@
 """Forms of the updates, and the paper's parts, side by side: python -m bench.accuracy.forms QUESTION DIRECTORY OUTPUT
 
-DIRECTORY is what `python -m bench.accuracy.transfer export DIRECTORY [--glue DIRECTORY]` wrote. QUESTION is `layers` (150
-steps; what could be changed in the updates of the layers) or `paper` (1,000 steps; the paper's parts beside prompt tuning).
+DIRECTORY is what `python -m bench.accuracy.transfer export DIRECTORY [--glue DIRECTORY]` wrote.
+
+| QUESTION | what | steps |
+|---|---|---|
+| layers | what could be changed in the updates of the layers | 150 |
+| glue, glue_long | the same on GLUE's tasks | 150, 450 |
+| paper | the paper's parts beside prompt tuning | 1,000 |
+
 Each form's rates are searched on dev parts, with other seeds than the five of the final runs, which read the test parts. A
 line in OUTPUT for every run; what stands there is not run again. `forms_table.py` makes the tables.
 """
@@ -108,6 +114,7 @@ class Question:
 QUESTIONS = {
     "layers": Question(LAYERS, TASKS, (2000, 500), 150, 32),
     "glue": Question(LAYERS, ("mrpc", "cola", "sst2"), (2000,), 150, 32),
+    "glue_long": Question(LAYERS, ("mrpc", "cola", "sst2"), (2000,), 450, 32),
     "paper": Question(PAPER, ("sst2", "cola"), (ALL_ROWS,), 1000, 16),
 }
 

@@ -1,6 +1,6 @@
 """The tables of the forms side by side, from their lines alone: python -m bench.accuracy.forms_table [--draws 2000]
 
-Reads forms.jsonl and forms_paper.jsonl in bench/results/accuracy and writes forms.md beside them: of every form whose seeds
+Reads the lines of each question (FILES) in bench/results/accuracy and writes forms.md beside them: of every form whose seeds
 are complete its scores, and the difference from the question's first form.
 """
 
@@ -14,8 +14,13 @@ from .bootstrap import INTERVAL, Bootstrap, Record, runs_by
 from .forms import FINAL_SEEDS, QUESTIONS
 from .study import RESULTS, read
 
-TITLES = {"layers": "Forms of the updates in the layers", "paper": "The paper's parts"}
-FILES = {"layers": "forms", "paper": "forms_paper"}
+TITLES = {
+    "layers": "Forms of the updates in the layers",
+    "glue": "The same on GLUE's tasks",
+    "glue_long": "The same, 450 steps",
+    "paper": "The paper's parts",
+}
+FILES = {"layers": "forms", "glue": "forms_glue", "glue_long": "forms_glue_long", "paper": "forms_paper"}
 
 
 def table(records: list[Record], forms: list[str], bootstrap: Bootstrap) -> list[str]:
@@ -45,7 +50,7 @@ def table(records: list[Record], forms: list[str], bootstrap: Bootstrap) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.forms_table", description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=2000)
-    parser.add_argument("--glue", type=Path, metavar="DIRECTORY", help="of GLUE's files, for the paper's parts")
+    parser.add_argument("--glue", type=Path, metavar="DIRECTORY", help="of GLUE's files, for its tasks")
     options = parser.parse_args()
     text, machines = [], set()
     for question, title in TITLES.items():
