@@ -46,9 +46,8 @@ def config() -> str:
         f"{presets[1].num_parameters(768):,} and {presets[2].num_parameters(768):,}."
     )
     about = (
-        "Symbols as in [method.md](method.md). `config_for_budget(model, parameters)` chooses the sizes for a budget of trained "
-        "parameters. "
-        "`EPTConfig.deep()` is the default with `deep_layers=-1`: it refuses a backbone whose layers cannot be found.\n"
+        "Symbols as in [method.md](method.md). `config_for_budget(model, parameters)` chooses the sizes for a budget of trained\n"
+        "parameters. `EPTConfig.deep()` is the default with `deep_layers=-1`: it refuses a backbone whose layers cannot be found.\n"
     )
     return "\n".join(["# EPTConfig\n", NOTE, about, "\n".join(rows), "", counts, ""])
 

@@ -151,6 +151,17 @@ def test_the_references_are_those_of_the_code(monkeypatch):
         assert (DOCS / name).read_text(encoding="utf-8") == text(), f"{name}: run python docs/reference.py"
 
 
+def test_lines_of_text_have_130_characters_at_most():
+    pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("ept_kernels/*.md"), *ROOT.glob("bench/**/README.md")]
+    long = []
+    for page in pages:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        long += [
+            (page.name, line) for line in text.splitlines() if len(line) > 130 and not line.lstrip().startswith("|")
+        ]
+    assert not long
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
