@@ -47,7 +47,7 @@ def config() -> str:
     )
     about = (
         "Symbols as in [method.md](method.md). `config_for_budget(model, parameters)` chooses the sizes for a budget of trained\n"
-        "parameters. `EPTConfig.deep()` is the default with `deep_layers=-1`: it refuses a backbone whose layers cannot be found.\n"
+        "parameters. `EPTConfig.deep()` is the default with `deep_layers=-1`: it refuses a backbone whose layers are not found.\n"
     )
     return "\n".join(["# EPTConfig\n", NOTE, about, "\n".join(rows), "", counts, ""])
 
