@@ -124,8 +124,14 @@ def main() -> None:
         bootstrap = Bootstrap(tasks, options.draws)
         own = [first, *(arm for arm in others if arm.startswith("EPT") and arm not in beside)]
         for arm, other in itertools.combinations(runs, 2):
-            if arm in own:
+            if other.startswith("EPT") and not arm.startswith("EPT"):
+                arm, other = other, arm
+            if arm in own or (arm.startswith("EPT") and not other.startswith("EPT")):
                 lines.append(f"| {arm} − {other} | {bootstrap.difference(runs[arm], runs[other])} |")
+        for task, arm in itertools.product(names if len(names) > 1 else (), others):
+            if task in runs[first] and task in runs[arm]:
+                of_task = ({task: runs[name][task]} for name in (first, arm))
+                lines.append(f"| {task}: {first} − {arm} | {bootstrap.difference(*of_task)} |")
         lines.append("")
         if any(len(by_seed) == 1 for own_tasks in runs.values() for by_seed in own_tasks.values()):
             lines += ["Where a method has one seed, the interval draws rows alone.", ""]
