@@ -353,6 +353,17 @@ def test_training_starts_from_adapters_says_their_weights_and_is_resumed_without
     assert json.loads((tmp_path / "out" / "run.json").read_text())["started_from"] is None
 
 
+def test_a_folded_adapter_keeps_its_own_tokenizer_and_the_record_of_its_run(adapter, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(adapter, own, ignore=shutil.ignore_patterns("checkpoint-*"))
+    longer = hf.AutoTokenizer.from_pretrained(own)
+    longer.add_tokens(["ownword"])
+    longer.save_pretrained(own)
+    assert main(["fold", "--adapter", str(own), "--output_dir", str(tmp_path / "folded")]) == 0
+    assert hf.AutoTokenizer.from_pretrained(tmp_path / "folded").get_vocab() == longer.get_vocab()
+    assert (tmp_path / "folded" / "run.json").read_bytes() == (own / "run.json").read_bytes()
+
+
 @pytest.mark.parametrize("options, said", [
     (["--init_adapters", "absent"], "absent holds no adapter_config.json"),
     (["--init_adapters", "ADAPTER", "ADAPTER/."], "ADAPTER/. twice"),

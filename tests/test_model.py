@@ -88,14 +88,71 @@ def test_causal_logits_line_up_and_the_loss_is_the_hand_computed_one(name, side)
     assert torch.equal(labels, batch.masked_fill(mask == 0, -100))
 
 
+def test_outputs_of_the_bare_encoder_are_not_taken_for_those_of_the_adapter():
+    model, text, written = wrapped(backbone("t5", hf.AutoModelForSeq2SeqLM)), ids(2, 7), ids(2, 3)
+    mask = torch.ones_like(text)
+    with pytest.raises(AttributeError, match="get_encoder"):
+        model.get_encoder()
+    bare = model.base_model.get_encoder()(input_ids=text, attention_mask=mask)
+    for call in (
+        lambda: model(encoder_outputs=bare, attention_mask=mask, decoder_input_ids=written),
+        lambda: model.generate(encoder_outputs=bare, attention_mask=mask, max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match="encoder_outputs have 7 columns, where a call of this model gives 12"):
+            call()
+
+
+@pytest.mark.parametrize("auto", [hf.AutoModel, hf.AutoModelForSeq2SeqLM])
+def test_a_decoder_without_input_is_told_what_it_needs(auto):
+    with pytest.raises(ValueError, match="needs decoder_input_ids, decoder_inputs_embeds or labels"):
+        wrapped(backbone("bart", auto))(input_ids=ids(2, 7))
+
+
+def test_parameters_are_counted_with_the_adapters():
+    model = wrapped(backbone("llama", hf.AutoModelForCausalLM))
+    assert model.num_parameters(only_trainable=True) == sum(model.trainable_parameters().values())
+    all_of_them = sum(p.numel() for p in model.parameters())
+    assert model.num_parameters() == all_of_them
+    assert model.num_parameters(exclude_embeddings=True) == all_of_them - VOCAB * WIDTH
+
+
+def test_a_second_model_around_a_backbone_with_a_head_is_warned_of(caplog):
+    base = backbone("bert", SEQ)
+    first = wrapped(base)
+    assert not caplog.records
+    second = wrapped(base)
+    assert "both share its head and labels" in caplog.text
+    caplog.clear()
+    del first, second
+    wrapped(base)
+    wrapped(backbone("llama", hf.AutoModelForCausalLM))
+    assert not caplog.records
+
+
+def test_a_big_bird_keeps_its_attention():
+    config = hf.BigBirdConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=512, block_size=4, num_random_blocks=1, attention_type="block_sparse", initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = hf.BigBirdForSequenceClassification(config).eval()
+    with torch.no_grad():
+        before = base(input_ids=ids(1, 160)).logits
+        model = get_ept_model(base, EPTConfig()).eval()
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=ids(1, 160)).logits, before)
+    assert not any(module.training for module in base.modules())
+
+
 @pytest.mark.parametrize("keep", [1, 3, 11])
 def test_logits_to_keep_counts_columns_of_the_text(keep):
     model = wrapped(backbone("llama", hf.AutoModelForCausalLM))
     with torch.no_grad():
         whole = model(ids(2, 11)).logits
         torch.testing.assert_close(model(ids(2, 11), logits_to_keep=keep).logits, whole[:, -keep:])
-        columns = torch.tensor([0, 4])
-        torch.testing.assert_close(model(ids(2, 11), logits_to_keep=columns).logits, whole[:, columns])
+        for columns in ([0, 4], [-1], [3, -2], [True] * 3 + [False] * 8):
+            columns = torch.tensor(columns)
+            torch.testing.assert_close(model(ids(2, 11), logits_to_keep=columns).logits, whole[:, columns])
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

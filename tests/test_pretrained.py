@@ -124,3 +124,14 @@ def test_a_folded_adapter_finds_its_backbone_too(tmp_path):
     loaded = AutoEPTModel.from_pretrained(tmp_path / "folded")
     torch.testing.assert_close(result(loaded), result(model))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_model_with_a_head_on_the_mean_comes_back_whole_and_is_no_encoder(tmp_path):
+    base = MeanPoolingForSequenceClassification(backbone("bert"), 3, "single_label_classification").eval()
+    base.save_pretrained(tmp_path)
+    again = MeanPoolingForSequenceClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids(2, 6)).logits, base(input_ids=ids(2, 6)).logits)
+    assert again.config.num_labels == 3 and again.config.problem_type == "single_label_classification"
+    with pytest.raises(ValueError, match=r"lacks weights of a BertModel.*from_pretrained"):
+        MeanPoolingForSequenceClassification.from_encoder(tmp_path, num_labels=3)

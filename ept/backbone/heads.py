@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 __all__ = ["MeanPoolingForSequenceClassification", "in_float32"]
@@ -27,22 +27,57 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
     # The encoder has already chosen its attention; this class must not veto it.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(self, encoder: PreTrainedModel, num_labels: int = 2, problem_type: str | None = None):
-        config: Any = encoder.config  # whose problem_type is typed as the three words that its loss knows
+    def __init__(
+        self, encoder: PreTrainedModel | PretrainedConfig, num_labels: int = 2, problem_type: str | None = None
+    ):
+        """A config in the encoder's place makes one with random weights, which `from_pretrained` fills."""
+        whole: Any = encoder
+        if isinstance(encoder, PretrainedConfig):
+            num_labels, problem_type, whole = whole.num_labels, whole.problem_type, AutoModel.from_config(encoder)
+        config: Any = whole.config  # whose problem_type is typed as the three words that its loss knows
         config.num_labels = num_labels
         config.problem_type = problem_type
         super().__init__(config)
-        self.encoder = encoder
-        self.classifier = nn.Linear(encoder.config.hidden_size, num_labels)
-        nn.init.normal_(self.classifier.weight, std=getattr(encoder.config, "initializer_range", 0.02))
+        self.encoder: PreTrainedModel = whole
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        nn.init.normal_(self.classifier.weight, std=getattr(config, "initializer_range", 0.02))
         nn.init.zeros_(self.classifier.bias)
+        if whole.device.type != "meta":
+            self.classifier.to(whole.device)
+        if whole is not encoder:
+            self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Loads what `save_pretrained` wrote, encoder and head; arguments as in transformers."""
+        if kwargs.get("config") is None:
+            of_hub = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+            given = {name: kwargs[name] for name in of_hub if name in kwargs}
+            kwargs["config"] = AutoConfig.from_pretrained(pretrained_model_name_or_path, **given)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def from_encoder(
         cls, name_or_path: str, num_labels: int = 2, problem_type: str | None = None, **kwargs: Any
     ) -> "MeanPoolingForSequenceClassification":
-        """The model for a pretrained encoder's hub name or directory; `kwargs` go to `AutoModel.from_pretrained`."""
-        return cls(AutoModel.from_pretrained(name_or_path, **kwargs), num_labels, problem_type)
+        """Loads a pretrained encoder and puts a fresh head on it.
+
+        Args:
+            name_or_path: hub name or directory of the encoder.
+            num_labels, problem_type: as in transformers' configs.
+            kwargs: of `AutoModel.from_pretrained`.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the encoder, which would be random.
+        """
+        encoder, report = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+        if missing:
+            raise ValueError(
+                f"{name_or_path} lacks weights of a {type(encoder).__name__}, {missing[0]} among them: give an encoder; "
+                "what save_pretrained of a MeanPoolingForSequenceClassification wrote is for its from_pretrained"
+            )
+        return cls(encoder, num_labels, problem_type)
 
     def forward(
         self,

@@ -79,13 +79,21 @@ def keep_4_bits_differentiable(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    """Within, the model is in eval mode; afterwards each of its modules is in the mode that it was in.
+
+    A short text makes a BigBird attend to everything from then on: its kind of attention comes back, too.
+    """
     training = [module for module in model.modules() if module.training]
+    switching: list[Any] = [module for module in model.modules() if hasattr(module, "set_attention_type")]
+    kinds = [(module, module.attention_type) for module in switching]
     for module in training:
         module.training = False
     try:
         yield
     finally:
+        for module, kind in kinds:
+            if module.attention_type != kind:
+                module.set_attention_type(kind)
         for module in training:
             module.training = True
 

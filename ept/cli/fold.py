@@ -1,8 +1,6 @@
 """`ept fold`: an adapter as the constants that inference needs."""
 
-import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from safetensors.torch import save_file
 
@@ -12,7 +10,7 @@ from ept.cli.parser import OptionParser, option
 from ept.cli.shared import new_adapter_dir
 from ept.console import say
 from ept.files.adapter_dir import write_adapter
-from ept.files.run_record import RUN_NAME
+from ept.files.hub import copy_beside
 from ept.layer.folded import fold_layer
 from ept.model.embedding_table import embedding_table
 from ept.peft_format import save_peft, why_not_peft
@@ -68,9 +66,8 @@ def run(argv: list[str]) -> None:
             say(f"{output}: for vLLM, EPT_VLLM_ADAPTER={output}")
         else:
             write_adapter(output, saved_adapter.settings | folded.facts(), folded.state_dict() | heads)
-            record = Path(saved_adapter.directory) / RUN_NAME
-            if record.is_file():  # eval and predict know from it the columns, the label words and pairs of texts
-                shutil.copyfile(record, output / RUN_NAME)
+            # From its record eval and predict know the columns, the label words and pairs of texts.
+            copy_beside(saved_adapter.directory, output)
             say(f"{output}: a folded EPT adapter" + (f" ({reason})" if options.format == "auto" else ""))
         if options.embedding_table:
             save_file({"weight": embedding_table(model).cpu().contiguous()}, output / TABLE_NAME)

@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from ept.files.model_card import CARD_NAME, described_card, is_public_name, is_r
 from ept.files.run_record import RUN_NAME
 from ept.version import __version__
 
-__all__ = ["hub_errors", "local_directory", "upload"]
+__all__ = ["copy_beside", "hub_errors", "local_directory", "upload"]
 
 logger = logging.getLogger("ept")
 
@@ -38,6 +39,16 @@ ADAPTER_FILES = (
     CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin", RUN_NAME, "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "additional_chat_templates/*.jinja", "vocab.*", "merges.txt", "*.model",
 )  # fmt: skip
+
+
+def copy_beside(directory: str | os.PathLike, output: str | os.PathLike) -> None:
+    """Copies what an adapter's directory has beside its config and weights: the record of its run, and its tokenizer."""
+    for pattern in ADAPTER_FILES:
+        for file in Path(directory).glob(pattern):
+            if file.name not in (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"):
+                target = Path(output) / file.relative_to(directory)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
 
 
 def local_directory(

@@ -55,8 +55,10 @@ class Backbone:
             kwargs: the caller's other arguments; what the plan says in its own way is taken out.
         """
         if self.traits.kind.encoder_decoder:
-            encoded = kwargs.get("encoder_outputs") is not None
-            return encoder(self.traits, inputs, routing, self.embed, encoded=encoded).with_arguments(
+            decoded = ("decoder_input_ids", "decoder_inputs_embeds")
+            if inputs.labels is None and all(kwargs.get(name) is None for name in decoded):
+                raise ValueError(f"{self.traits.name} needs {', '.join(decoded)} or labels for its decoder")
+            return encoder(self.traits, inputs, routing, self.embed, encoded=_encoded(kwargs)).with_arguments(
                 past_key_values=cache
             )
         inputs = self._completed(inputs, kwargs, packed=starts is not None, cached=_length(cache) > 0)
@@ -94,8 +96,7 @@ class Backbone:
         An encoder-decoder reads the text once, or has read it before: nothing follows. Changes the settings' arguments.
         """
         if self.traits.kind.encoder_decoder:
-            encoded = settings.arguments.get("encoder_outputs") is not None
-            return encoder(self.traits, inputs, routing, self.embed, encoded=encoded), None
+            return encoder(self.traits, inputs, routing, self.embed, encoded=_encoded(settings.arguments)), None
         mask = settings.prepare_causal(inputs, routing)
         inputs = inputs.with_(attention_mask=mask)
         inputs = self._completed(inputs, settings.arguments, packed=False, cached=False)
@@ -211,3 +212,9 @@ class Backbone:
 def _length(cache: Any) -> int:
     """Columns that a cache holds; 0 without one."""
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _encoded(arguments: dict[str, Any]) -> int | None:
+    """Columns of the `encoder_outputs` among a call's arguments; None without them."""
+    outputs = arguments.get("encoder_outputs")
+    return None if outputs is None else outputs[0].shape[1]

@@ -4,6 +4,9 @@ Where a head is made of linear maps and functions without parameters, as transfo
 all adapters in one product with weights gathered by row. A head of another make runs once for each adapter.
 """
 
+import gc
+import logging
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,10 +17,28 @@ from ept.model.calls import bare
 from ept.model.routing import Member, Routing, SeveralAdapters
 from ept.model.stacks import Stacks
 
-__all__ = ["heads_by_row"]
+__all__ = ["heads_by_row", "warn_of_shared_heads"]
+
+logger = logging.getLogger("ept")
 
 # A module's result for the rows' own adapters: from its first argument, the other ones, and those by keyword.
 OwnResult = Callable[[Tensor, tuple, dict], Tensor]
+
+_owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def warn_of_shared_heads(owner: nn.Module, backbone: nn.Module) -> None:
+    """Notes that a model with heads wraps a backbone, and warns where another one does: they share heads and labels."""
+    before = _owners.get(backbone)
+    if before is not None and before() is not None:
+        gc.collect()  # a model that nobody uses any more may still be there
+        if before() is not None:
+            logger.warning(
+                "another EPTModel wraps this %s, and both share its head and labels: what one trains or loads changes the "
+                "other. Load the backbone again, or take add_adapter or load_adapter of that model",
+                type(backbone).__name__,
+            )
+    _owners[backbone] = weakref.ref(owner)
 
 
 def heads_by_row(

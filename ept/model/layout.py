@@ -78,7 +78,9 @@ class InputPlan:
         if kept is None or (isinstance(kept, int) and kept == 0) or self.columns is None:
             return self if kept is None else self.with_arguments(logits_to_keep=kept)
         if isinstance(self.columns, slice):
-            moved = kept + self.columns.start if isinstance(kept, Tensor) else kept
+            moved = kept
+            if isinstance(kept, Tensor):  # of any form that picks columns: numbers, from the end too, or booleans
+                moved = torch.arange(self.length, device=kept.device)[kept] + self.columns.start
             return replace(self, arguments=self.arguments | {"logits_to_keep": moved}, kept=kept)
         columns = self.columns()
         if len(columns) > 1:
@@ -226,12 +228,17 @@ def _with_prompt(traits: Traits, places: Places, labels: Tensor) -> Tensor:
     return places.insert(labels, IGNORE_INDEX, IGNORE_INDEX)
 
 
-def encoder(traits: Traits, inputs: Inputs, routing: Routing, embed: Embed, *, encoded: bool) -> InputPlan:
-    """Lays out the encoder's text of an encoder-decoder; `encoded` where it has run already."""
-    if not encoded:
+def encoder(traits: Traits, inputs: Inputs, routing: Routing, embed: Embed, *, encoded: int | None) -> InputPlan:
+    """Lays out the encoder's text of an encoder-decoder; `encoded`: the columns of its outputs where it has run already."""
+    if encoded is None:
         plan = padded(traits, inputs.with_(labels=None), routing, embed)
         return InputPlan(plan.arguments | {"labels": inputs.labels})
     mask, places = inputs.attention_mask, routing.places(prompt_last=False)
+    if mask is not None and encoded != mask.shape[1] + places.width:
+        raise ValueError(
+            f"encoder_outputs have {encoded} columns, where a call of this model gives {mask.shape[1] + places.width}, the "
+            f"prompt's {places.width} and the text's: take them from such a call, the wrapped encoder's lack the adapter"
+        )
     if mask is None:
         if places.lengths is not None:
             raise ValueError("encoder_outputs of prompts of several lengths need the text's attention_mask")

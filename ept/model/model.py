@@ -31,6 +31,7 @@ from ept.model.calls import BARE, Call, Decoding, Disabled, entered
 from ept.model.class_name import class_called, name_for
 from ept.model.files import AdapterFiles, check_finite, copy_tensors, settings_of
 from ept.model.generation import GenerationSettings, outside_the_call
+from ept.model.heads import warn_of_shared_heads
 from ept.model.hooks import hook_entries, hook_head, pass_embeddings_on
 from ept.model.inputs import Inputs, check_inputs, take_per_token
 from ept.model.labels import Labels
@@ -50,7 +51,7 @@ from ept.sharding import whole
 __all__ = ["EPTModel"]
 
 # What runs the wrapped model by other ways than the forward that EPT stands before.
-NOT_PASSED_ON = ("generate_batch", "continuous_batching_context_manager", "init_continuous_batching")
+NOT_PASSED_ON = ("generate_batch", "continuous_batching_context_manager", "init_continuous_batching", "get_encoder")
 
 
 class EPTModel(nn.Module):
@@ -110,6 +111,8 @@ class EPTModel(nn.Module):
             config = config_for(model, config)
             self.ept = new_layer(model, self.traits, config, self._sites_for(config))
             model.requires_grad_(False)
+            if self.head_names:
+                warn_of_shared_heads(self, model)
             for head in self.trained_heads():
                 head.requires_grad_(True)
                 in_float32(head)
@@ -281,6 +284,12 @@ class EPTModel(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **settings: Any) -> None:
         """transformers' older name for `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **settings)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Counts the parameters of the wrapped model and of all adapters, as transformers' models count theirs."""
+        left_out = {id(self.base_model.get_input_embeddings().weight)} if exclude_embeddings else set()
+        counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in counted if id(p) not in left_out)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
