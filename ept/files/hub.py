@@ -45,7 +45,7 @@ def copy_beside(directory: str | os.PathLike, output: str | os.PathLike) -> None
     """Copies what an adapter's directory has beside its config and weights: the record of its run, and its tokenizer."""
     for pattern in ADAPTER_FILES:
         for file in Path(directory).glob(pattern):
-            if file.name not in (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"):
+            if file.is_file() and file.name not in (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"):
                 target = Path(output) / file.relative_to(directory)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
