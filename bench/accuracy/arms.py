@@ -439,7 +439,9 @@ def narrow_rates() -> list[Job]:
     return [
         job(
             f"{name}, {factor:g}",
-            **shape | arms["EPT, deep"] | {"task": task, "seed": seed, "rates": {"deep_learning_rate": 0.005 * factor}},
+            **dict[str, Any](shape)
+            | arms["EPT, deep"]
+            | {"task": task, "seed": seed, "rates": {"deep_learning_rate": 0.005 * factor}},
         )
         for name, shape, arms, factors in tried
         for seed in (5, 6)
@@ -474,12 +476,10 @@ def written() -> list[Job]:
 
 # BBC's headlines, from the first words of each article: all 963 training rows.
 HEADLINES = WRITTEN | {"task": "headlines", "max_length": 64}
-
-
 # Of twice EPT's default size, at which LoRA's form for all linear layers begins.
 HEADLINES_LARGER: dict[str, dict[str, Any]] = {
     "EPT, q=8": {
-        "method": "EPT", "rate": 1.0, "settings": SMOLLM2_DEFAULT["settings"] | {"token_rank": 8}, "budget": 277_632,
+        "method": "EPT", "rate": 1.0, "settings": DEEP | {"deep_layers": 29, "token_rank": 8}, "budget": 277_632,
     },
     "LoRA, all linear": {"method": "LoRA all", "rate": 0.004, "budget": 305_280},
 }  # fmt: skip
