@@ -497,12 +497,19 @@ def headlines_search() -> list[Job]:
 def headlines() -> list[Job]:
     """Five seeds, the test part, at the rates that `headlines_search` chose: EPT's default and LoRA's for labels, then the larger
     arms."""
+    return [*_over_seeds(HEADLINES, _of_one_size(SMOLLM2_ARMS)), *_over_seeds(HEADLINES, HEADLINES_LARGER)]
+
+
+def _over_seeds(shape: Job, arms: dict[str, dict[str, Any]]) -> list[Job]:
+    """Arms on the test part at five seeds."""
     return [
-        job(arm, **dict[str, Any](HEADLINES) | told | {"seed": seed, "reads_test": True})
-        for arms in ({name: SMOLLM2_ARMS[name] for name in ("EPT, default", "LoRA r=2")}, HEADLINES_LARGER)
-        for seed in range(5)
-        for arm, told in arms.items()
+        job(arm, **shape | told | {"seed": seed, "reads_test": True}) for seed in range(5) for arm, told in arms.items()
     ]
+
+
+def _of_one_size(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A language model's default preset and LoRA of about its size."""
+    return {name: arms[name] for name in ("EPT, default", "LoRA r=2")}
 
 
 GEMMA3_HEADLINES = HEADLINES | {"backbone": "gemma3"}
@@ -516,11 +523,7 @@ def gemma3_headlines_search() -> list[Job]:
 
 def gemma3_headlines() -> list[Job]:
     """Five seeds, the test part, on Gemma 3 270M: EPT's default, and LoRA's for labels."""
-    return [
-        job(arm, **dict[str, Any](GEMMA3_HEADLINES) | GEMMA3_ARMS[arm] | {"seed": seed, "reads_test": True})
-        for seed in range(5)
-        for arm in ("EPT, default", "LoRA r=2")
-    ]
+    return _over_seeds(GEMMA3_HEADLINES, _of_one_size(GEMMA3_ARMS))
 
 
 STAGES = {

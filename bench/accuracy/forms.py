@@ -5,7 +5,7 @@ DIRECTORY is what `python -m bench.accuracy.transfer export DIRECTORY [--glue DI
 | QUESTION | what | steps |
 |---|---|---|
 | layers | what could be changed in the updates of the layers | 150 |
-| glue, glue_long | the same on GLUE's tasks | 150, 450 |
+| glue | the same on GLUE's tasks | 150 |
 | paper | the paper's parts beside prompt tuning | 1,000 |
 
 Each form's rates are searched on dev parts, with other seeds than the five of the final runs, which read the test parts. A
@@ -114,7 +114,6 @@ class Question:
 QUESTIONS = {
     "layers": Question(LAYERS, TASKS, (2000, 500), 150, 32),
     "glue": Question(LAYERS, ("mrpc", "cola", "sst2"), (2000,), 150, 32),
-    "glue_long": Question(LAYERS, ("mrpc", "cola", "sst2"), (2000,), 450, 32),
     "paper": Question(PAPER, ("sst2", "cola"), (ALL_ROWS,), 1000, 16),
 }
 

@@ -17,10 +17,9 @@ from .study import RESULTS, read
 TITLES = {
     "layers": "Forms of the updates in the layers",
     "glue": "The same on GLUE's tasks",
-    "glue_long": "The same, 450 steps",
     "paper": "The paper's parts",
 }
-FILES = {"layers": "forms", "glue": "forms_glue", "glue_long": "forms_glue_long", "paper": "forms_paper"}
+FILES = {"layers": "forms", "glue": "forms_glue", "paper": "forms_paper"}
 
 
 def table(records: list[Record], forms: list[str], bootstrap: Bootstrap) -> list[str]:

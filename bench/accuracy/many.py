@@ -437,11 +437,10 @@ def settings(
         prompt, others: further factors on the prompt's rate and on those of the paper's parts.
         lora: LoRA's rate beside EPT.
     """
+    is_lora = shape.method == "LoRA"
     heads: Rates = {"head_weight": head_rate, "head_bias": head_rate}
-    if shape.method == "LoRA":
-        lora = rate
-    heads |= {f"lora_{x}.{target}": lora for x in "ab" for target in shape.targets}
-    if shape.method == "LoRA":
+    heads |= {f"lora_{x}.{target}": rate if is_lora else lora for x in "ab" for target in shape.targets}
+    if is_lora:
         return heads
     kinds = ("up", "bias", "gain")
     deep: Rates = dict.fromkeys((f"{place}_{kind}" for place in ("token", "deep") for kind in kinds), 0.005 * rate)

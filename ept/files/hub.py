@@ -43,12 +43,16 @@ ADAPTER_FILES = (
 
 def copy_beside(directory: str | os.PathLike, output: str | os.PathLike) -> None:
     """Copies what an adapter's directory has beside its config and weights: the record of its run, and its tokenizer."""
-    for pattern in ADAPTER_FILES:
-        for file in Path(directory).glob(pattern):
-            if file.is_file() and file.name not in (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"):
-                target = Path(output) / file.relative_to(directory)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
+    for file in _files_of(Path(directory)):
+        if file.name not in (CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"):
+            target = Path(output) / file.relative_to(directory)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def _files_of(directory: Path) -> list[Path]:
+    """An adapter's files in its directory, in order."""
+    return sorted({file for pattern in ADAPTER_FILES for file in directory.glob(pattern) if file.is_file()})
 
 
 def local_directory(
@@ -137,7 +141,7 @@ def upload(
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         text = (directory / CARD_NAME).read_text(encoding="utf-8") if (directory / CARD_NAME).is_file() else None
         card = described_card(text or _card_on_hub(repo_id, revision, token), settings, repo_id, tags)
-        files = sorted({file for pattern in ADAPTER_FILES for file in directory.glob(pattern)})
+        files = _files_of(directory)
         operations = [
             CommitOperationAdd(path_in_repo=file.relative_to(directory).as_posix(), path_or_fileobj=str(file))
             for file in files

@@ -234,15 +234,16 @@ def encoder(traits: Traits, inputs: Inputs, routing: Routing, embed: Embed, *, e
         plan = padded(traits, inputs.with_(labels=None), routing, embed)
         return InputPlan(plan.arguments | {"labels": inputs.labels})
     mask, places = inputs.attention_mask, routing.places(prompt_last=False)
-    if mask is not None and encoded != mask.shape[1] + places.width:
-        raise ValueError(
-            f"encoder_outputs have {encoded} columns, where a call of this model gives {mask.shape[1] + places.width}, the "
-            f"prompt's {places.width} and the text's: take them from such a call, the wrapped encoder's lack the adapter"
-        )
     if mask is None:
         if places.lengths is not None:
             raise ValueError("encoder_outputs of prompts of several lengths need the text's attention_mask")
         return InputPlan({"labels": inputs.labels})
+    expected = mask.shape[1] + places.width
+    if encoded != expected:
+        raise ValueError(
+            f"encoder_outputs have {encoded} columns, where a call of this model gives {expected}, the prompt's "
+            f"{places.width} and the text's: take them from such a call, the wrapped encoder's lack the adapter"
+        )
     text_first = mask.sort(dim=1, descending=True, stable=True).values
     return InputPlan({"attention_mask": places.insert(text_first, 1), "labels": inputs.labels})
 
